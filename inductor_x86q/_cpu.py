@@ -1,0 +1,55 @@
+"""What this machine's CPU can do for int8, as torch and oneDNN see it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+# oneDNN's names, smallest first; ONEDNN_MAX_CPU_ISA limits what it uses. VNNI starts at AVX2_VNNI.
+_ISA_ORDER = (
+    "SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16",
+    "AVX10_1_512", "AVX512_CORE_FP16", "AVX10_1_512_AMX", "AVX512_CORE_AMX",
+)  # fmt: skip
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """The CPU's feature flags as Linux names them; empty where /proc/cpuinfo cannot be read."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def _allowed(instruction_set: str) -> bool:
+    """Whether ONEDNN_MAX_CPU_ISA lets oneDNN use this instruction set."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit not in _ISA_ORDER:
+        return True
+    return _ISA_ORDER.index(instruction_set) <= _ISA_ORDER.index(limit)
+
+
+def has_vnni() -> bool:
+    """Whether int8 dot products accumulate in 32 bits, so that 8-bit activations cannot saturate.
+
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE (or AVX2) hides VNNI: oneDNN then really runs without it.
+    """
+    if "avx512_vnni" in flags() and _allowed("AVX512_CORE_VNNI"):
+        return True
+    return "avx_vnni" in flags() and _allowed("AVX2_VNNI") and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() != (
+        "AVX512_CORE"
+    )
+
+
+def has_bf16() -> bool:
+    """Whether oneDNN's int8 kernels can produce bf16 here."""
+    return "avx512_bf16" in flags() and _allowed("AVX512_CORE_BF16")
+
+
+def has_amx() -> bool:
+    return "amx_int8" in flags() and _allowed("AVX512_CORE_AMX")

@@ -1,0 +1,148 @@
+"""The torch.compile backend: binds parameters, scopes the passes, calls Inductor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import _torch, passes
+from inductor_x86q.errors import CompileError, StrictError
+from inductor_x86q.report import Report, collect
+
+log = logging.getLogger(__name__)
+
+# Options of ours; everything else in `options` is Inductor's.
+OWN_OPTIONS = ("strict",)
+
+
+def inductor_x86q(
+    graph_module: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles a graph for `torch.compile(model, backend="inductor_x86q")`.
+
+    The weights become constants of the compiled code, as with any freezing: changing them afterwards changes nothing.
+
+    Args:
+        mode: a mode of `torch.compile`.
+        options: any Inductor option, and `strict` (bool): raise StrictError when a layer that should run in int8
+            does not.
+
+    Raises:
+        CompileError: gradients are asked for, an option is unknown, or there is no C++ compiler.
+    """
+    return compile_graph(graph_module, example_inputs, settings(mode, options))
+
+
+class Settings:
+    """Inductor's options for one compile, and our own."""
+
+    def __init__(self, inductor: dict[str, Any], strict: bool) -> None:
+        self.inductor, self.strict = inductor, strict
+
+
+def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
+    """Checks and merges what `torch.compile` passed on; raises CompileError for what is not known."""
+    given = dict(options or {})
+    own = {name: given.pop(name) for name in OWN_OPTIONS if name in given}
+    known = _torch.config_keys()
+    for name in given:
+        if name.replace("-", "_") not in known:
+            raise CompileError(
+                f"unknown option {name!r}: expected `strict` or an Inductor option (torch._inductor.list_options())"
+            )
+    if not isinstance(own.get("strict", False), bool):
+        raise CompileError(f"option `strict` is {own['strict']!r}: expected True or False")
+    try:
+        chosen = _torch.mode_options(mode) if mode else {}
+    except RuntimeError as error:
+        raise CompileError(str(error)) from error
+    inductor = {"freezing": True, "cpp_wrapper": True, **chosen, **given}
+    if _torch.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
+        inductor["pre_grad_custom_pass"] = None
+    return Settings(inductor, own.get("strict", False))
+
+
+def compile_graph(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    chosen: Settings,
+    *,
+    on_report: Callable[[Report], None] = lambda report: None,
+    **keywords: Any,
+) -> Callable[..., Any]:
+    """Compiles one Dynamo graph; `on_report` receives the report as soon as the passes have run."""
+    _require_inference(example_inputs)
+    _require_cpu(example_inputs)
+    try:
+        _torch.cxx_compiler()
+    except RuntimeError as error:
+        raise CompileError(str(error)) from error
+
+    def pipeline(graph: fx.Graph) -> None:
+        report = run_passes(graph, strict=chosen.strict)
+        on_report(report)
+
+    inputs = list(example_inputs)
+    kept = _torch.bind_parameters(graph_module, inputs)
+    remaining = [inputs[position] for position in kept]
+    with _torch.pipeline_scope(pipeline):
+        compiled = _torch.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
+    return _dropping(compiled, kept, len(inputs))
+
+
+def run_passes(graph: fx.Graph, *, strict: bool) -> Report:
+    """Runs the pipeline and returns its report; raises StrictError under `strict` when something was missed."""
+    report: Report | None = None
+
+    def between(stage: str, graph: fx.Graph) -> None:
+        nonlocal report
+        if stage == "fuse: post-ops":
+            report = collect(graph)
+
+    passes.run(graph, between)
+    assert report is not None
+    if report.missed:
+        if strict:
+            raise StrictError(f"{len(report.missed)} layers that should run in int8 do not:\n{report.missed_text()}", report)
+        log.warning("%d layers that should run in int8 do not:\n%s", len(report.missed), report.missed_text())
+    return report
+
+
+def _dropping(compiled: Callable[..., Any], kept: list[int], total: int) -> Callable[..., Any]:
+    """`compiled` without the arguments that became constants."""
+    if len(kept) == total:
+        return compiled
+    if not kept:
+        return lambda *arguments: compiled()
+    if len(kept) == 1:
+        position = kept[0]
+        return lambda *arguments: compiled(arguments[position])
+    pick = itemgetter(*kept)
+    return lambda *arguments: compiled(*pick(arguments))
+
+
+def _require_inference(example_inputs: Sequence[Any]) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            kind = "a parameter" if _torch.is_lifted_parameter(value) else "an input"
+            raise CompileError(
+                f"{kind} of shape {tuple(value.shape)} requires grad: int8 inference has no gradients. Call the "
+                "compiled model under `torch.no_grad()` or `torch.inference_mode()`."
+            )
+
+
+def _require_cpu(example_inputs: Sequence[Any]) -> None:
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            raise CompileError(f"an input is on {value.device}: this backend compiles for x86 CPUs only, move it to cpu")

@@ -1,0 +1,201 @@
+"""Convolution and linear between dequantized operands become onednn calls with float output."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import _cpu, qgraph
+from inductor_x86q.passes.fuse.call import Call, emit
+from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.report import Obstacle, Reason
+
+aten = torch.ops.aten
+onednn = torch.ops.onednn
+
+CONVOLUTION = aten.convolution.default
+LINEAR = aten.linear.default
+
+
+def obstacle(node: fx.Node) -> Obstacle | None:
+    """What keeps this convolution or linear from running in int8, or None; also the report's source."""
+    arguments = qgraph.schema_arguments(node)
+    x, weight = arguments["input"], arguments["weight"]
+    if not qgraph.is_dequantize(x) and not qgraph.is_dequantize(weight):
+        return Obstacle(Reason.NOT_QUANTIZED)
+    if arguments.get("transposed"):
+        return Obstacle(Reason.NO_KERNEL, "transposed convolution")
+    return _weight_obstacle(node, weight, arguments) or _activation_obstacle(x, weight)
+
+
+def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) -> Obstacle | None:
+    if not qgraph.is_dequantize(weight):
+        return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
+    parameters = qgraph.qparams(weight)
+    tensor = qgraph.constant(weight.args[0])
+    if tensor is None or parameters.axis is None:
+        return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
+    if parameters.dtype != torch.int8 or tensor.dtype != torch.int8:
+        return Obstacle(Reason.WEIGHT_TYPE, f"{parameters.dtype}, expected torch.int8")
+    if parameters.axis != 0:
+        return Obstacle(Reason.WEIGHT_TYPE, f"quantized along axis {parameters.axis}, expected the output channels")
+    scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
+    if scale is None or zero_point is None:
+        return Obstacle(Reason.WEIGHT_NOT_CONSTANT, "its scale is computed at run time")
+    if zero_point.count_nonzero():
+        return Obstacle(Reason.WEIGHT_TYPE, "zero point other than 0")
+    if not torch.isfinite(scale).all() or (scale < 0).any():
+        return Obstacle(Reason.BAD_PARAMETERS, "a weight scale is negative or not finite")
+    if node.target is CONVOLUTION and tensor.dim() not in (3, 4, 5):
+        return Obstacle(Reason.NO_KERNEL, f"convolution of a {tensor.dim()}-dimensional weight")
+    bias = arguments["bias"]
+    if bias is not None and bias.op != "get_attr":
+        return Obstacle(Reason.WEIGHT_NOT_CONSTANT, "its bias is computed at run time")
+    return None
+
+
+def _activation_obstacle(x: fx.Node, weight: fx.Node) -> Obstacle | None:
+    if not qgraph.is_dequantize(x):
+        return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED)
+    parameters = qgraph.qparams(x)
+    if parameters.axis is not None:
+        return Obstacle(Reason.ACTIVATION_TYPE, "quantized per channel")
+    if parameters.dtype not in qgraph.INT8_TYPES:
+        return Obstacle(Reason.ACTIVATION_TYPE, f"{parameters.dtype}, expected torch.uint8 or torch.int8")
+    if any(not isinstance(size, int) for size in qgraph.value(x).shape[1:2]):
+        return Obstacle(Reason.NO_KERNEL, "the number of input channels is not known when compiling")
+    if parameters.is_static:
+        if not (math.isfinite(parameters.scale) and parameters.scale > 0):
+            return Obstacle(Reason.BAD_PARAMETERS, f"scale {parameters.scale}")
+        info = torch.iinfo(parameters.dtype)
+        if not info.min <= parameters.zero_point <= info.max:
+            return Obstacle(Reason.BAD_PARAMETERS, f"zero point {parameters.zero_point} outside {parameters.dtype}")
+    return _saturation_obstacle(parameters, weight)
+
+
+def _saturation_obstacle(parameters: qgraph.QParams, weight: fx.Node) -> Obstacle | None:
+    """CPUs without VNNI add two u8×s8 products in 16 bits: the sum must fit there, whatever the input."""
+    if _cpu.has_vnni():
+        return None
+    tensor = qgraph.constant(weight.args[0])
+    assert tensor is not None
+    largest_weight = int(tensor.to(torch.int16).abs().max()) if tensor.numel() else 0
+    if parameters.dtype == torch.int8:
+        # oneDNN moves s8 inputs to u8 by adding 128, so they always span 8 bits.
+        largest_input = 255
+    else:
+        largest_input = min(parameters.quant_max, 255)
+    if 2 * largest_input * largest_weight <= 32767:
+        return None
+    return Obstacle(Reason.SATURATES, f"inputs up to {largest_input}, weights up to {largest_weight}")
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, qgraph.QParams, fx.Node, qgraph.QParams]:
+    arguments = qgraph.schema_arguments(node)
+    x, weight = arguments["input"], arguments["weight"]
+    return x.args[0], qgraph.qparams(x), weight.args[0], qgraph.qparams(weight)
+
+
+def _weight_constants(node: fx.Node, parameters: qgraph.QParams) -> tuple[fx.Node, fx.Node]:
+    """Scale as fp32 and zero point as the kernels read them."""
+    scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
+    assert scale is not None and zero_point is not None
+    if scale.dtype == torch.float32:
+        return parameters.scale, parameters.zero_point
+    converted = scale.float()
+    return qgraph.new_constant(node.graph, converted, node), parameters.zero_point
+
+
+def _shape_hint(x: fx.Node) -> list[int] | None:
+    """The input's shape for the choice of the weights' layout; None where it is not known when compiling."""
+    shape = qgraph.value(x).shape
+    return [int(size) for size in shape] if all(isinstance(size, int) for size in shape) else None
+
+
+def _call(node: fx.Node, family: str, packed: fx.Node, geometry: tuple[Any, ...]) -> None:
+    x, x_parameters, weight, weight_parameters = _operands(node)
+    scale, zero_point = _weight_constants(node, weight_parameters)
+    packed.meta["val"] = qgraph.value(weight)
+    qgraph.copy_origin(packed, node)
+    call = Call(
+        family,
+        x,
+        x_parameters.scale,
+        x_parameters.zero_point,
+        packed,
+        scale,
+        zero_point,
+        _float_bias(node),
+        geometry,
+        qgraph.value(node).dtype,
+    )
+    new = emit(node.graph, call, like=node)
+    new.meta["x86q_macs"] = macs(node)
+    node.replace_all_uses_with(new)
+    qgraph.erase_dead(node)
+
+
+def _float_bias(node: fx.Node) -> fx.Node | None:
+    """The bias as fp32: the kernels add it before any rounding to bf16."""
+    bias = qgraph.schema_arguments(node)["bias"]
+    tensor = qgraph.constant(bias)
+    if tensor is None or tensor.dtype == torch.float32:
+        return bias
+    converted = tensor.detach().float()
+    return qgraph.new_constant(node.graph, converted, node)
+
+
+def _rewrite_convolution(node: fx.Node, found: Any) -> None:
+    arguments = qgraph.schema_arguments(node)
+    x, x_parameters, weight, weight_parameters = _operands(node)
+    spatial = qgraph.value(weight).dim() - 2
+    stride, padding, dilation = (_full(arguments[name], spatial) for name in ("stride", "padding", "dilation"))
+    groups = arguments["groups"]
+    packing_scale, packing_zero_point = (
+        (x_parameters.scale, x_parameters.zero_point) if x_parameters.is_static else (1.0, 0)
+    )
+    scale, _ = _weight_constants(node, weight_parameters)
+    packed = node.graph.call_function(
+        onednn.qconv_prepack.default,
+        (weight, scale, packing_scale, packing_zero_point, stride, padding, dilation, groups, _shape_hint(x)),
+    )
+    _call(node, "conv", packed, (stride, padding, dilation, groups))
+
+
+def _rewrite_linear(node: fx.Node, found: Any) -> None:
+    x, _, weight, _ = _operands(node)
+    hint = _shape_hint(x)
+    rows = None if hint is None else [math.prod(hint[:-1]), hint[-1]]
+    packed = node.graph.call_function(onednn.qlinear_prepack.default, (weight, rows))
+    _call(node, "linear", packed, ())
+
+
+def _full(values: Any, dimensions: int) -> list[int]:
+    values = list(values)
+    return values * dimensions if len(values) == 1 else values
+
+
+def macs(node: fx.Node) -> int | None:
+    """Multiply-accumulates of a convolution, linear or matrix product; None where a size is not known."""
+    output = qgraph.value(node)
+    if node.target in (CONVOLUTION, LINEAR):
+        weight = qgraph.value(qgraph.schema_arguments(node)["weight"])
+        per_output = math.prod(weight.shape[1:])
+    else:
+        per_output = qgraph.value(node.args[-1]).shape[-2]  # type: ignore[arg-type]
+    total = output.numel() * per_output
+    return int(total) if isinstance(total, int) else None
+
+
+def _find(node: fx.Node) -> Any:
+    found = obstacle(node)
+    return True if found is None else No(str(found))
+
+
+RULES = (
+    Rule("convolution", (CONVOLUTION,), _find, _rewrite_convolution),
+    Rule("linear", (LINEAR,), _find, _rewrite_linear),
+)

@@ -1,0 +1,218 @@
+"""A call absorbs what stands behind it: an activation, an addition, the quantize of its output.
+
+Which activation which kernel takes was found by trying each on both supported versions of torch; a test tries again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import qgraph
+from inductor_x86q.passes import aliasing
+from inductor_x86q.passes.fuse.call import Binary, Call, Unary, describe, is_call, read, replace, with_output
+from inductor_x86q.passes.stage import No, Rule
+
+aten = torch.ops.aten
+
+# How each activation is spelled for the kernels, from the node's arguments by name.
+UNARIES: dict[Any, Callable[[dict[str, Any]], Unary]] = {
+    aten.relu.default: lambda a: Unary("relu"),
+    aten.hardtanh.default: lambda a: Unary("hardtanh", (float(a["min_val"]), float(a["max_val"]))),
+    aten.hardswish.default: lambda a: Unary("hardswish"),
+    aten.silu.default: lambda a: Unary("swish"),
+    aten.gelu.default: lambda a: Unary("gelu", (), a["approximate"]),
+    aten.leaky_relu.default: lambda a: Unary("leaky_relu", (float(a["negative_slope"]),)),
+    aten.tanh.default: lambda a: Unary("tanh"),
+}
+
+# What the kernels accept. Refused by all: sigmoid, hardsigmoid, elu, mish, abs.
+ACCEPTED = {
+    ("conv", "none"): {"relu", "hardtanh", "hardswish", "swish"},
+    ("linear", "none"): {"relu", "hardtanh", "hardswish", "swish", "gelu", "leaky_relu", "tanh"},
+    ("conv", "binary"): {"relu"},
+    ("linear", "binary"): {"relu"},
+}
+
+
+def _absorbable(node: Any) -> Call | No:
+    """The call behind `node` if it may still absorb its only user."""
+    if not is_call(node):
+        return No(f"its input is {describe(node) if isinstance(node, fx.Node) else node}, not a fused call")
+    if len(node.users) != 1:
+        return No(f"the call's result has {len(node.users)} users")
+    call = read(node)
+    if call.has_int8_output:
+        return No("the call's result is already quantized")
+    return call
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def _find_unary(node: fx.Node) -> Any:
+    call = _absorbable(node.args[0])
+    if isinstance(call, No):
+        return call
+    unary = UNARIES[node.target](qgraph.schema_arguments(node))
+    merged = _merge(call.unary, unary)
+    if merged is None:
+        return No(f"the call already ends in {call.unary.name}")
+    if merged.name not in ACCEPTED[call.family, "binary" if call.binary else "none"]:
+        return No(f"the {call.family} kernel does not take {unary.name}{' after an addition' if call.binary else ''}")
+    return dataclasses.replace(call, unary=merged)
+
+
+def _merge(first: Unary, second: Unary) -> Unary | None:
+    """One post-operation that does both; None if there is none."""
+    if first.name == "none":
+        return second
+    low, high = _bounds(first)
+    low2, high2 = _bounds(second)
+    if low is None or low2 is None or high is None or high2 is None:
+        return None
+    return clipping(min(max(low, low2), high2), max(min(high, high2), low2))
+
+
+def _bounds(unary: Unary) -> tuple[float, float] | tuple[None, None]:
+    if unary.name == "relu":
+        return 0.0, math.inf
+    if unary.name == "hardtanh":
+        return unary.scalars[0], unary.scalars[1]
+    return None, None
+
+
+def clipping(low: float, high: float) -> Unary:
+    """The post-operation that clips to [low, high]."""
+    return Unary("relu") if (low, high) == (0.0, math.inf) else Unary("hardtanh", (low, high))
+
+
+def _rewrite_unary(node: fx.Node, call: Call) -> None:
+    replace(node.args[0], call, at=node)  # type: ignore[arg-type]
+
+
+# --- addition ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Addition:
+    source: fx.Node
+    call: Call
+    other: fx.Node
+    in_place: bool
+
+
+def _find_addition(node: fx.Node) -> Any:
+    arguments = qgraph.schema_arguments(node)
+    if arguments.get("alpha", 1) != 1:
+        return No(f"it scales its second operand by alpha={arguments['alpha']}")
+    operands = [arguments["self"], arguments["other"]]
+    if not all(isinstance(operand, fx.Node) for operand in operands) or operands[0] is operands[1]:
+        return No("it does not add two different tensors")
+    if qgraph.value(operands[0]).shape != qgraph.value(operands[1]).shape:
+        return No("it broadcasts")
+    declined: Any = No("neither operand is a fused call")
+    # Of two calls the later one takes the sum: the earlier one's result is the accumulator.
+    for source, other in sorted(zip(operands, reversed(operands), strict=True), key=lambda pair: pair[0], reverse=True):
+        call = _absorbable(source)
+        if isinstance(call, No):
+            continue
+        if call.binary or call.unary.name != "none":
+            declined = No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
+            continue
+        found = _find_accumulator(node, source, call, other)
+        if not isinstance(found, No):
+            return found
+        declined = found
+    return declined
+
+
+def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node) -> Any:
+    quantized = _quantized_output(node)
+    if qgraph.is_dequantize(other) and quantized is not None:
+        parameters = qgraph.qparams(other)
+        if parameters.is_static and parameters.axis is None and parameters.dtype == quantized.dtype:
+            integers = other.args[0]
+            binary = Binary("sum", integers, parameters.scale, parameters.zero_point)  # type: ignore[arg-type]
+            free = aliasing.may_overwrite(integers, after=node)  # type: ignore[arg-type]
+            return _Addition(source, dataclasses.replace(call, binary=binary), integers, free)  # type: ignore[arg-type]
+    dtype = qgraph.value(other).dtype
+    if qgraph.is_dequantize(other):
+        return No("its other operand is int8 and its own result is not: left to one generated kernel")
+    if dtype != call.output_dtype or qgraph.value(node).dtype != dtype:
+        return No(f"it adds {dtype} to {call.output_dtype}")
+    if aliasing.may_overwrite(other, after=node) and quantized is None:
+        return _Addition(source, dataclasses.replace(call, binary=Binary("sum", other)), other, True)
+    if call.family == "linear":
+        return _Addition(source, dataclasses.replace(call, binary=Binary("add", other)), other, True)
+    return No("the accumulator is read later, and the convolution has no addition that leaves it alone")
+
+
+def _quantized_output(node: fx.Node) -> qgraph.QParams | None:
+    """The parameters by which the sum `node`, or the relu behind it, is quantized; None if it stays float."""
+    user = qgraph.only_user(node)
+    if user is not None and user.target is aten.relu.default:
+        user = qgraph.only_user(user)
+    if user is None or user.target is not qgraph.QUANTIZE:
+        return None
+    parameters = qgraph.qparams(user)
+    return parameters if parameters.dtype in qgraph.INT8_TYPES else None
+
+
+def _rewrite_addition(node: fx.Node, found: _Addition) -> None:
+    call = found.call
+    if not found.in_place:
+        with node.graph.inserting_before(node):
+            copy = qgraph.call(node.graph, aten.clone.default, (found.other,), like=node)
+        assert call.binary is not None
+        call = dataclasses.replace(call, binary=dataclasses.replace(call.binary, other=copy))
+    replace(found.source, call, at=node)
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------
+
+
+def _find_quantize(node: fx.Node) -> Any:
+    call = _absorbable(node.args[0])
+    if isinstance(call, No):
+        return call
+    parameters = qgraph.qparams(node)
+    if parameters.dtype not in qgraph.INT8_TYPES:
+        return No(f"it quantizes to {parameters.dtype}")
+    if not (math.isfinite(parameters.scale) and parameters.scale > 0):
+        return No(f"its scale is {parameters.scale}")
+    if call.binary and call.binary.kind == "sum":
+        dtype = qgraph.value(call.binary.other).dtype
+        if dtype != parameters.dtype:
+            return No(f"the call adds in place into {dtype}")
+    return with_output(call, parameters), parameters
+
+
+def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> None:
+    call, parameters = found
+    if parameters.is_full_range:
+        replace(node.args[0], call, at=node)  # type: ignore[arg-type]
+        return
+    # The kernel saturates at the type's bounds; a narrower range is a clip of the real value, or of the integers.
+    low = (parameters.quant_min - parameters.zero_point) * parameters.scale
+    high = (parameters.quant_max - parameters.zero_point) * parameters.scale
+    merged = _merge(call.unary, Unary("hardtanh", (low, high)))
+    if merged is not None and merged.name in ACCEPTED[call.family, "binary" if call.binary else "none"]:
+        replace(node.args[0], dataclasses.replace(call, unary=merged), at=node)  # type: ignore[arg-type]
+        return
+    new = replace(node.args[0], call, at=node)  # type: ignore[arg-type]
+    with new.graph.inserting_after(new):
+        clip = qgraph.call(new.graph, aten.clamp.default, (new, parameters.quant_min, parameters.quant_max), like=new)
+    new.replace_all_uses_with(clip, delete_user_cb=lambda user: user is not clip)
+
+
+RULES = (
+    Rule("activation", tuple(UNARIES), _find_unary, _rewrite_unary),
+    Rule("addition", (aten.add.Tensor,), _find_addition, _rewrite_addition),
+    Rule("quantized output", (qgraph.QUANTIZE,), _find_quantize, _rewrite_quantize),
+)

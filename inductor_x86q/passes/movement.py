@@ -1,0 +1,40 @@
+"""Operators that only move elements, so that quantize and dequantize commute with them exactly."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+# Each takes its tensor first and puts elements of it, and nothing else, into its result.
+MOVEMENTS = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
+    aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default,
+    aten.flip.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    aten.channel_shuffle.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_select.default,
+    aten.roll.default, aten.unfold.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default,
+    aten.upsample_nearest1d.default, aten.upsample_nearest3d.default,
+})  # fmt: skip
+
+# The same with a list of results.
+SPLITS = frozenset({
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections,
+})  # fmt: skip
+
+# Each takes a list of tensors.
+JOINS = frozenset({aten.cat.default, aten.stack.default})
+
+
+def is_movement(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in MOVEMENTS
+
+
+def is_item(node: Any) -> bool:
+    """Whether the node picks one result of a list."""
+    return isinstance(node, fx.Node) and node.target is operator.getitem

@@ -1,0 +1,196 @@
+"""Reading and writing quantize and dequantize nodes, typed.
+
+After the normalize stage there is one spelling of each:
+
+* activations: `quantize_per_tensor.default` / `dequantize_per_tensor.default`, scale and zero point Python numbers;
+* activations with parameters computed at run time: the `.tensor` overloads;
+* weights: `dequantize_per_channel.default` of a constant, scale and zero point constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import _torch
+
+_torch.register_quantized_decomposed()
+_q = torch.ops.quantized_decomposed
+
+QUANTIZE = _q.quantize_per_tensor.default
+DEQUANTIZE = _q.dequantize_per_tensor.default
+QUANTIZE_TENSOR = _q.quantize_per_tensor.tensor
+DEQUANTIZE_TENSOR = _q.dequantize_per_tensor.tensor
+QUANTIZE_CHANNEL = _q.quantize_per_channel.default
+DEQUANTIZE_CHANNEL = _q.dequantize_per_channel.default
+
+QUANTIZES = (QUANTIZE, QUANTIZE_TENSOR, _q.quantize_per_tensor.tensor2, QUANTIZE_CHANNEL)
+DEQUANTIZES = (DEQUANTIZE, DEQUANTIZE_TENSOR, _q.dequantize_per_tensor.tensor2, DEQUANTIZE_CHANNEL)
+
+INT8_TYPES = (torch.uint8, torch.int8)
+
+
+@dataclasses.dataclass(frozen=True)
+class QParams:
+    """How a tensor is quantized: real = (integer - zero_point) * scale, integers in [quant_min, quant_max]."""
+
+    scale: Any  # float, or a node where it is computed at run time or stored as a tensor
+    zero_point: Any  # int, or a node
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+    axis: int | None = None  # of a per-channel quantization
+
+    @property
+    def is_static(self) -> bool:
+        """Whether scale and zero point are plain numbers."""
+        return not isinstance(self.scale, fx.Node) and not isinstance(self.zero_point, fx.Node)
+
+    @property
+    def is_full_range(self) -> bool:
+        info = torch.iinfo(self.dtype)
+        return self.quant_min <= info.min and self.quant_max >= info.max
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The arguments after the tensor, in the order of the operators' schema."""
+        axis = () if self.axis is None else (self.axis,)
+        return (self.scale, self.zero_point, *axis, self.quant_min, self.quant_max, self.dtype)
+
+    def same_grid(self, other: QParams) -> bool:
+        """Whether integers mean the same real numbers in both (the allowed ranges may differ)."""
+        mine = (self.scale, self.zero_point, self.dtype, self.axis)
+        return mine == (other.scale, other.zero_point, other.dtype, other.axis)
+
+
+def is_quantize(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in QUANTIZES
+
+
+def is_dequantize(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in DEQUANTIZES
+
+
+def qparams(node: fx.Node) -> QParams:
+    """The parameters of a quantize or dequantize node."""
+    arguments = schema_arguments(node)
+    axis = arguments.get("axis")
+    scale, zero_point = (
+        (arguments["scale"], arguments["zero_point"]) if axis is None else (arguments["scales"], arguments["zero_points"])
+    )
+    return QParams(scale, zero_point, arguments["quant_min"], arguments["quant_max"], arguments["dtype"], axis)
+
+
+def out_dtype(node: fx.Node) -> torch.dtype:
+    """The float type that a dequantize node produces."""
+    return node.kwargs.get("out_dtype") or torch.float32  # type: ignore[return-value]
+
+
+def schema_arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by the names of its operator's schema, defaults filled in."""
+    found: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if position < len(node.args):
+            found[argument.name] = node.args[position]
+        else:
+            found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return found
+
+
+def value(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that stands for what the node computes: its shape, type and strides."""
+    return node.meta["val"]
+
+
+def constant(node: Any) -> torch.Tensor | None:
+    """The tensor behind a `get_attr` node, None for anything else."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    found: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+    """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
+    module = graph.owning_module
+    assert module is not None
+    number = getattr(module, "_x86q_constants", 0)
+    module._x86q_constants = number + 1
+    name = f"_x86q_constant{number}"
+    module.register_buffer(name, tensor)
+    node = graph.get_attr(name)
+    copy_origin(node, like)
+    with _torch.fake_mode(graph) as mode:
+        node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None,
+         *, like: fx.Node) -> fx.Node:  # fmt: skip
+    """A new node at the graph's insertion point, with its value's description, said to come from `like`."""
+    node = graph.call_function(target, args, kwargs or {})
+    copy_origin(node, like)
+    _torch.propagate_fake_tensors(graph.owning_module, node)  # type: ignore[arg-type]
+    return node
+
+
+def quantize(graph: fx.Graph, node: fx.Node, parameters: QParams, *, like: fx.Node) -> fx.Node:
+    target = QUANTIZE if parameters.is_static else QUANTIZE_TENSOR
+    return call(graph, target, (node, *parameters.arguments()), like=like)
+
+
+def dequantize(graph: fx.Graph, node: fx.Node, parameters: QParams, dtype: torch.dtype, *, like: fx.Node) -> fx.Node:
+    if parameters.axis is not None:
+        target = DEQUANTIZE_CHANNEL
+    else:
+        target = DEQUANTIZE if parameters.is_static else DEQUANTIZE_TENSOR
+    kwargs = {} if dtype == torch.float32 else {"out_dtype": dtype}
+    return call(graph, target, (node, *parameters.arguments()), kwargs, like=like)
+
+
+ORIGIN_FIELDS = ("nn_module_stack", "stack_trace", "from_node", "source_fn_stack", "custom")
+
+
+def copy_origin(node: fx.Node, like: fx.Node) -> None:
+    """Copies from `like` what says where in the model a node comes from."""
+    for field in ORIGIN_FIELDS:
+        if field in like.meta:
+            node.meta[field] = like.meta[field]
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The node's single user, None if there are none or more."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def erase_dead(node: fx.Node) -> None:
+    """Erases `node` and, upwards, whatever only it used; constants included."""
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.users or current.op in ("placeholder", "output") or current._erased:
+            continue
+        pending.extend(current.all_input_nodes)
+        current.graph.erase_node(current)
+
+
+def compute_ancestors(node: fx.Node) -> set[fx.Node]:
+    """All nodes that `node` depends on, itself left out."""
+    found: set[fx.Node] = set()
+    pending = list(node.all_input_nodes)
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found.add(current)
+            pending.extend(current.all_input_nodes)
+    return found
+
+
+def activations(nodes: Iterator[fx.Node]) -> Iterator[fx.Node]:
+    """Those of `nodes` that are not constants."""
+    return (node for node in nodes if node.op != "get_attr")
