@@ -25,6 +25,7 @@ _scope_lock = threading.RLock()
 # Activations that Inductor decomposes before freezing, where the passes want to see one node. What no pass
 # consumed is decomposed afterwards (`decompose_node`), by the very same table.
 KEPT_WHOLE: tuple[Any, ...] = (
+    aten.clamp.default,
     aten.hardtanh.default,
     aten.hardswish.default,
     aten.hardsigmoid.default,

@@ -8,9 +8,10 @@ int8, so that a float residual stream stays float.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 
 # Operators through which quantize and dequantize pass exactly: result and tensors share their parameters.
 SHARING = frozenset({
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.adaptive_max_pool2d.default,
+    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
     aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default, aten.view.default, aten.permute.default,
     aten.transpose.int, aten.t.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
     aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.expand.default, aten.expand_as.default,
@@ -54,19 +55,21 @@ SHARING = frozenset({
     aten.feature_dropout.default, aten.cat.default, aten.concat.default, aten.stack.default, aten.chunk.default,
     aten.split.Tensor, aten.split.default, aten.split_with_sizes.default, aten.unbind.int, aten.flip.default,
     aten.roll.default, aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec,
-    aten.narrow.int, aten.movedim.int, aten.swapaxes.default, aten.detach.default, aten.detach_.default,
+    aten.narrow.default, aten.movedim.int, aten.swapaxes.default, aten.detach.default, aten.detach_.default,
     operator.getitem,
 })  # fmt: skip
 # The same where they fill with zeros: the zero point must be able to stand for 0, as it always does.
 PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
 
 # Operators that compute in float between int8 tensors, in one generated kernel: int8 in, int8 out.
-ARITHMETIC = frozenset({
-    aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.avg_pool2d.default,
-    aten.avg_pool1d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool3d.default, aten.mean.dim, aten.mean.default,
-    aten.batch_norm.default,
+POINTWISE = frozenset({
+    aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor,
+    aten.batch_norm.default, aten.minimum.default, aten.maximum.default,
 }) | ACTIVATIONS  # fmt: skip
+POOLS = frozenset({
+    aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default, aten.mean.dim, aten.mean.default,
+})  # fmt: skip
 
 
 class X86Quantizer(torchao.Quantizer):
@@ -93,7 +96,7 @@ class X86Quantizer(torchao.Quantizer):
         self.reduce_range = not _cpu.has_vnni() if reduce_range is None else reduce_range
         self.exclude = tuple(exclude)
         self.is_qat = is_qat
-        self.excluded: list[str] = []
+        self.excluded: list[fx.Node] = []
         self._activation = _activation_spec(127 if self.reduce_range else 255, is_qat)
         self._weight = _weight_spec(is_qat)
 
@@ -143,58 +146,111 @@ def _module_stack(node: fx.Node) -> list[tuple[str, Any]]:
 
 
 class _Plan:
-    """What to quantize: `wanted` values, `groups` of slots that share parameters, and the `compute` nodes."""
+    """What to quantize.
 
-    def __init__(self, graph: fx.Graph, is_excluded: Any) -> None:
-        self.graph = graph
-        self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # node: (activation, weight)
-        self.excluded: list[str] = []
-        self.wanted: set[fx.Node] = set()
-        self.accumulated: dict[fx.Node, fx.Node] = {}  # addition: the operand that a kernel will add into
-        self._nodes = list(graph.nodes)
-        for node in self._nodes:
+    `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
+    a fused region, the region's last value, which is the only one of them that may be quantized. `wanted`: the values
+    to quantize.
+    """
+
+    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool]) -> None:
+        self.nodes = list(graph.nodes)
+        self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self.excluded: list[fx.Node] = []
+        for node in self.nodes:
             operands = _compute_operands(node)
-            if operands is None:
-                continue
-            if is_excluded(node):
-                self.excluded.append(node.name)
-            else:
+            if operands is not None and is_excluded(node):
+                self.excluded.append(node)
+            elif operands is not None:
                 self.compute[node] = operands
-        self._find_wanted()
-
-    def _find_wanted(self) -> None:
-        for node in reversed(self._nodes):
-            if _is_float(node) and any(self.passes_on(node, user) for user in node.users) and not self._inside(node):
+        self.ends: dict[fx.Node, fx.Node] = {}
+        self._claimed: set[fx.Node] = set()
+        for node in reversed(self.compute):  # the later of two convolutions takes the addition, as when fusing
+            self._find_region(node)
+        self.wanted: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            if self._is_wanted(node):
                 self.wanted.add(node)
 
+    def _find_region(self, start: fx.Node) -> None:
+        """What one call will compute: the operator, then an activation, or an addition with a relu behind it."""
+        region = [start]
+        user = _only_user(start)
+        if user is not None and user.target in ACTIVATIONS:
+            region.append(user)
+        elif user is not None and user not in self._claimed and _is_plain_addition(user):
+            self._claimed.add(user)
+            region.append(user)
+            user = _only_user(user)
+            if user is not None and user.target in RELUS:
+                region.append(user)
+        for node in region:
+            self.ends[node] = region[-1]
+
+    def _is_wanted(self, node: fx.Node) -> bool:
+        if not _is_float(node) or self.ends.get(node, node) is not node or _is_constant(node):
+            return False
+        return any(self.passes_on(node, user) for user in node.users)
+
     def passes_on(self, value: fx.Node, user: fx.Node) -> bool:
-        """Whether `user` reads `value` in int8."""
+        """Whether `user` should read `value` in int8."""
         if user in self.compute:
             return self.compute[user][0] is value
-        if user.target in SHARING or user.target in PADS:
-            return self._reaches(user)
-        return user.target in ARITHMETIC and user in self.wanted and self.is_int8_source(value)
+        if _shares(user):
+            return self._results_wanted(user)
+        if user in self._claimed:
+            return self.ends[user] in self.wanted
+        if user.target in POOLS:
+            return user in self.wanted and self.is_int8_source(value)
+        return user.target in POINTWISE and self._leads_to_int8(user) and self.is_int8_source(value)
 
-    def _reaches(self, node: fx.Node) -> bool:
+    def _results_wanted(self, node: fx.Node) -> bool:
         if _is_float(node):
             return node in self.wanted
         return any(item in self.wanted for item in node.users)  # a list of results
 
-    def _inside(self, node: fx.Node) -> bool:
-        """Whether a kernel keeps the value to itself: between a convolution or linear and what it absorbs."""
-        end = self._region_end(node)
-        return end is not None and end is not node
-
-    def _region_end(self, node: fx.Node) -> fx.Node | None:
-        """Where the region that the value belongs to ends; None where no convolution or linear starts it."""
-        raise NotImplementedError
+    def _leads_to_int8(self, node: fx.Node) -> bool:
+        """Whether a generated kernel that computes `node` writes int8, perhaps after more of the same."""
+        if node in self.wanted:
+            return True
+        return any(
+            user.target in POINTWISE and user not in self._claimed and self._leads_to_int8(user) for user in node.users
+        )
 
     def is_int8_source(self, value: fx.Node) -> bool:
-        raise NotImplementedError
+        """Whether whatever makes the value can as well write int8: a call, a pool, or data moved from one of these."""
+        if value in self.ends or value.target in POOLS:
+            return True
+        if _shares(value) or _is_list(value):
+            return any(self.is_int8_source(x) for x in value.all_input_nodes)
+        return False
+
+    def slots(self, value: fx.Node) -> list[Any]:
+        """Where to quantize the value: at the node, for all its users, or only on the edges that lead to int8."""
+        edges = [user for user in value.users if self.passes_on(value, user)]
+        if len(edges) == len(value.users) or self.is_int8_source(value):
+            return [value]
+        return [(value, user) for user in edges]
 
 
 def _compute_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    raise NotImplementedError
+    """Activation and weight of a convolution or linear with a constant weight; None for any other node."""
+    if node.op != "call_function":
+        return None
+    if node.target in CONVOLUTIONS or node.target in LINEARS:
+        activation, weight = node.args[0], node.args[1]
+        if node.target is aten.convolution.default and node.args[6]:
+            return None  # transposed
+    elif node.target in PRODUCTS:
+        position = PRODUCTS[node.target]
+        activation, weight = node.args[position - 1], node.args[position]
+    else:
+        return None
+    if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    if not _is_constant(weight) or _is_constant(activation) or not _is_float(activation) or weight.meta["val"].dim() < 2:
+        return None
+    return activation, weight
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -202,5 +258,101 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
 
 
+def _is_list(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether the value depends on parameters and buffers only."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder" or (current.op != "get_attr" and not current.all_input_nodes):
+            return False
+        pending.extend(current.all_input_nodes)
+    return True
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_plain_addition(node: fx.Node) -> bool:
+    """Whether the node adds two different float tensors of one shape, unscaled."""
+    if node.target not in ADDITIONS or node.kwargs.get("alpha", 1) != 1:
+        return False
+    first, second = node.args[:2]
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
+        return False
+    if not _is_float(first) or not _is_float(second) or _is_constant(first) or _is_constant(second):
+        return False
+    return first.meta["val"].shape == second.meta["val"].shape
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the node only moves data, so that its result and its tensors share their parameters."""
+    if node.target in PADS:
+        arguments = dict(zip(("mode", "value"), node.args[2:], strict=False)) | node.kwargs
+        if node.target is aten.constant_pad_nd.default:
+            return not (node.args[2] if len(node.args) > 2 else 0)
+        return arguments.get("mode", "constant") != "constant" or not arguments.get("value")
+    return node.target in SHARING
+
+
 def _annotate(plan: _Plan, activation: Any, weight: Any) -> None:
-    raise NotImplementedError
+    groups = _Groups()
+    for value in plan.nodes:
+        if value not in plan.wanted:
+            continue
+        slots = plan.slots(value)
+        for slot in slots:
+            groups.join(slots[0], slot)
+        for user in value.users:
+            if _shares(user) and plan.passes_on(value, user):
+                for result in [user] if _is_float(user) else [item for item in user.users if item in plan.wanted]:
+                    groups.join(slots[0], plan.slots(result)[0])
+    for slot in groups.slots():
+        root = groups.root(slot)
+        _set(slot, activation if root == slot else torchao.SharedQuantizationSpec(root))
+    for node, (_, weight_node) in plan.compute.items():
+        axis = weight_node.meta["val"].dim() - 1 if node.target in PRODUCTS else 0
+        _annotation(node).input_qspec_map[weight_node] = dataclasses.replace(weight, ch_axis=axis)
+
+
+def _annotation(node: fx.Node) -> Any:
+    found = node.meta.get(torchao.ANNOTATION_KEY)
+    if found is None:
+        found = node.meta[torchao.ANNOTATION_KEY] = torchao.QuantizationAnnotation(_annotated=True)
+    return found
+
+
+def _set(slot: Any, spec: Any) -> None:
+    if isinstance(slot, fx.Node):
+        _annotation(slot).output_qspec = spec
+    else:
+        value, user = slot
+        _annotation(user).input_qspec_map[value] = spec
+
+
+class _Groups:
+    """Sets of slots that share parameters (a disjoint-set forest); the first slot of a set is its root."""
+
+    def __init__(self) -> None:
+        self._parents: dict[Any, Any] = {}
+
+    def root(self, slot: Any) -> Any:
+        self._parents.setdefault(slot, slot)
+        while self._parents[slot] != slot:
+            slot = self._parents[slot]
+        return slot
+
+    def join(self, first: Any, second: Any) -> None:
+        first, second = self.root(first), self.root(second)
+        if first != second:
+            self._parents[second] = first
+
+    def slots(self) -> list[Any]:
+        return list(self._parents)

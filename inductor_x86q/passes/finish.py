@@ -33,13 +33,16 @@ def _decompose(node: fx.Node, found: Any) -> None:
     _torch.decompose_node(node.graph.owning_module, node)  # type: ignore[arg-type]
 
 
+# What the passes kept whole or put into the graph, and Inductor has no lowering for.
+DECOMPOSED = (*_torch.KEPT_WHOLE, aten.linear.default)
+
 RULES = (
     Rule("weight left in float", qgraph.DEQUANTIZES, _find_dequantized_constant, _rewrite_dequantized_constant),
-    Rule("decompose", (*_torch.KEPT_WHOLE, aten.linear.default), lambda node: True, _decompose),
+    Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
 
 
 def check(graph: fx.Graph) -> None:
     """Nothing is left that Inductor would have decomposed."""
     for node in graph.nodes:
-        assert node.target not in _torch.KEPT_WHOLE and node.target is not aten.linear.default, f"{node} is left whole"
+        assert node.target not in DECOMPOSED, f"{node} is left whole"

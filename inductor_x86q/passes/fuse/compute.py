@@ -100,13 +100,18 @@ def _operands(node: fx.Node) -> tuple[fx.Node, qgraph.QParams, fx.Node, qgraph.Q
 
 
 def _weight_constants(node: fx.Node, parameters: qgraph.QParams) -> tuple[fx.Node, fx.Node]:
-    """Scale as fp32 and zero point as the kernels read them."""
-    scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
-    assert scale is not None and zero_point is not None
-    if scale.dtype == torch.float32:
-        return parameters.scale, parameters.zero_point
-    converted = scale.float()
-    return qgraph.new_constant(node.graph, converted, node), parameters.zero_point
+    """The weight's scale as fp32 and its zero point as int32, which is how the kernels read them."""
+    return tuple(  # type: ignore[return-value]
+        _as(node, constant, dtype)
+        for constant, dtype in ((parameters.scale, torch.float32), (parameters.zero_point, torch.int32))
+    )
+
+
+def _as(node: fx.Node, constant: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The constant, or a new one that holds the same in another type."""
+    tensor = qgraph.constant(constant)
+    assert tensor is not None
+    return constant if tensor.dtype == dtype else qgraph.new_constant(node.graph, tensor.detach().to(dtype), node)
 
 
 def _shape_hint(x: fx.Node) -> list[int] | None:
@@ -120,6 +125,7 @@ def _call(node: fx.Node, family: str, packed: fx.Node, geometry: tuple[Any, ...]
     scale, zero_point = _weight_constants(node, weight_parameters)
     packed.meta["val"] = qgraph.value(weight)
     qgraph.copy_origin(packed, node)
+    bias = qgraph.schema_arguments(node)["bias"]
     call = Call(
         family,
         x,
@@ -128,7 +134,7 @@ def _call(node: fx.Node, family: str, packed: fx.Node, geometry: tuple[Any, ...]
         packed,
         scale,
         zero_point,
-        _float_bias(node),
+        bias and _as(node, bias, torch.float32),  # the kernels add it before any rounding to bf16
         geometry,
         qgraph.value(node).dtype,
     )
@@ -136,16 +142,6 @@ def _call(node: fx.Node, family: str, packed: fx.Node, geometry: tuple[Any, ...]
     new.meta["x86q_macs"] = macs(node)
     node.replace_all_uses_with(new)
     qgraph.erase_dead(node)
-
-
-def _float_bias(node: fx.Node) -> fx.Node | None:
-    """The bias as fp32: the kernels add it before any rounding to bf16."""
-    bias = qgraph.schema_arguments(node)["bias"]
-    tensor = qgraph.constant(bias)
-    if tensor is None or tensor.dtype == torch.float32:
-        return bias
-    converted = tensor.detach().float()
-    return qgraph.new_constant(node.graph, converted, node)
 
 
 def _rewrite_convolution(node: fx.Node, found: Any) -> None:

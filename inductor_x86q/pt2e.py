@@ -1,0 +1,322 @@
+"""The front door: export, prepare, calibrate, convert, on torchao's PT2E steps."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import _torchao as torchao
+from inductor_x86q import qgraph
+from inductor_x86q.errors import QuantizationError
+from inductor_x86q.quantizer import X86Quantizer
+from inductor_x86q.report import layer
+
+log = logging.getLogger(__name__)
+
+
+def quantize(
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    calibration: Iterable[Any] | None = None,
+    dynamic: bool = False,
+    exclude: Iterable[str | type] = (),
+    reduce_range: bool | None = None,
+    dynamic_shapes: Any = None,
+) -> fx.GraphModule:
+    """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
+
+    The result runs eagerly as the reference of what `torch.compile(result, backend="inductor_x86q")` computes. It
+    takes any batch size where the model does.
+
+    Args:
+        model: a float32 module in eval mode, on the CPU. It is not changed.
+        example_inputs: the positional arguments of one call, a tuple.
+        calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
+            tensor counting as one argument. Batches may differ in size from the example's.
+        exclude: what stays float: module names, glob patterns of them, or module types.
+        reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
+        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
+
+    Raises:
+        QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
+            calibration data, or it holds NaN or infinity where a layer is named.
+    """
+    _check_model(model)
+    _check_inputs(example_inputs)
+    if dynamic:
+        raise QuantizationError("dynamic quantization is not available yet: pass calibration data instead")
+    if calibration is None:
+        raise QuantizationError(
+            "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs]"
+        )
+    exported, any_batch = _export(model, example_inputs, dynamic_shapes)
+    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude)
+    prepared = _prepare(exported, quantizer)
+    with torch.no_grad(), _finite_values_only(prepared):
+        _calibrate(prepared, calibration, None if any_batch else _batch_size(example_inputs))
+    return convert(prepared)
+
+
+def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Turns a prepared and calibrated (or trained) graph into the q/dq graph that the backend compiles.
+
+    Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = torchao.convert_pt2e(prepared, fold_quantize=False)
+    _fold_weights(converted)
+    for parameter in converted.parameters():
+        parameter.requires_grad_(False)
+    _log_left_out(converted)
+    return converted
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise QuantizationError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    for name, module in model.named_modules():
+        if module.training:
+            raise QuantizationError(
+                f"{f'module {name!r}' if name else 'the model'} is in train mode: call model.eval() before quantizing, "
+                "or prepare_qat() to train"
+            )
+    for name, tensor in model.named_parameters():
+        if tensor.device.type != "cpu":
+            raise QuantizationError(f"parameter {name!r} is on {tensor.device}: move the model to the CPU")
+
+
+def _check_inputs(example_inputs: Any) -> None:
+    if not isinstance(example_inputs, tuple):
+        raise QuantizationError(
+            f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of positional arguments, "
+            "e.g. (torch.randn(1, 3, 224, 224),)"
+        )
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def _export(model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> tuple[fx.GraphModule, bool]:
+    """The model's graph, and whether it takes any batch size."""
+    with torch.no_grad():
+        if dynamic_shapes is not None:
+            return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes).module(), True  # type: ignore[return-value]
+        for inputs, shapes in _any_batch(example_inputs):
+            try:
+                exported = torch.export.export(model, inputs, dynamic_shapes=shapes)
+            except Exception as error:  # whatever it is, the export with fixed shapes says it better
+                log.debug("no export with a dynamic batch: %s", error)
+                continue
+            first = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs)
+            dynamic = not isinstance(first.meta["val"].shape[0], int)
+            if dynamic or _batch_size(inputs) == _batch_size(example_inputs):
+                return exported.module(), dynamic  # type: ignore[return-value]
+        return torch.export.export(model, example_inputs).module(), False  # type: ignore[return-value]
+
+
+def _any_batch(example_inputs: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Inputs and shapes to export with so that the first dimension of all inputs stays open, if they agree on it."""
+    if _batch_size(example_inputs) is None:
+        return
+    inputs = example_inputs
+    if _batch_size(inputs) == 1:  # export takes a size of 1 to be fixed
+        inputs = tuple(torch.cat([x, x]) for x in inputs)
+    yield inputs, tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+
+
+def _batch_size(inputs: Sequence[Any]) -> int | None:
+    """The size of the first dimension of all inputs; None where they have none in common."""
+    if not inputs or not all(isinstance(x, torch.Tensor) and x.dim() for x in inputs):
+        return None
+    sizes = {x.shape[0] for x in inputs}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+# --- prepare and calibrate --------------------------------------------------------------------------------------------
+
+
+def _prepare(exported: fx.GraphModule, quantizer: X86Quantizer) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = torchao.prepare_pt2e(exported, quantizer)
+    if not any(_is_observer(module) for module in prepared.modules()):
+        excluded = ", ".join(layer(node) for node in quantizer.excluded)
+        raise QuantizationError(
+            "there is nothing to quantize: the model has no convolution or linear with a constant weight"
+            + (f" that is not excluded ({excluded})" if excluded else "")
+        )
+    return prepared
+
+
+def _is_observer(module: torch.nn.Module) -> bool:
+    return hasattr(module, "calculate_qparams")
+
+
+@contextlib.contextmanager
+def _finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
+    """Within this context an observer that sees NaN or infinity raises QuantizationError with the layer's name."""
+    hooks = []
+    for node in prepared.graph.nodes:
+        if node.op != "call_module" or not _is_observer(prepared.get_submodule(node.target)):
+            continue
+        source = node.args[0]
+        name = f"input {source.name!r}" if source.op == "placeholder" else f"the output of {layer(source)!r}"
+
+        def check(module: torch.nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+            if not torch.isfinite(arguments[0]).all():
+                raise QuantizationError(f"calibration met NaN or infinity in {name}: check the data and the weights")
+
+        hooks.append(prepared.get_submodule(node.target).register_forward_pre_hook(check))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:
+    """Runs all calls; where the graph takes one batch size only, cuts and pads batches to it."""
+    count = 0
+    for call in _progress(calibration):
+        inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
+        for part in _fitted(inputs, fixed_batch):
+            prepared(*part)
+        count += 1
+    if not count:
+        raise QuantizationError("no calibration data: the iterable was empty")
+
+
+def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[Any, ...]]:
+    size = _batch_size(inputs)
+    if fixed_batch is None or size is None or size == fixed_batch:
+        yield inputs
+        return
+    for start in range(0, size, fixed_batch):
+        part = [x[start : start + fixed_batch] for x in inputs]
+        missing = fixed_batch - part[0].shape[0]
+        # Rows that stand twice in a batch do not change the range, and hardly the histogram.
+        yield tuple(x[torch.arange(fixed_batch) % (fixed_batch - missing)] for x in part)
+
+
+def _progress(calls: Iterable[Any]) -> Iterator[Any]:
+    """A progress bar on a terminal, nothing elsewhere (tqdm where it is installed, else the one in torch.hub)."""
+    from torch.hub import tqdm
+
+    total = len(calls) if hasattr(calls, "__len__") else None
+    with tqdm(total=total, desc="calibrating", unit="batch", disable=total is None or not sys.stderr.isatty()) as bar:
+        for call in calls:
+            yield call
+            bar.update(1)
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+def _fold_weights(converted: fx.GraphModule) -> None:
+    """Stores each weight in int8 under its own name, with `_scale` and `_zero_point` beside it, and drops the float one."""
+    graph = converted.graph
+    for node in list(graph.nodes):
+        if not qgraph.is_quantize(node) or not _constant_inputs(node):
+            continue
+        name = _weight_name(node)
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            integers = _evaluate(converted, node, values)
+        parameters = qgraph.qparams(node)
+        stored = {f"{name}_int8": integers}
+        for suffix, value in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
+            if isinstance(value, fx.Node):
+                stored[f"{name}_{suffix}"] = values[value]
+        nodes = {key: _store(converted, key, tensor, node) for key, tensor in stored.items()}
+        for dequantize in list(node.users):
+            for old, suffix in ((parameters.scale, "scale"), (parameters.zero_point, "zero_point")):
+                if isinstance(old, fx.Node):
+                    dequantize.replace_input_with(old, nodes[f"{name}_{suffix}"])
+        node.replace_all_uses_with(nodes[f"{name}_int8"])
+        qgraph.erase_dead(node)
+    graph.eliminate_dead_code()
+    _drop_unused(converted)
+    converted.recompile()
+
+
+def _constant_inputs(node: fx.Node) -> bool:
+    return all(n.op == "get_attr" or (n.op == "call_function" and n.all_input_nodes and _constant_inputs(n)) for n in node.all_input_nodes)
+
+
+def _weight_name(node: fx.Node) -> str:
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
+def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    if node not in values:
+        if node.op == "get_attr":
+            values[node] = qgraph.constant(node)
+        else:
+            arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, values))
+            values[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+    return values[node]
+
+
+def _store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+    """A buffer under a dotted name, with a number appended where that is taken, and the node that reads it."""
+    *path, last = name.split(".")
+    owner: Any = module
+    for part in path:
+        owner = getattr(owner, part)
+    number, unique = 1, last
+    while hasattr(owner, unique):
+        number, unique = number + 1, f"{last}{number}"
+    owner.register_buffer(unique, tensor.detach().clone())
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(".".join([*path, unique]))
+    qgraph.copy_origin(node, before)
+    return node
+
+
+def _drop_unused(module: fx.GraphModule) -> None:
+    """Deletes parameters and buffers that the graph does not read: the float weights above all."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        if name not in used:
+            *path, last = name.split(".")
+            owner: Any = module
+            for part in path:
+                owner = getattr(owner, part)
+            delattr(owner, last)
+
+
+def _log_left_out(converted: fx.GraphModule) -> None:
+    """Says which convolutions, linears and matrix products stay float."""
+    left = left_out(converted)
+    if left:
+        log.info("not quantized, stays float: %s", ", ".join(left))
+
+
+def left_out(converted: fx.GraphModule) -> list[str]:
+    """The layers of a q/dq graph that compute products in float."""
+
+    names = []
+    for node in converted.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_function" and name.startswith(("aten.conv", "aten.linear", "aten.matmul", "aten.mm", "aten.bmm",
+                                                          "aten.addmm", "aten.baddbmm", "aten.scaled_dot_product_attention",
+                                                          "aten.lstm", "aten.gru")):  # fmt: skip
+            activation = node.args[0]
+            if not (isinstance(activation, fx.Node) and qgraph.is_dequantize(activation)):
+                names.append(f"{layer(node)} ({name.removeprefix('aten.').split('.')[0]})")
+
+    return names
