@@ -1,0 +1,47 @@
+"""int8 for TorchInductor on x86 CPUs.
+
+`quantize` a model, then `torch.compile(quantized, backend="inductor_x86q")`; `explain` and `cpp_code` say what became
+of it. Nothing here needs to be imported to compile: the backend is found by its name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inductor_x86q.errors import CompileError, QuantizationError, StrictError
+    from inductor_x86q.inspection import cpp_code, explain
+    from inductor_x86q.pt2e import convert, quantize
+    from inductor_x86q.quantizer import X86Quantizer
+    from inductor_x86q.report import Report
+
+__version__ = "0.1.0"
+
+# Imported when first used: torch.compile loads the backend alone, without torchao.
+_HOME = {
+    "CompileError": "errors",
+    "QuantizationError": "errors",
+    "Report": "report",
+    "StrictError": "errors",
+    "X86Quantizer": "quantizer",
+    "convert": "pt2e",
+    "cpp_code": "inspection",
+    "explain": "inspection",
+    "quantize": "pt2e",
+}
+
+__all__ = [
+    "CompileError", "QuantizationError", "Report", "StrictError", "X86Quantizer", "convert", "cpp_code", "explain",
+    "quantize",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"inductor_x86q.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

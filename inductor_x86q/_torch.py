@@ -276,3 +276,55 @@ def sort_topologically(graph: fx.Graph) -> None:
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     stable_topological_sort(graph)
+
+
+def run_uncompiled(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:
+    """An `inner_compile` for compile_fx that generates nothing; the result must not be called for its value.
+
+    Returns outputs of the right shape and type, so that Dynamo can go on after a graph break.
+    """
+    output = next(iter(graph_module.graph.find_nodes(op="output")))
+
+    def run(*arguments: Any) -> tuple[Any, ...]:
+        def stand_in(node: Any) -> Any:
+            value = node.meta.get("val") if isinstance(node, fx.Node) else node
+            if not isinstance(value, torch.Tensor):
+                return value
+            return torch.zeros([int(size) for size in value.shape], dtype=value.dtype)
+
+        return tuple(stand_in(node) for node in output.args[0])
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@contextlib.contextmanager
+def generated_code() -> Iterator[list[str]]:
+    """Collects the source of every wrapper that Inductor generates within this context.
+
+    Relies on `GraphLowering.save_output_code` being called with it; torch's own tests collect it the same way.
+    Caches are bypassed, since a cache hit generates nothing.
+    """
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    codes: list[str] = []
+    with _scope_lock, config.patch(force_disable_caches=True), _replaced(GraphLowering, "save_output_code", codes.append):
+        yield codes
+
+
+def compile_fresh(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile(model)` under code objects of its own, so that no entry is added to those of the model.
+
+    A graph module is rebuilt, so that Dynamo still sees it at the root and keeps the origin of its nodes.
+    """
+    if isinstance(model, fx.GraphModule):
+        fresh = fx.GraphModule(model, model.graph)
+        fresh.meta.update(model.meta)
+        return torch.compile(fresh, backend=backend)
+
+    def call(*arguments: Any) -> Any:
+        return model(*arguments)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{id(backend)}")
+    return torch.compile(call, backend=backend)

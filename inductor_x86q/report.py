@@ -84,6 +84,14 @@ class Report:
     quantizes_left: list[str] = dataclasses.field(default_factory=list)
     dequantizes_left: list[str] = dataclasses.field(default_factory=list)
 
+    def extend(self, other: Report) -> None:
+        """Adds what another graph of the same model became."""
+        self.fused += other.fused
+        self.missed += other.missed
+        self.kept_float += other.kept_float
+        self.quantizes_left += other.quantizes_left
+        self.dequantizes_left += other.dequantizes_left
+
     def missed_text(self) -> str:
         return "\n".join(f"  {miss}" for miss in self.missed)
 

@@ -131,6 +131,7 @@ def replace(old: fx.Node, call: Call, *, at: fx.Node) -> fx.Node:
         node = emit(at.graph, call, like=at)
     qgraph.copy_origin(node, old)
     node.meta["x86q_absorbed"] = [*old.meta.get("x86q_absorbed", ()), describe(at)]
+    node.meta["x86q_macs"] = old.meta.get("x86q_macs")
     at.replace_all_uses_with(node)
     qgraph.erase_dead(at)
     return node
@@ -138,6 +139,8 @@ def replace(old: fx.Node, call: Call, *, at: fx.Node) -> fx.Node:
 
 def describe(node: fx.Node) -> str:
     """How the report names an absorbed node."""
+    if qgraph.is_quantize(node):
+        return "quantize"
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
