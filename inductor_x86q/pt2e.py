@@ -228,7 +228,7 @@ def _fold_weights(converted: fx.GraphModule) -> None:
     """Stores each weight in int8 under its own name, with `_scale` and `_zero_point` beside it, and drops the float one."""
     graph = converted.graph
     for node in list(graph.nodes):
-        if not qgraph.is_quantize(node) or not _constant_inputs(node):
+        if not qgraph.is_quantize(node) or not qgraph.is_constant(node):
             continue
         name = _weight_name(node)
         values: dict[fx.Node, Any] = {}
@@ -249,10 +249,6 @@ def _fold_weights(converted: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
     _drop_unused(converted)
     converted.recompile()
-
-
-def _constant_inputs(node: fx.Node) -> bool:
-    return all(n.op == "get_attr" or (n.op == "call_function" and n.all_input_nodes and _constant_inputs(n)) for n in node.all_input_nodes)
 
 
 def _weight_name(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ After the normalize stage there is one spelling of each:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,6 +115,20 @@ def constant(node: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def is_constant(node: fx.Node) -> bool:
+    """Whether the value depends on parameters and buffers only."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "placeholder" or (current.op != "get_attr" and not current.all_input_nodes):
+            return False
+        pending.extend(current.all_input_nodes)
+    return True
+
+
 def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
     """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
     module = graph.owning_module
@@ -189,8 +203,3 @@ def compute_ancestors(node: fx.Node) -> set[fx.Node]:
             found.add(current)
             pending.extend(current.all_input_nodes)
     return found
-
-
-def activations(nodes: Iterator[fx.Node]) -> Iterator[fx.Node]:
-    """Those of `nodes` that are not constants."""
-    return (node for node in nodes if node.op != "get_attr")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu
+from inductor_x86q import _cpu, qgraph
 from inductor_x86q import _torchao as torchao
 
 aten = torch.ops.aten
@@ -175,20 +175,20 @@ class _Plan:
     def _find_region(self, start: fx.Node) -> None:
         """What one call will compute: the operator, then an activation, or an addition with a relu behind it."""
         region = [start]
-        user = _only_user(start)
+        user = qgraph.only_user(start)
         if user is not None and user.target in ACTIVATIONS:
             region.append(user)
         elif user is not None and user not in self._claimed and _is_plain_addition(user):
             self._claimed.add(user)
             region.append(user)
-            user = _only_user(user)
+            user = qgraph.only_user(user)
             if user is not None and user.target in RELUS:
                 region.append(user)
         for node in region:
             self.ends[node] = region[-1]
 
     def _is_wanted(self, node: fx.Node) -> bool:
-        if not _is_float(node) or self.ends.get(node, node) is not node or _is_constant(node):
+        if not _is_float(node) or self.ends.get(node, node) is not node or qgraph.is_constant(node):
             return False
         return any(self.passes_on(node, user) for user in node.users)
 
@@ -248,7 +248,7 @@ def _compute_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    if not _is_constant(weight) or _is_constant(activation) or not _is_float(activation) or weight.meta["val"].dim() < 2:
+    if not qgraph.is_constant(weight) or qgraph.is_constant(activation) or not _is_float(activation) or weight.meta["val"].dim() < 2:
         return None
     return activation, weight
 
@@ -262,24 +262,6 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether the value depends on parameters and buffers only."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "placeholder" or (current.op != "get_attr" and not current.all_input_nodes):
-            return False
-        pending.extend(current.all_input_nodes)
-    return True
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _is_plain_addition(node: fx.Node) -> bool:
     """Whether the node adds two different float tensors of one shape, unscaled."""
     if node.target not in ADDITIONS or node.kwargs.get("alpha", 1) != 1:
@@ -287,7 +269,7 @@ def _is_plain_addition(node: fx.Node) -> bool:
     first, second = node.args[:2]
     if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
         return False
-    if not _is_float(first) or not _is_float(second) or _is_constant(first) or _is_constant(second):
+    if not _is_float(first) or not _is_float(second) or qgraph.is_constant(first) or qgraph.is_constant(second):
         return False
     return first.meta["val"].shape == second.meta["val"].shape
 
@@ -303,7 +285,7 @@ def _shares(node: fx.Node) -> bool:
 
 
 def _annotate(plan: _Plan, activation: Any, weight: Any) -> None:
-    groups = _Groups()
+    groups = _Groups({node: position for position, node in enumerate(plan.nodes)})
     for value in plan.nodes:
         if value not in plan.wanted:
             continue
@@ -338,10 +320,18 @@ def _set(slot: Any, spec: Any) -> None:
 
 
 class _Groups:
-    """Sets of slots that share parameters (a disjoint-set forest); the first slot of a set is its root."""
+    """Sets of slots that share parameters (a disjoint-set forest).
 
-    def __init__(self) -> None:
+    The root of a set is the slot that torchao comes to first: it makes a root's observer before those that share it.
+    """
+
+    def __init__(self, positions: dict[fx.Node, int]) -> None:
+        self._positions = positions
         self._parents: dict[Any, Any] = {}
+
+    def _order(self, slot: Any) -> tuple[int, int]:
+        # torchao walks the nodes in graph order, and of each the input edges before the output.
+        return (self._positions[slot], 1) if isinstance(slot, fx.Node) else (self._positions[slot[1]], 0)
 
     def root(self, slot: Any) -> Any:
         self._parents.setdefault(slot, slot)
@@ -350,9 +340,8 @@ class _Groups:
         return slot
 
     def join(self, first: Any, second: Any) -> None:
-        first, second = self.root(first), self.root(second)
-        if first != second:
-            self._parents[second] = first
+        first, second = sorted((self.root(first), self.root(second)), key=self._order)
+        self._parents[second] = first
 
     def slots(self) -> list[Any]:
         return list(self._parents)
