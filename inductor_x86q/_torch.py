@@ -279,23 +279,29 @@ def sort_topologically(graph: fx.Graph) -> None:
 
 
 def run_uncompiled(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:
-    """An `inner_compile` for compile_fx that generates nothing; the result must not be called for its value.
+    """An `inner_compile` for compile_fx that generates nothing: the frozen and fused graph itself is run, eagerly.
 
-    Returns outputs of the right shape and type, so that Dynamo can go on after a graph break.
+    Relies on every operator in it, Inductor's prims included, having an eager kernel.
     """
-    output = next(iter(graph_module.graph.find_nodes(op="output")))
 
-    def run(*arguments: Any) -> tuple[Any, ...]:
-        def stand_in(node: Any) -> Any:
-            value = node.meta.get("val") if isinstance(node, fx.Node) else node
-            if not isinstance(value, torch.Tensor):
-                return value
-            return torch.zeros([int(size) for size in value.shape], dtype=value.dtype)
-
-        return tuple(stand_in(node) for node in output.args[0])
+    def run(arguments: list[Any]) -> Any:
+        values = list(arguments)
+        arguments.clear()
+        with torch.no_grad():
+            return _EagerInterpreter(graph_module).run(*values)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+class _EagerInterpreter(fx.Interpreter):
+    """Runs a graph eagerly, integer max pools in float: eager mode's integer pool counts its indices in 8 bits."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
+            values, offsets = target(args[0].float(), *args[1:], **kwargs)
+            return values.to(args[0].dtype), offsets
+        return super().call_function(target, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -172,27 +172,69 @@ def _rewrite_matrix_product(node: fx.Node, found: tuple[fx.Node, fx.Node, fx.Nod
     qgraph.erase_dead(node)
 
 
-def _find_rows(node: fx.Node) -> Any:
+def _last(node: fx.Node, dimension: Any) -> bool:
+    """Whether a dimension of the node's first argument is its last."""
+    rank = qgraph.value(node.args[0]).dim()  # type: ignore[arg-type]
+    return dimension % rank == rank - 1
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Whether the node moves whole rows of its first argument: what lies along the last dimension stays together."""
+    before, after = qgraph.value(node.args[0]).shape, qgraph.value(node).shape  # type: ignore[arg-type]
+    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
+        return False
+    arguments: Any = node.args
+    if node.target in RESHAPES or node.target is aten.clone.default:
+        return True
+    if node.target is aten.permute.default:
+        return _last(node, arguments[1][-1])
+    if node.target is aten.transpose.int:
+        return not _last(node, arguments[1]) and not _last(node, arguments[2])
+    if node.target in (aten.select.int, aten.slice.Tensor):
+        return not _last(node, arguments[1] if len(arguments) > 1 else 0)
+    return False
+
+
+def _find_moved_rows(node: fx.Node) -> Any:
     linear: Any = node.args[0]
     if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default or len(linear.users) != 1:
         return No("its input is not a linear of one user")
-    view: Any = linear.args[0]
-    if not isinstance(view, fx.Node) or view.target not in RESHAPES:
-        return No("the linear's input is not a view")
-    x: Any = view.args[0]
-    before, rows, after = qgraph.value(x).shape, qgraph.value(view).shape, qgraph.value(node).shape
-    if len(before) < 2 or before[-1] != rows[-1] or list(before[:-1]) != list(after[:-1]) or after[-1] != qgraph.value(linear).shape[-1]:
-        return No("it does not undo the view in front of the linear")
-    return x
+    if not _dequantized_matrix(linear.args[1]):
+        return No("the linear is not quantized")
+    return linear if _keeps_rows(node) else No("it takes rows apart")
 
 
-def _rewrite_rows(node: fx.Node, x: fx.Node) -> None:
-    """A linear on the rows of a reshaped tensor becomes a linear on the tensor."""
-    linear: Any = node.args[0]
+def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> None:
+    """move(linear(x)) → linear(move(x)) where whole rows move: what follows then stands next to the linear."""
+    x: Any = linear.args[0]
+    arguments = list(node.args[1:])
+    if node.target in RESHAPES:
+        arguments = [[*list(arguments[0])[:-1], qgraph.value(x).shape[-1]]]
     with node.graph.inserting_before(node):
-        new = qgraph.call(node.graph, aten.linear.default, (x, *linear.args[1:]), like=linear)
+        moved = qgraph.call(node.graph, node.target, (x, *arguments), dict(node.kwargs), like=linear)  # type: ignore[arg-type]
+        new = qgraph.call(node.graph, aten.linear.default, (moved, *linear.args[1:]), like=linear)
     node.replace_all_uses_with(new)
     qgraph.erase_dead(node)
+
+
+def _find_view_of_view(node: fx.Node) -> Any:
+    source: Any = node.args[0]
+    if not isinstance(source, fx.Node):
+        return No("it views no tensor")
+    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+        return source
+    if source.target not in RESHAPES or len(source.users) != 1:
+        return No("its input is no view of one user")
+    return source.args[0]
+
+
+def _rewrite_view_of_view(node: fx.Node, source: fx.Node) -> None:
+    """A view of a view is a view; a view to the same shape is nothing."""
+    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+        node.replace_all_uses_with(source)
+        qgraph.erase_dead(node)
+    else:
+        _replace(node, aten.reshape.default, (source, node.args[1]))
 
 
 def _find_bias(node: fx.Node) -> Any:
@@ -267,6 +309,7 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = No
 
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+ROW_MOVEMENTS = (*RESHAPES, aten.clone.default, aten.permute.default, aten.transpose.int, aten.select.int, aten.slice.Tensor)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 
@@ -276,7 +319,8 @@ RULES = (
     Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast),
     Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
-    Rule("linear on rows", RESHAPES, _find_rows, _rewrite_rows),
+    Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
+    Rule("view of a view", RESHAPES, _find_view_of_view, _rewrite_view_of_view),
     Rule("bias behind a linear", (aten.add.Tensor,), _find_bias, _rewrite_bias),
     Rule("clamp", (aten.clamp.default, aten.clamp_min.default), _find_clamp, _rewrite_clamp),
     Rule("gated by itself", (aten.mul.Tensor,), _find_gated, _rewrite_gated),
