@@ -248,9 +248,16 @@ def _compute_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
         return None
+    if weight.meta["val"].dim() == 3 and node.target in PRODUCTS and not _repeats_one_matrix(weight):
+        return None
     if not qgraph.is_constant(weight) or qgraph.is_constant(activation) or not _is_float(activation) or weight.meta["val"].dim() < 2:
         return None
     return activation, weight
+
+
+def _repeats_one_matrix(weight: fx.Node) -> bool:
+    """Whether a batch of matrices is one matrix, expanded."""
+    return weight.target is aten.expand.default and weight.args[0].meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()  # type: ignore[union-attr]
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -57,6 +57,11 @@ class Call:
     binary: Binary | None = None
 
     @property
+    def kernel(self) -> str:
+        """Which of the library's kernels it is, as the tables of post-operations know them."""
+        return f"conv{len(self.geometry[0])}d" if self.family == "conv" else self.family
+
+    @property
     def has_int8_output(self) -> bool:
         return self.output_dtype in qgraph.INT8_TYPES
 

@@ -24,10 +24,10 @@ def obstacle(node: fx.Node) -> Obstacle | None:
     """What keeps this convolution or linear from running in int8, or None; also the report's source."""
     arguments = qgraph.schema_arguments(node)
     x, weight = arguments["input"], arguments["weight"]
-    if not qgraph.is_dequantize(x) and not qgraph.is_dequantize(weight):
-        return Obstacle(Reason.NOT_QUANTIZED)
     if arguments.get("transposed"):
         return Obstacle(Reason.NO_KERNEL, "transposed convolution")
+    if not qgraph.is_dequantize(x) and not qgraph.is_dequantize(weight):
+        return Obstacle(Reason.NOT_QUANTIZED)
     return _weight_obstacle(node, weight, arguments) or _activation_obstacle(x, weight)
 
 

@@ -31,13 +31,23 @@ UNARIES: dict[Any, Callable[[dict[str, Any]], Unary]] = {
     aten.tanh.default: lambda a: Unary("tanh"),
 }
 
-# What the kernels accept. Refused by all: sigmoid, hardsigmoid, elu, mish, abs.
-ACCEPTED = {
-    ("conv", "none"): {"relu", "hardtanh", "hardswish", "swish"},
-    ("linear", "none"): {"relu", "hardtanh", "hardswish", "swish", "gelu", "leaky_relu", "tanh"},
-    ("conv", "binary"): {"relu"},
-    ("linear", "binary"): {"relu"},
+# The activations that each kernel accepts. Refused by all: sigmoid, hardsigmoid, elu, mish, abs.
+ACTIVATIONS = {
+    "conv1d": {"relu"},
+    "conv2d": {"relu", "hardtanh", "hardswish", "swish"},
+    "conv3d": set(),
+    "linear": {"relu", "hardtanh", "hardswish", "swish", "gelu", "leaky_relu", "tanh"},
 }
+# The same behind an addition.
+ACTIVATIONS_AFTER_ADDITION = {"conv2d": {"relu"}, "linear": {"relu"}}
+# The additions that each kernel accepts.
+ADDITIONS = {"conv1d": set(), "conv2d": {"sum"}, "conv3d": set(), "linear": {"sum", "add"}}
+
+
+def accepts(call: Call, unary: Unary) -> bool:
+    """Whether the call's kernel can end in this activation."""
+    table = ACTIVATIONS_AFTER_ADDITION if call.binary else ACTIVATIONS
+    return unary.name == "none" or unary.name in table[call.kernel]
 
 
 def _absorbable(node: Any) -> Call | No:
@@ -63,8 +73,8 @@ def _find_unary(node: fx.Node) -> Any:
     merged = _merge(call.unary, unary)
     if merged is None:
         return No(f"the call already ends in {call.unary.name}")
-    if merged.name not in ACCEPTED[call.family, "binary" if call.binary else "none"]:
-        return No(f"the {call.family} kernel does not take {unary.name}{' after an addition' if call.binary else ''}")
+    if not accepts(call, merged):
+        return No(f"the {call.kernel} kernel does not take {unary.name}{' after an addition' if call.binary else ''}")
     return dataclasses.replace(call, unary=merged)
 
 
@@ -125,6 +135,9 @@ def _find_addition(node: fx.Node) -> Any:
         if call.binary or call.unary.name != "none":
             declined = No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
             continue
+        if not ADDITIONS[call.kernel]:
+            declined = No(f"the {call.kernel} kernel takes no addition")
+            continue
         found = _find_accumulator(node, source, call, other)
         if not isinstance(found, No):
             return found
@@ -148,7 +161,7 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
         return No(f"it adds {dtype} to {call.output_dtype}")
     if aliasing.may_overwrite(other, after=node) and quantized is None:
         return _Addition(source, dataclasses.replace(call, binary=Binary("sum", other)), other, True)
-    if call.family == "linear":
+    if "add" in ADDITIONS[call.kernel]:
         return _Addition(source, dataclasses.replace(call, binary=Binary("add", other)), other, True)
     return No("the accumulator is read later, and the convolution has no addition that leaves it alone")
 
@@ -202,7 +215,7 @@ def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> None
     low = (parameters.quant_min - parameters.zero_point) * parameters.scale
     high = (parameters.quant_max - parameters.zero_point) * parameters.scale
     merged = _merge(call.unary, Unary("hardtanh", (low, high)))
-    if merged is not None and merged.name in ACCEPTED[call.family, "binary" if call.binary else "none"]:
+    if merged is not None and accepts(call, merged):
         replace(node.args[0], dataclasses.replace(call, unary=merged), at=node)  # type: ignore[arg-type]
         return
     new = replace(node.args[0], call, at=node)  # type: ignore[arg-type]
@@ -211,7 +224,30 @@ def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> None
     new.replace_all_uses_with(clip, delete_user_cb=lambda user: user is not clip)
 
 
+# --- relu that a quantize does by itself ------------------------------------------------------------------------------
+
+
+def _find_implied_relu(node: fx.Node) -> Any:
+    relu: Any = node.args[0]
+    if relu.target is not aten.relu.default or len(relu.users) != 1:
+        return No("it quantizes no relu of one user")
+    parameters = qgraph.qparams(node)
+    if parameters.zero_point != parameters.quant_min:
+        return No("its lower bound does not stand for 0")
+    call = _absorbable(relu.args[0])
+    if isinstance(call, No):
+        return call
+    return relu if not accepts(call, Unary("relu")) else No("the kernel takes the relu")
+
+
+def _rewrite_implied_relu(node: fx.Node, relu: fx.Node) -> None:
+    """quantize(relu(x)) is quantize(x) where the smallest integer stands for 0: what is below saturates there."""
+    node.replace_input_with(relu, relu.args[0])  # type: ignore[arg-type]
+    qgraph.erase_dead(relu)
+
+
 RULES = (
+    Rule("implied relu", (qgraph.QUANTIZE,), _find_implied_relu, _rewrite_implied_relu),
     Rule("activation", tuple(UNARIES), _find_unary, _rewrite_unary),
     Rule("addition", (aten.add.Tensor,), _find_addition, _rewrite_addition),
     Rule("quantized output", (qgraph.QUANTIZE,), _find_quantize, _rewrite_quantize),
