@@ -1,10 +1,10 @@
 """The fuse stage: dequantize → operator → post-operations → quantize becomes one onednn call.
 
-It works from the inside out, a row at a time. `compute` turns a convolution or linear into a call with float output;
-`post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
+It works from the inside out, a row at a time. `compute` turns a convolution or linear into a call with float output,
+`pool` an integer max pool into the library's; `post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
 """
 
-from inductor_x86q.passes.fuse import compute, post_ops
+from inductor_x86q.passes.fuse import compute, pool, post_ops
 
-COMPUTE_RULES = compute.RULES
+COMPUTE_RULES = (*compute.RULES, *pool.RULES)
 POST_OP_RULES = post_ops.RULES

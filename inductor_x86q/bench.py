@@ -1,0 +1,345 @@
+"""x86q bench: engines against each other, each in a process of its own, taking turns.
+
+The engines of one network are set up one after the other and then run in short slices, round after round; a process
+whose turn it is not is stopped (SIGSTOP), so that no spinning thread pool takes time from another. Ratios are of
+medians over all slices of one run. Outputs are checked against the float model's, and an engine that fails is listed
+with its error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+BASELINE = "inductor-fp32"
+
+
+@dataclasses.dataclass
+class Result:
+    """One engine on one network. Times in milliseconds a call; `snr` in dB against the eager float model."""
+
+    engine: str
+    median: float = math.nan
+    low: float = math.nan  # 10th and 90th percentile
+    high: float = math.nan
+    compile_seconds: float = math.nan
+    snr: float = math.nan
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all engines of a run have in common."""
+
+    batch: int = 1
+    threads: int = 2
+    size: int = 224
+    seconds: float = 4.0  # of running, an engine
+
+
+# --- engines: each takes the model and its input and returns what to call ---------------------------------------------
+
+
+def _eager(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: model(x)
+
+
+def _inductor(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    torch._inductor.config.freezing = True
+    torch._inductor.config.cpp_wrapper = True
+    compiled = torch.compile(model)
+    return lambda: compiled(x)
+
+
+def _inductor_bf16(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    compiled = _inductor(model, x)
+
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return compiled()
+
+    return run
+
+
+def _stock(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What PyTorch's tutorial does: torchao's quantizer, strict export, the global freezing flag."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    from inductor_x86q import _cpu
+
+    config = get_default_x86_inductor_quantization_config(reduce_range=not _cpu.has_vnni())
+    exported = torch.export.export(model, (x,), strict=True).module()
+    prepared = prepare_pt2e(exported, X86InductorQuantizer().set_global(config))
+    prepared(x)
+    return _inductor(convert_pt2e(prepared), x)
+
+
+def _ours(mode: str | None) -> Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.Tensor]]:
+    def engine(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        from inductor_x86q import quantize
+
+        quantized = quantize(model, (x,), calibration=[x])
+        compiled = torch.compile(quantized, backend="inductor_x86q", mode=mode)
+        return lambda: compiled(x)
+
+    return engine
+
+
+def _openvino(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    import nncf
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
+    quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]))
+    core = openvino.Core()
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(quantized, "CPU", options)
+    request, array = compiled.create_infer_request(), x.numpy()
+
+    def run() -> torch.Tensor:
+        return torch.from_numpy(next(iter(request.infer([array], share_inputs=True).values())))
+
+    return run
+
+
+def _onnxruntime(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    import tempfile
+    from pathlib import Path
+
+    import onnxruntime
+    from onnxruntime import quantization
+    from onnxruntime.quantization import shape_inference
+
+    from inductor_x86q import _cpu
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self._left = [{"x": x.numpy()}]
+
+        def get_next(self) -> Any:
+            return self._left.pop() if self._left else None
+
+    with tempfile.TemporaryDirectory() as directory:
+        source, prepared, target = (str(Path(directory) / f"{name}.onnx") for name in ("float", "prepared", "int8"))
+        torch.onnx.export(model, (x,), source, input_names=["x"], dynamo=False)
+        shape_inference.quant_pre_process(source, prepared)
+        quantization.quantize_static(
+            prepared,
+            target,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+            reduce_range=not _cpu.has_vnni(),
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+ENGINES: dict[str, Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.Tensor]]] = {
+    "eager": _eager,
+    BASELINE: _inductor,
+    "inductor-bf16": _inductor_bf16,
+    "stock-int8": _stock,
+    "x86q": _ours(None),
+    "x86q-max-autotune": _ours("max-autotune-no-cudagraphs"),
+    "openvino-int8": _openvino,
+    "onnxruntime-int8": _onnxruntime,
+}
+DEFAULT_ENGINES = ("eager", BASELINE, "stock-int8", "x86q")
+
+
+# --- the worker: one engine in its process, driven over its standard input --------------------------------------------
+
+
+def worker() -> None:
+    """Sets an engine up as the first line of standard input says, then runs one slice for every further line."""
+    request = json.loads(sys.stdin.readline())
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    try:
+        run, values = _set_up(request)
+    except Exception as error:
+        answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}")
+        return
+    answer(**values)
+    for line in sys.stdin:
+        deadline = time.perf_counter() + float(line)
+        times = []
+        with torch.inference_mode():
+            run()  # caches are cold after a stop
+            while time.perf_counter() < deadline or len(times) < 3:
+                started = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - started) * 1e3)
+        answer(times=times)
+
+
+def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[str, float]]:
+    from inductor_x86q.zoo import build
+
+    torch.set_num_threads(request["threads"])
+    model = build(request["network"])
+    torch.manual_seed(1)
+    x = torch.randn(request["batch"], 3, request["size"], request["size"])
+    with torch.no_grad():
+        reference = model(x)
+        if request["channels_last"]:
+            x = x.to(memory_format=torch.channels_last)
+    started = time.perf_counter()
+    with torch.no_grad():
+        run = ENGINES[request["engine"]](model, x)
+    with torch.inference_mode():
+        output = run()
+        seconds = time.perf_counter() - started
+        for _ in range(2):
+            run()
+    return run, {"compile_seconds": seconds, "snr": snr(output.float(), reference)}
+
+
+def snr(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Signal-to-noise ratio in dB: 10·log10(Σ reference² / Σ (output − reference)²); 999 where they are equal."""
+    noise = (output.double() - reference.double()).square().sum().item()
+    signal = reference.double().square().sum().item()
+    return 999.0 if noise == 0 else 10 * math.log10(max(signal, 1e-30) / noise)
+
+
+class _Worker:
+    def __init__(self, engine: str, network: str, settings: Settings) -> None:
+        self.result = Result(engine)
+        self.times: list[float] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from inductor_x86q.bench import worker; worker()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(settings.threads)},
+        )
+        request = {**dataclasses.asdict(settings), "engine": engine, "network": network, "channels_last": False}
+        reply = self._ask(json.dumps(request))
+        self.result.error = reply.get("error", "")
+        if not self.result.error:
+            self.result.compile_seconds, self.result.snr = reply["compile_seconds"], reply["snr"]
+        self._process.send_signal(signal.SIGSTOP)
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": "the process ended"}
+        reply = self._process.stdout.readline()
+        return json.loads(reply) if reply else {"error": f"the process ended (exit code {self._process.wait()})"}
+
+    def slice(self, seconds: float) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        reply = self._ask(str(seconds))
+        if "error" in reply:
+            self.result.error = reply["error"]
+            return
+        self.times += reply["times"]
+        self._process.send_signal(signal.SIGSTOP)
+
+    def finish(self) -> Result:
+        self._process.kill()
+        self._process.wait()
+        if self.times:
+            ordered = sorted(self.times)
+            self.result.median = statistics.median(ordered)
+            self.result.low, self.result.high = (ordered[int(q * (len(ordered) - 1))] for q in (0.1, 0.9))
+        return self.result
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def measure(network: str, engines: Sequence[str], settings: Settings, rounds: int = 8) -> list[Result]:
+    """All engines on one network, in turn."""
+    workers = [_Worker(engine, network, settings) for engine in engines]
+    try:
+        for _ in range(rounds):
+            for one in workers:
+                if not one.result.error:
+                    one.slice(settings.seconds / rounds)
+    finally:
+        results = [one.finish() for one in workers]
+    return results
+
+
+def geometric_means(table: dict[str, list[Result]], baseline: str = BASELINE) -> dict[str, float]:
+    """How many times as fast as the baseline each engine is, over the networks that both ran."""
+    logs: dict[str, list[float]] = {}
+    for results in table.values():
+        base = next((r.median for r in results if r.engine == baseline and not r.error), math.nan)
+        for result in results:
+            if not result.error and not math.isnan(base):
+                logs.setdefault(result.engine, []).append(math.log(base / result.median))
+    return {engine: math.exp(statistics.fmean(values)) for engine, values in logs.items() if values}
+
+
+def text(table: dict[str, list[Result]]) -> str:
+    """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to compile."""
+    lines = [f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'SNR dB':>7s} {'compile s':>9s}"]
+    for network, results in table.items():
+        base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
+        for r in results:
+            if r.error:
+                lines.append(f"{network:24s} {r.engine:18s} failed: {r.error}")
+                continue
+            lines.append(
+                f"{network:24s} {r.engine:18s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
+                f"{r.snr:7.1f} {r.compile_seconds:9.1f}"
+            )
+    means = geometric_means(table)
+    if means:
+        lines.append("geometric mean of speed over fp32 Inductor: " + ", ".join(f"{e} {m:.2f}" for e, m in means.items()))
+    return "\n".join(lines)
+
+
+def run(networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8) -> dict[str, list[Result]]:
+    """The whole benchmark, with a progress bar on a terminal."""
+    from torch.hub import tqdm
+
+    names = list(networks)
+    table: dict[str, list[Result]] = {}
+    with tqdm(total=len(names), disable=not sys.stderr.isatty()) as bar:
+        for network in names:
+            table[network] = measure(network, engines, settings, rounds)
+            bar.update(1)
+    return table
+
+
+def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
+    """The results with the settings, the CPU's abilities and torch's version."""
+    from inductor_x86q import __version__, _cpu
+
+    machine = {"vnni": _cpu.has_vnni(), "bf16": _cpu.has_bf16(), "amx": _cpu.has_amx(), "torch": torch.__version__}
+    results = {network: [dataclasses.asdict(r) for r in rows] for network, rows in table.items()}
+    body = {"version": __version__, "machine": machine, "settings": dataclasses.asdict(settings), "results": results}
+    return json.dumps(body, indent=1)
