@@ -41,6 +41,12 @@ def register_quantized_decomposed() -> None:
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
 
+@functools.cache
+def register_primitives() -> None:
+    """Registers the operators of Inductor's own in torch.ops.prims; relies on their being a side effect of this import."""
+    import torch._inductor.inductor_prims  # noqa: F401
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decomposition table without KEPT_WHOLE.
 

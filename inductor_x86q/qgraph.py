@@ -19,6 +19,7 @@ from torch import fx
 from inductor_x86q import _torch
 
 _torch.register_quantized_decomposed()
+_torch.register_primitives()
 _q = torch.ops.quantized_decomposed
 
 QUANTIZE = _q.quantize_per_tensor.default
