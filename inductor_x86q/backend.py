@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -118,16 +117,18 @@ def run_passes(graph: fx.Graph, *, strict: bool) -> Report:
 
 
 def _dropping(compiled: Callable[..., Any], kept: list[int], total: int) -> Callable[..., Any]:
-    """`compiled` without the arguments that became constants."""
+    """`compiled` without the arguments that became constants.
+
+    Dynamo itself leaves them out, since it calls with what placeholders its graph has after the backend is done;
+    whoever calls the backend directly passes them all.
+    """
     if len(kept) == total:
         return compiled
-    if not kept:
-        return lambda *arguments: compiled()
-    if len(kept) == 1:
-        position = kept[0]
-        return lambda *arguments: compiled(arguments[position])
-    pick = itemgetter(*kept)
-    return lambda *arguments: compiled(*pick(arguments))
+
+    def call(*arguments: Any) -> Any:
+        return compiled(*(arguments if len(arguments) == len(kept) else [arguments[position] for position in kept]))
+
+    return call
 
 
 def _require_inference(example_inputs: Sequence[Any]) -> None:
