@@ -7,9 +7,12 @@ newest supported torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -310,19 +313,113 @@ class _EagerInterpreter(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-@contextlib.contextmanager
-def generated_code() -> Iterator[list[str]]:
-    """Collects the source of every wrapper that Inductor generates within this context.
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """The source of one wrapper, and for each buffer that it names the nodes of the graph that the buffer stands for."""
 
-    Relies on `GraphLowering.save_output_code` being called with it; torch's own tests collect it the same way.
-    Caches are bypassed, since a cache hit generates nothing.
+    code: str
+    origins: dict[str, list[fx.Node]]
+
+
+@contextlib.contextmanager
+def generated_code() -> Iterator[list[Generated]]:
+    """Collects every wrapper that Inductor generates within this context.
+
+    Relies on `GraphLowering.save_output_code` being called with the source while the graph's handler is active;
+    torch's own tests collect it the same way. Caches are bypassed, since a cache hit generates nothing.
     """
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
 
-    codes: list[str] = []
-    with _scope_lock, config.patch(force_disable_caches=True), _replaced(GraphLowering, "save_output_code", codes.append):
-        yield codes
+    found: list[Generated] = []
+
+    def save(code: str) -> None:
+        found.append(Generated(code, _buffer_origins()))
+
+    with _scope_lock, _caches_off(config), _replaced(GraphLowering, "save_output_code", staticmethod(save)):
+        yield found
+
+
+@contextlib.contextmanager
+def _caches_off(config: Any) -> Iterator[None]:
+    with warnings.catch_warnings(), config.patch(force_disable_caches=True):
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+        yield
+
+
+def _buffer_origins() -> dict[str, list[fx.Node]]:
+    """Relies on `V.graph.scheduler.nodes` being the fused nodes, each with its snodes, their IR and its `origins`."""
+    from torch._inductor.virtualized import V
+
+    found: dict[str, list[fx.Node]] = {}
+    for fused in V.graph.scheduler.nodes:
+        nodes: dict[fx.Node, None] = {}
+        for scheduled in fused.get_nodes():
+            nodes.update(dict.fromkeys(_origins(scheduled)))
+        for name in fused.get_buffer_names():
+            found[name] = list(nodes)
+    return found
+
+
+def _origins(scheduled: Any) -> Iterable[fx.Node]:
+    """An operator's call stands for one node; its `origins` name its operands' too. A generated kernel has them all."""
+    if scheduled.is_extern() and (origin := scheduled.node.get_origin_node()) is not None:
+        return [origin]
+    return getattr(scheduled.node, "origins", None) or ()
+
+
+class _Enough(BaseException):
+    """Unwinds Inductor once the source is there; no Exception, so that nothing on the way takes it for a failure."""
+
+
+def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:
+    """An `inner_compile` that generates the source, within `generated_code`, and does not call the C++ compiler.
+
+    Relies on `save_output_code` being called before anything of the source is compiled.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.graph import GraphLowering
+
+    collect = GraphLowering.save_output_code
+    assert collect is not None, "generate_only is called outside of generated_code"
+
+    def save(code: str) -> None:
+        collect(code)
+        raise _Enough
+
+    uncompiled = run_uncompiled(graph_module, example_inputs)
+    with contextlib.suppress(_Enough), _replaced(GraphLowering, "save_output_code", staticmethod(save)):
+        compile_fx_inner(graph_module, example_inputs, **keywords)
+    return uncompiled
+
+
+@contextlib.contextmanager
+def isolated_caches(directory: str) -> Iterator[None]:
+    """Within this context nothing compiled before is found again, and nothing compiled here is found afterwards.
+
+    Only precompiled headers and shared objects, addressed by their content, are kept in `directory`. Relies on
+    Inductor reading TORCHINDUCTOR_CACHE_DIR at each compile and on `clear_caches` dropping what it remembers.
+    """
+    from torch._inductor import config
+    from torch._inductor.utils import clear_caches
+
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = directory
+    _forget(clear_caches)
+    try:
+        with _caches_off(config):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        else:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+        _forget(clear_caches)
+
+
+def _forget(clear_caches: Callable[[], None]) -> None:
+    torch.compiler.reset()
+    clear_caches()
 
 
 def compile_fresh(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
