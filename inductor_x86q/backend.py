@@ -79,12 +79,7 @@ def compile_graph(
     **keywords: Any,
 ) -> Callable[..., Any]:
     """Compiles one Dynamo graph; `on_report` receives the report as soon as the passes have run."""
-    _require_inference(example_inputs)
-    _require_cpu(example_inputs)
-    try:
-        _torch.cxx_compiler()
-    except RuntimeError as error:
-        raise CompileError(str(error)) from error
+    require_compilable(example_inputs)
 
     def pipeline(graph: fx.Graph) -> None:
         report = run_passes(graph, strict=chosen.strict)
@@ -129,6 +124,16 @@ def _dropping(compiled: Callable[..., Any], kept: list[int], total: int) -> Call
         return compiled(*(arguments if len(arguments) == len(kept) else [arguments[position] for position in kept]))
 
     return call
+
+
+def require_compilable(example_inputs: Sequence[Any]) -> None:
+    """Raises CompileError where no code can be compiled: gradients, another device, no C++ compiler."""
+    _require_inference(example_inputs)
+    _require_cpu(example_inputs)
+    try:
+        _torch.cxx_compiler()
+    except RuntimeError as error:
+        raise CompileError(str(error)) from error
 
 
 def _require_inference(example_inputs: Sequence[Any]) -> None:

@@ -152,7 +152,9 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
         if parameters.is_static and parameters.axis is None and parameters.dtype == quantized.dtype:
             integers = other.args[0]
             binary = Binary("sum", integers, parameters.scale, parameters.zero_point)  # type: ignore[arg-type]
-            free = aliasing.may_overwrite(integers, after=node)  # type: ignore[arg-type]
+            # A kernel that reads its input while it overwrites it would read its own results.
+            apart = aliasing.base(integers) is not aliasing.base(call.x)  # type: ignore[arg-type]
+            free = apart and aliasing.may_overwrite(integers, after=node)  # type: ignore[arg-type]
             return _Addition(source, dataclasses.replace(call, binary=binary), integers, free)  # type: ignore[arg-type]
     dtype = qgraph.value(other).dtype
     if qgraph.is_dequantize(other):
@@ -181,7 +183,9 @@ def _rewrite_addition(node: fx.Node, found: _Addition) -> None:
     call = found.call
     if not found.in_place:
         with node.graph.inserting_before(node):
-            copy = qgraph.call(node.graph, aten.clone.default, (found.other,), like=node)
+            # Not aten.clone: Inductor drops one whose source it does not know to be overwritten.
+            whole = torch.iinfo(qgraph.value(found.other).dtype)
+            copy = qgraph.call(node.graph, aten.clamp.default, (found.other, whole.min, whole.max), like=node)
         assert call.binary is not None
         call = dataclasses.replace(call, binary=dataclasses.replace(call.binary, other=copy))
     replace(found.source, call, at=node)

@@ -1,0 +1,162 @@
+"""Ahead-of-time packages: a quantized model as a .pt2 that Python and C++ load, with its report inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import inductor_x86q
+from inductor_x86q import _torch
+from inductor_x86q.backend import require_compilable, run_passes, settings
+from inductor_x86q.errors import CompileError
+from inductor_x86q.report import Fusion, Miss, Obstacle, Reason, Report
+
+REPORT_FILE = "inductor_x86q_report.json"
+# Raised when a reader of the old layout could misread the new one.
+REPORT_FORMAT = 1
+
+# What differs from Inductor's defaults, where this torch has the option: line tables make a tenth of a small package
+# and name directories of the machine that built it.
+_DEFAULTS = {"aot_inductor.enable_line_tables": False}
+
+
+def package(
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    dynamic_shapes: Any = None,
+    strict: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Compiles a quantized model ahead of time into a package that runs without Python.
+
+    Load it with `torch._inductor.aoti_load_package(path)`, or in C++ with `torch::inductor::AOTIModelPackageLoader`.
+    It holds machine code and weights packed for this CPU, so it runs on machines with the same instruction sets. It
+    takes inputs of the example's shapes, types and strides; set AOTI_RUNTIME_CHECK_INPUTS=1 to have them checked at
+    each call.
+
+    Args:
+        model: what `quantize`, `convert` or `convert_pt2e` returned, or such a model after `torch.export.load`.
+        example_inputs: the positional arguments of one call, a tuple.
+        path: where to write, a name that ends in .pt2.
+        dynamic_shapes: as of `torch.export.export`; None fixes all shapes. torch.export takes a size of 1 to be fixed:
+            give an example of at least 2 along a dynamic dimension.
+        strict: raise StrictError when a layer that should run in int8 does not; otherwise the layer runs in float, and
+            a warning and the report name it.
+        options: any Inductor option.
+
+    Returns:
+        The path, as a string.
+
+    Raises:
+        CompileError: an argument cannot be used, a dimension that should be dynamic is not, or there is no C++
+            compiler.
+        StrictError: under `strict`, with the names of the layers and the reasons.
+    """
+    target = _check_arguments(model, example_inputs, path)
+    chosen = settings(None, {**_defaults(), "strict": strict, **(options or {})})
+    report = Report([], [], [])
+    with torch.no_grad():
+        require_compilable(example_inputs)
+        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+
+    def pipeline(graph: fx.Graph) -> None:
+        report.extend(run_passes(graph, strict=chosen.strict))
+        seen.append(graph)
+
+    def extra_files() -> dict[str, str]:
+        if not seen:
+            raise CompileError("Inductor did not freeze the model, so nothing was fused: leave out the option `freezing`")
+        return {REPORT_FILE: _to_json(report)}
+
+    seen: list[fx.Graph] = []
+    with _torch.pipeline_scope(pipeline):
+        _torch.aot_package(exported, target, chosen.inductor, extra_files)
+    return target
+
+
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """The report inside a package; loads no code.
+
+    Raises:
+        CompileError: the file is no package, was not made by `package`, or by an incompatible version of it.
+    """
+    name = os.fspath(path)
+    if not Path(name).is_file():
+        raise CompileError(f"there is no file {name!r}")
+    try:
+        text = _torch.read_extra_file(name, REPORT_FILE)
+    except RuntimeError as error:
+        raise CompileError(f"{name!r} is not a .pt2 package: {str(error).splitlines()[0]}") from error
+    if text is None:
+        raise CompileError(f"the package {name!r} has no report: it was not made by inductor_x86q.package")
+    return _from_json(text, name)
+
+
+def _check_arguments(model: Any, example_inputs: Any, path: str | os.PathLike[str]) -> str:
+    if not isinstance(model, torch.nn.Module):
+        raise CompileError(f"model is a {type(model).__name__}: expected what quantize() or convert_pt2e() returned")
+    if not isinstance(example_inputs, tuple):
+        raise CompileError(f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of arguments")
+    target = os.fspath(path)
+    if not target.endswith(".pt2"):
+        raise CompileError(f"path is {target!r}: expected a name that ends in .pt2")
+    if not Path(target).absolute().parent.is_dir():
+        raise CompileError(f"the directory of {target!r} does not exist: create it first")
+    return target
+
+
+def _defaults() -> dict[str, Any]:
+    known = _torch.config_keys()
+    return {name: value for name, value in _DEFAULTS.items() if name in known}
+
+
+# --- the report as text -----------------------------------------------------------------------------------------------
+
+
+def _to_json(report: Report) -> str:
+    def encode(value: Any) -> Any:
+        if isinstance(value, Reason):
+            return value.name
+        raise TypeError(f"{type(value).__name__} has no JSON form")
+
+    head = {"format": REPORT_FORMAT, "inductor_x86q": inductor_x86q.__version__, "torch": torch.__version__}
+    return json.dumps({**head, "report": dataclasses.asdict(report)}, default=encode, indent=1)
+
+
+def _from_json(text: str, name: str) -> Report:
+    stored = json.loads(text)
+    if stored["format"] != REPORT_FORMAT:
+        raise CompileError(
+            f"the report in {name!r} has format {stored['format']}, this version reads {REPORT_FORMAT}: it was written "
+            f"by inductor_x86q {stored['inductor_x86q']}"
+        )
+    report = _known(Report, stored["report"])
+    report["fused"] = [Fusion(**_tuples(_known(Fusion, row))) for row in report["fused"]]
+    for column in ("missed", "kept_float"):
+        report[column] = [_miss(row) for row in report[column]]
+    return Report(**report)
+
+
+def _miss(row: dict[str, Any]) -> Miss:
+    obstacle = _known(Obstacle, row["obstacle"])
+    obstacle["reason"] = Reason[obstacle["reason"]]
+    return Miss(**_tuples({**_known(Miss, row), "obstacle": Obstacle(**obstacle)}))
+
+
+def _known(kind: type, row: dict[str, Any]) -> dict[str, Any]:
+    """The fields that this version knows; a later one may have added some."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {key: value for key, value in row.items() if key in names}
+
+
+def _tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
