@@ -1,0 +1,55 @@
+"""Shared by all tests: caches of their own, networks and graphs that several files compile."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need torchvision are skipped where it is not installed, as in the environment of the oldest torch."""
+    if HAS_TORCHVISION:
+        return
+    for item in items:
+        if item.get_closest_marker("torchvision"):
+            item.add_marker(pytest.mark.skip(reason="torchvision is not installed"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """The same random numbers in every run, and no state of Dynamo's left from the test before."""
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a program in a fresh interpreter; fails with its output when it fails and `check` holds."""
+
+    def run(program: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "program.py"
+        script.write_text(program)
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            env=os.environ | environment,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check and done.returncode:
+            pytest.fail(f"exit status {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run

@@ -1,0 +1,357 @@
+"""quantize() and X86Quantizer: what gets quantized, how it is stored, and what bad input gets to hear."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import inductor_x86q
+from inductor_x86q import _torchao as torchao
+from inductor_x86q import qgraph
+from inductor_x86q.pt2e import left_out
+
+
+class Residual(nn.Module):
+    """A block with a residual addition, a max pool and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(8 * 4 * 4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.first(x)))
+        x = F.relu(self.second(x) + x)
+        return self.head(self.pool(x).flatten(1))
+
+
+class Functional(nn.Module):
+    """The same as Residual, of functional calls on bare parameters."""
+
+    def __init__(self, other: Residual) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([other.first.weight, other.second.weight, other.head.weight])
+        self.biases = nn.ParameterList([other.first.bias, other.second.bias, other.head.bias])
+        self.norm = other.norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(F.conv2d(x, self.weights[0], self.biases[0], padding=1)))
+        x = torch.relu(F.conv2d(x, self.weights[1], self.biases[1], padding=1) + x)
+        return F.linear(F.max_pool2d(x, 2).flatten(1), self.weights[2], self.biases[2])
+
+
+class Convolution(nn.Conv2d):
+    """A subclass, which source metadata does not know as a convolution."""
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def image(batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, 8, 8)
+
+
+def residual() -> Residual:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+def subclassed() -> nn.Module:
+    model = residual()
+    for name in ("first", "second"):
+        old = getattr(model, name)
+        new = Convolution(old.in_channels, old.out_channels, 3, padding=1)
+        new.load_state_dict(old.state_dict())
+        setattr(model, name, new)
+    return model.eval()
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    return Attention().eval()
+
+
+def targets(graph_module: fx.GraphModule) -> list[str]:
+    """The operators of a graph in order."""
+    return [str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+def prepared_and_converted(model: nn.Module, inputs: tuple[Any, ...], *, strict: bool) -> fx.GraphModule:
+    """torchao's own steps with X86Quantizer, as those do it who do not use quantize()."""
+    with torch.no_grad():
+        exported = torch.export.export(model, inputs, strict=strict).module()
+        prepared = torchao.prepare_pt2e(exported, inductor_x86q.X86Quantizer(reduce_range=True))
+        prepared(*inputs)
+        return inductor_x86q.convert(prepared)
+
+
+def quantized(model: nn.Module, inputs: tuple[Any, ...], **keywords: Any) -> fx.GraphModule:
+    return inductor_x86q.quantize(model, inputs, calibration=[inputs], reduce_range=True, **keywords)
+
+
+def annotated(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
+    """The quantize nodes and the layers, in order, with what each quantizes to (the exports differ in copies and views)."""
+    found: list[tuple[Any, ...]] = []
+    for node in graph_module.graph.nodes:
+        if qgraph.is_quantize(node):
+            found.append((str(node.target), qgraph.qparams(node)))
+        elif node.op == "call_function" and str(node.target).startswith(("aten.conv", "aten.linear", "aten.add")):
+            found.append((str(node.target), *map(qgraph.is_dequantize, node.args[:2])))
+    return found
+
+
+def int8_layers(graph_module: fx.GraphModule) -> int:
+    """How many weights the graph reads in int8."""
+    return sum(node.target is qgraph.DEQUANTIZE_CHANNEL for node in graph_module.graph.nodes)
+
+
+# --- the same graph however the model is written ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"),
+    [(residual, (image(),)), (subclassed, (image(),)), (attention, (torch.randn(2, 6, 16),))],
+    ids=["modules", "subclasses", "attention"],
+)
+def test_strict_and_non_strict_export_are_annotated_alike(build: Callable[[], nn.Module], inputs: tuple[Any, ...]) -> None:
+    graphs = [prepared_and_converted(build(), inputs, strict=strict) for strict in (True, False)]
+    assert annotated(graphs[0]) == annotated(graphs[1])
+    assert torch.equal(graphs[0](*inputs), graphs[1](*inputs))
+
+
+@pytest.mark.parametrize("build", [subclassed, lambda: Functional(residual()).eval()], ids=["subclass", "functional"])
+def test_spelling_of_the_model_does_not_matter(build: Callable[[], nn.Module]) -> None:
+    inputs = (image(),)
+    expected, got = quantized(residual(), inputs), quantized(build(), inputs)
+    assert targets(got) == targets(expected)
+    torch.testing.assert_close(got(*inputs), expected(*inputs), rtol=0, atol=0)
+
+
+def test_residual_block_has_a_quantize_for_each_value_and_shares_it_across_the_pool() -> None:
+    graph_module = quantized(residual(), (image(),))
+    quantizes = [node for node in graph_module.graph.nodes if qgraph.is_quantize(node)]
+    # the input, relu of the first convolution, relu of the sum, behind the pool, behind flatten
+    assert len(quantizes) == 5
+    after_sum, after_pool, after_flatten = (qgraph.qparams(node) for node in quantizes[2:])
+    assert after_sum == after_pool == after_flatten
+    assert all(qgraph.qparams(node).dtype == torch.uint8 for node in quantizes)
+    assert int8_layers(graph_module) == 3
+    assert left_out(graph_module) == []
+
+
+def test_attention_has_all_its_projections_in_int8() -> None:
+    graph_module = quantized(attention(), (torch.randn(2, 6, 16),))
+    assert int8_layers(graph_module) == 2  # query, key and value in one, and the output
+    assert [name for name in left_out(graph_module) if "linear" in name] == []
+
+
+def test_stays_close_to_float() -> None:
+    model, x = residual(), image(16)
+    with torch.no_grad():
+        expected = model(x)
+        error = quantized(model, (x,))(x) - expected
+    assert 20 * torch.log10(expected.norm() / error.norm()) > 25
+
+
+# --- ranges and storage -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reduce_range", "largest"), [(True, 127), (False, 255)])
+def test_reduce_range_decides_the_bits_of_activations(reduce_range: bool, largest: int) -> None:
+    x = image()
+    graph_module = inductor_x86q.quantize(residual(), (x,), calibration=[x], reduce_range=reduce_range)
+    parameters = [qgraph.qparams(node) for node in graph_module.graph.nodes if qgraph.is_quantize(node)]
+    assert {(p.quant_min, p.quant_max) for p in parameters} == {(0, largest)}
+
+
+def test_weights_are_stored_in_int8_under_their_own_names_and_nothing_else() -> None:
+    stored = {name: tensor.dtype for name, tensor in quantized(residual(), (image(),)).state_dict().items()}
+    for name in ("first", "second", "head"):
+        assert stored.pop(f"{name}.weight_int8") == torch.int8
+        assert stored.pop(f"{name}.weight_scale").is_floating_point
+        assert stored.pop(f"{name}.weight_zero_point") == torch.int64
+    assert {name for name in stored if "weight" in name} == set()
+    assert sorted(name.split(".")[0] for name in stored if "bias" in name) == ["first", "head", "second"]
+
+
+def test_weights_are_symmetric_and_per_output_channel() -> None:
+    model = residual()
+    with torch.no_grad():
+        model.second.weight[3] *= 100
+    state = quantized(model, (image(),)).state_dict()
+    scale = state["second.weight_scale"]
+    assert scale.shape == (8,)
+    assert scale.argmax() == 3
+    assert not state["second.weight_zero_point"].any()
+    restored = state["second.weight_int8"] * scale.view(-1, 1, 1, 1)
+    assert ((restored - model.second.weight).abs() <= 0.51 * scale.view(-1, 1, 1, 1)).all()
+
+
+def test_nothing_requires_grad_and_the_model_is_unchanged() -> None:
+    model = residual()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    graph_module = quantized(model, (image(),))
+    assert not any(tensor.requires_grad for tensor in graph_module.parameters())
+    assert not graph_module(image()).requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_zeros_do_no_harm() -> None:
+    model, x = residual(), image()
+    nn.init.zeros_(model.first.weight)
+    nn.init.zeros_(model.second.weight)
+    graph_module = quantized(model, (x,))
+    with torch.no_grad():
+        assert torch.isfinite(graph_module(x)).all()
+        torch.testing.assert_close(graph_module(x), model(x), rtol=0.05, atol=0.02)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def activation_scales(graph_module: fx.GraphModule) -> list[float]:
+    return [qgraph.qparams(node).scale for node in graph_module.graph.nodes if qgraph.is_quantize(node)]
+
+
+def test_calibration_takes_tuples_tensors_lists_and_generators_alike() -> None:
+    x = image()
+    forms: list[Any] = [[(x,)], [x], [[x]], ((y,) for y in [x])]
+    scales = [activation_scales(inductor_x86q.quantize(residual(), (x,), calibration=form)) for form in forms]
+    assert scales[1:] == scales[:1] * 3
+
+
+@pytest.mark.parametrize("example", [1, 4])
+def test_last_batch_may_be_smaller(example: int) -> None:
+    batches = [image(4), image(4), image(1) * 3]
+    graph_module = inductor_x86q.quantize(residual(), (image(example),), calibration=batches)
+    alone = inductor_x86q.quantize(residual(), (image(example),), calibration=batches[:2])
+    assert activation_scales(graph_module)[0] > 1.2 * activation_scales(alone)[0]  # it was seen
+    assert graph_module(image(3)).shape == (3, 5)
+
+
+class FixedBatch(nn.Module):
+    """A model that is written for batches of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.view(4, 2, 8)).sum(1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_other_batch_sizes_fit_a_model_of_one_batch_size(size: int) -> None:
+    model = FixedBatch().eval()
+    x = torch.randn(4, 16)
+    small = torch.randn(size, 16)
+    small[0, 0] = 50.0
+    graph_module = inductor_x86q.quantize(model, (x,), calibration=[x, small], reduce_range=True)
+    assert activation_scales(graph_module)[0] * 127 > 30
+    assert graph_module(x).shape == (4, 8)
+
+
+def test_no_progress_bar_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    quantized(residual(), (image(),))
+    assert capfd.readouterr() == ("", "")
+
+
+# --- exclude ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["first"], ["first"]),
+        (["sec*"], ["second"]),
+        ([nn.Linear], ["head"]),
+        ([nn.Conv2d], ["first", "second"]),
+        (["head", "fir?t"], ["first", "head"]),
+        (["conv"], []),
+    ],
+    ids=["name", "glob", "type", "two of a type", "two", "no such name"],
+)
+def test_exclude(exclude: list[Any], left: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="inductor_x86q"):
+        graph_module = quantized(residual(), (image(),), exclude=exclude)
+    assert [name.split(" ")[0] for name in left_out(graph_module)] == left
+    assert int8_layers(graph_module) == 3 - len(left)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert all(name in said for name in left)
+
+
+def test_exclude_takes_what_is_below_a_module() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)).eval()
+    graph_module = quantized(model, (torch.randn(2, 8),), exclude=["0"])
+    assert [name.split(" ")[0] for name in left_out(graph_module)] == ["0.0", "0.2"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def message(model: Any, inputs: Any = None, **keywords: Any) -> str:
+    inputs = (image(),) if inputs is None else inputs
+    with pytest.raises(inductor_x86q.QuantizationError) as raised:
+        inductor_x86q.quantize(model, inputs, **{"calibration": [inputs], **keywords})
+    return str(raised.value)
+
+
+def test_train_mode_is_named_with_the_module() -> None:
+    assert "model.eval()" in message(Residual())
+    model = residual()
+    model.norm.train()
+    assert "'norm' is in train mode" in message(model)
+
+
+def test_example_inputs_must_be_a_tuple() -> None:
+    assert "Tensor: expected a tuple" in message(residual(), image())
+    assert "list: expected a tuple" in message(residual(), [image()])
+
+
+def test_calibration_data_must_be_there() -> None:
+    assert "no calibration data: pass calibration=" in message(residual(), calibration=None)
+    assert "no calibration data: the iterable was empty" in message(residual(), calibration=[])
+
+
+def test_model_must_be_a_module() -> None:
+    assert "function: expected a torch.nn.Module" in message(lambda x: x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_named_with_the_layer(value: float) -> None:
+    x = image()
+    x[0, 0, 0, 0] = value
+    assert "NaN or infinity in input 'x'" in message(residual(), (image(),), calibration=[x])
+    model = residual()
+    with torch.no_grad():
+        assert model.second.bias is not None
+        model.second.bias[0] = value if value > 0 else float("nan")  # relu makes 0 of -infinity
+    text = message(model, (image(),))
+    assert "NaN or infinity" in text
+    assert "second" in text or "relu" in text
+
+
+def test_nothing_to_quantize() -> None:
+    assert "no convolution or linear" in message(nn.ReLU().eval())
+
+
+def test_everything_excluded() -> None:
+    text = message(residual(), exclude=[nn.Conv2d, nn.Linear])
+    assert "nothing to quantize" in text
+    assert all(name in text for name in ("first", "second", "head"))
