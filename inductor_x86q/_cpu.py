@@ -41,8 +41,10 @@ def has_vnni() -> bool:
     """
     if "avx512_vnni" in flags() and _allowed("AVX512_CORE_VNNI"):
         return True
-    return "avx_vnni" in flags() and _allowed("AVX2_VNNI") and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() != (
-        "AVX512_CORE"
+    return (
+        "avx_vnni" in flags()
+        and _allowed("AVX2_VNNI")
+        and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() != ("AVX512_CORE")
     )
 
 

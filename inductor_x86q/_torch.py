@@ -258,7 +258,9 @@ def foreign_pre_grad_pass() -> bool:
     return hook is not None and type(hook).__module__.startswith("torchao.")
 
 
-def compile_fx(graph_module: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any], **keywords: Any) -> Any:
+def compile_fx(
+    graph_module: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any], **keywords: Any
+) -> Any:
     """Inductor's entry point; grad mode must be off, else it does not freeze."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
@@ -301,7 +303,9 @@ def matcher_pass(name: str) -> Any:
     return PatternMatcherPass(pass_name=name)
 
 
-def register(matcher: Any, targets: tuple[Any, ...], check: Callable[[Any], bool], handler: Callable[..., None]) -> None:
+def register(
+    matcher: Any, targets: tuple[Any, ...], check: Callable[[Any], bool], handler: Callable[..., None]
+) -> None:
     """Registers `handler` for every call of one of `targets`, whatever its arguments, that `check` accepts."""
     from torch._inductor.pattern_matcher import CallFunctionVarArgs, register_graph_pattern
 

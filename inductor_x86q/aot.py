@@ -74,7 +74,9 @@ def package(
 
     def extra_files() -> dict[str, str]:
         if not seen:
-            raise CompileError("Inductor did not freeze the model, so nothing was fused: leave out the option `freezing`")
+            raise CompileError(
+                "Inductor did not freeze the model, so nothing was fused: leave out the option `freezing`"
+            )
         return {REPORT_FILE: _to_json(report)}
 
     seen: list[fx.Graph] = []

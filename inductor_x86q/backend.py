@@ -106,7 +106,9 @@ def run_passes(graph: fx.Graph, *, strict: bool) -> Report:
     assert report is not None
     if report.missed:
         if strict:
-            raise StrictError(f"{len(report.missed)} layers that should run in int8 do not:\n{report.missed_text()}", report)
+            raise StrictError(
+                f"{len(report.missed)} layers that should run in int8 do not:\n{report.missed_text()}", report
+            )
         log.warning("%d layers that should run in int8 do not:\n%s", len(report.missed), report.missed_text())
     return report
 
@@ -151,4 +153,6 @@ def _require_inference(example_inputs: Sequence[Any]) -> None:
 def _require_cpu(example_inputs: Sequence[Any]) -> None:
     for value in example_inputs:
         if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-            raise CompileError(f"an input is on {value.device}: this backend compiles for x86 CPUs only, move it to cpu")
+            raise CompileError(
+                f"an input is on {value.device}: this backend compiles for x86 CPUs only, move it to cpu"
+            )

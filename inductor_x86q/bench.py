@@ -184,7 +184,9 @@ def worker() -> None:
     try:
         run, values = _set_up(request)
     except Exception as error:
-        answer(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}")
+        answer(
+            error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        )
         return
     answer(**values)
     for line in sys.stdin:
@@ -305,7 +307,9 @@ def geometric_means(table: dict[str, list[Result]], baseline: str = BASELINE) ->
 
 def text(table: dict[str, list[Result]]) -> str:
     """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to compile."""
-    lines = [f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'SNR dB':>7s} {'compile s':>9s}"]
+    lines = [
+        f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'SNR dB':>7s} {'compile s':>9s}"
+    ]
     for network, results in table.items():
         base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
         for r in results:
@@ -318,11 +322,15 @@ def text(table: dict[str, list[Result]]) -> str:
             )
     means = geometric_means(table)
     if means:
-        lines.append("geometric mean of speed over fp32 Inductor: " + ", ".join(f"{e} {m:.2f}" for e, m in means.items()))
+        lines.append(
+            "geometric mean of speed over fp32 Inductor: " + ", ".join(f"{e} {m:.2f}" for e, m in means.items())
+        )
     return "\n".join(lines)
 
 
-def run(networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8) -> dict[str, list[Result]]:
+def run(
+    networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8
+) -> dict[str, list[Result]]:
     """The whole benchmark, with a progress bar on a terminal."""
     from torch.hub import tqdm
 

@@ -107,7 +107,9 @@ def _check_inputs(example_inputs: Any) -> None:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
-def _export(model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> tuple[fx.GraphModule, bool]:
+def _export(
+    model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
+) -> tuple[fx.GraphModule, bool]:
     """The model's graph, and whether it takes any batch size."""
     with torch.no_grad():
         if dynamic_shapes is not None:
@@ -118,7 +120,11 @@ def _export(model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_sha
             except Exception as error:  # whatever it is, the export with fixed shapes says it better
                 log.debug("no export with a dynamic batch: %s", error)
                 continue
-            first = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs)
+            first = next(
+                n
+                for n in exported.graph.nodes
+                if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs
+            )
             dynamic = not isinstance(first.meta["val"].shape[0], int) and _takes_other_batches(exported, example_inputs)
             if dynamic or _batch_size(inputs) == _batch_size(example_inputs):
                 return exported.module(), dynamic  # type: ignore[return-value]

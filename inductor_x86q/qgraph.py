@@ -80,7 +80,9 @@ def qparams(node: fx.Node) -> QParams:
     arguments = schema_arguments(node)
     axis = arguments.get("axis")
     scale, zero_point = (
-        (arguments["scale"], arguments["zero_point"]) if axis is None else (arguments["scales"], arguments["zero_points"])
+        (arguments["scale"], arguments["zero_point"])
+        if axis is None
+        else (arguments["scales"], arguments["zero_points"])
     )
     return QParams(scale, zero_point, arguments["quant_min"], arguments["quant_max"], arguments["dtype"], axis)
 

@@ -130,7 +130,9 @@ def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
 
 def _weight_spec(is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(observer=torchao.MovingAveragePerChannelMinMaxObserver)
+        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
+            observer=torchao.MovingAveragePerChannelMinMaxObserver
+        )
     else:
         observer = torchao.PerChannelMinMaxObserver.with_args(eps=2**-12)
     return torchao.QuantizationSpec(torch.int8, observer, -128, 127, torch.per_channel_symmetric, ch_axis=0)
@@ -250,14 +252,22 @@ def _compute_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         return None
     if weight.meta["val"].dim() == 3 and node.target in PRODUCTS and not _repeats_one_matrix(weight):
         return None
-    if not qgraph.is_constant(weight) or qgraph.is_constant(activation) or not _is_float(activation) or weight.meta["val"].dim() < 2:
+    if (
+        not qgraph.is_constant(weight)
+        or qgraph.is_constant(activation)
+        or not _is_float(activation)
+        or weight.meta["val"].dim() < 2
+    ):
         return None
     return activation, weight
 
 
 def _repeats_one_matrix(weight: fx.Node) -> bool:
     """Whether a batch of matrices is one matrix, expanded."""
-    return weight.target is aten.expand.default and weight.args[0].meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()  # type: ignore[union-attr]
+    return (
+        weight.target is aten.expand.default
+        and weight.args[0].meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
+    )  # type: ignore[union-attr]
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -121,7 +121,9 @@ def collect(graph: fx.Graph) -> Report:
         if is_call(node):
             report.fused.append(_fusion(node))
         elif node.target in _PRODUCTS:
-            miss = Miss(layer(node), _PRODUCTS[node.target], _obstacle(node), _shape(node), compute.macs(node), source(node))
+            miss = Miss(
+                layer(node), _PRODUCTS[node.target], _obstacle(node), _shape(node), compute.macs(node), source(node)
+            )
             by_design = miss.reason in (Reason.NOT_QUANTIZED, Reason.NO_KERNEL)
             (report.kept_float if by_design else report.missed).append(miss)
         elif qgraph.is_quantize(node):

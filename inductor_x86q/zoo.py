@@ -55,7 +55,9 @@ def build(name: str, *, seed: int = 0, calibrate_at: int | None = None) -> torch
     try:
         import torchvision
     except Exception as error:
-        raise QuantizationError(f"torchvision cannot be imported ({error}): pip install 'inductor-x86q[models]'") from error
+        raise QuantizationError(
+            f"torchvision cannot be imported ({error}): pip install 'inductor-x86q[models]'"
+        ) from error
     try:
         constructor = torchvision.models.get_model_builder(name)
     except ValueError as error:

@@ -128,7 +128,9 @@ def int8_layers(graph_module: fx.GraphModule) -> int:
     [(residual, (image(),)), (subclassed, (image(),)), (attention, (torch.randn(2, 6, 16),))],
     ids=["modules", "subclasses", "attention"],
 )
-def test_strict_and_non_strict_export_are_annotated_alike(build: Callable[[], nn.Module], inputs: tuple[Any, ...]) -> None:
+def test_strict_and_non_strict_export_are_annotated_alike(
+    build: Callable[[], nn.Module], inputs: tuple[Any, ...]
+) -> None:
     graphs = [prepared_and_converted(build(), inputs, strict=strict) for strict in (True, False)]
     assert annotated(graphs[0]) == annotated(graphs[1])
     assert torch.equal(graphs[0](*inputs), graphs[1](*inputs))

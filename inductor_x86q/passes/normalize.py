@@ -51,7 +51,15 @@ def _rewrite_per_tensor_weight(node: fx.Node, tensor: torch.Tensor) -> None:
     zero_point = torch.full((tensor.shape[0],), parameters.zero_point, dtype=torch.int64)
     with node.graph.inserting_before(node):
         scale_node, zero_point_node = (qgraph.new_constant(node.graph, t, node) for t in (scale, zero_point))
-    arguments = (node.args[0], scale_node, zero_point_node, 0, parameters.quant_min, parameters.quant_max, parameters.dtype)
+    arguments = (
+        node.args[0],
+        scale_node,
+        zero_point_node,
+        0,
+        parameters.quant_min,
+        parameters.quant_max,
+        parameters.dtype,
+    )
     _replace(node, qgraph.DEQUANTIZE_CHANNEL, arguments, node.kwargs)
 
 
@@ -127,7 +135,10 @@ def _dequantized_matrix(node: Any) -> bool:
 
 def _find_matrix_product(node: fx.Node) -> Any:
     arguments = qgraph.schema_arguments(node)
-    x, weight = arguments.get("mat1", arguments.get("batch1", arguments.get("self"))), arguments.get("mat2", arguments.get("batch2"))
+    x, weight = (
+        arguments.get("mat1", arguments.get("batch1", arguments.get("self"))),
+        arguments.get("mat2", arguments.get("batch2")),
+    )
     bias = arguments["self"] if "beta" in arguments else None
     if not _dequantized_matrix(weight):
         return No("its second operand is not a dequantized constant")
@@ -309,7 +320,14 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = No
 
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-ROW_MOVEMENTS = (*RESHAPES, aten.clone.default, aten.permute.default, aten.transpose.int, aten.select.int, aten.slice.Tensor)
+ROW_MOVEMENTS = (
+    *RESHAPES,
+    aten.clone.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.select.int,
+    aten.slice.Tensor,
+)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 

@@ -42,7 +42,9 @@ def _rewrite_down(node: fx.Node, parameters: qgraph.QParams) -> None:
     _replace_by_dequantized(node, (source.args[0], *node.args[1:]), parameters, source)
 
 
-def _replace_by_dequantized(node: fx.Node, arguments: tuple[Any, ...], parameters: qgraph.QParams, source: fx.Node) -> None:
+def _replace_by_dequantized(
+    node: fx.Node, arguments: tuple[Any, ...], parameters: qgraph.QParams, source: fx.Node
+) -> None:
     with node.graph.inserting_before(node):
         moved = qgraph.call(node.graph, node.target, arguments, dict(node.kwargs), like=node)  # type: ignore[arg-type]
         new = qgraph.dequantize(node.graph, moved, parameters, qgraph.out_dtype(source), like=source)
