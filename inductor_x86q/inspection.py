@@ -88,11 +88,25 @@ def layers_of(nodes: list[fx.Node]) -> list[str]:
     return list(dict.fromkeys(layer_of(node) for node in operators))
 
 
-def _call_once(model: torch.nn.Module, example_inputs: tuple[Any, ...], backend: Callable[..., Any]) -> None:
+def _call_once(model: torch.nn.Module, example_inputs: tuple[Any, ...], backend: Callable[..., Any]) -> Any:
     """Calls the model once, compiled by `backend`, leaving no trace in Dynamo's caches of the model's own code."""
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"model is a {type(model).__name__}: expected what quantize() or convert_pt2e() returned")
     if not isinstance(example_inputs, tuple):
         raise CompileError(f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of arguments")
     with torch.no_grad():
-        _torch.compile_fresh(model, backend)(*example_inputs)
+        return _torch.compile_fresh(model, backend)(*example_inputs)
+
+
+def run_fused(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, Report]:
+    """What the fused graph computes, and its report: the graph is run eagerly, with no C++ generated or compiled.
+
+    For tests of many graphs: the numbers of the fusions without the wait for the compiler.
+    """
+    report = Report([], [], [])
+    chosen = settings(None, None)
+
+    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(graph_module, inputs, chosen, on_report=report.extend, inner_compile=_torch.run_uncompiled)
+
+    return _call_once(model, example_inputs, backend), report

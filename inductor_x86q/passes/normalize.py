@@ -104,14 +104,17 @@ def _find_constant_view(node: fx.Node) -> Any:
     axis = _varying_axis(moved_channel)
     if axis is None:
         return No("its channels do not stay along one dimension")
-    channels = moved_channel.movedim(axis, 0).flatten(1)[:, 0] if moved_channel.dim() > 1 else moved_channel
+    channels = moved_channel.movedim(axis, 0)[(slice(None), *[0] * (moved_channel.dim() - 1))]
     moved = node.target(tensor, *node.args[1:], **node.kwargs).contiguous()  # type: ignore[operator]
     return moved, scale[channels], zero_point[channels], axis
 
 
 def _varying_axis(tensor: torch.Tensor) -> int | None:
     """The one dimension along which the values differ (0 where none does), None where more than one does."""
-    varying = [d for d in range(tensor.dim()) if not torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor))]
+    # A dimension that is expanded does not vary; most moves keep it so, and need no look at the values.
+    varying = [d for d in range(tensor.dim()) if tensor.shape[d] > 1 and tensor.stride(d) != 0]
+    if len(varying) > 1:
+        varying = [d for d in varying if not torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor))]
     return None if len(varying) > 1 or tensor.dim() == 0 else (varying or [0])[0]
 
 

@@ -1,0 +1,135 @@
+"""x86q coverage: how much of each network of the zoo runs in int8, and what the stock path makes of the same network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+INT8_CALLS = ("qconv", "qconv.binary", "qlinear", "qlinear.binary")
+
+
+@dataclasses.dataclass
+class Row:
+    """One network: convolutions and linears in all and in int8, the share of multiply-accumulates, what is left."""
+
+    network: str
+    layers: int = 0
+    int8_layers: int = 0
+    int8_share_of_macs: float = 0.0
+    int8_calls: int = 0
+    float_kernels: int = 0  # generated kernels and float calls of the library
+    quantizes_left: int = 0
+    snr: float = 0.0  # dB, of the fused graph against the q/dq graph, both run eagerly
+    why: str = ""  # the reasons of what is not int8
+    stock: str = ""  # what the stock path gives, where it was asked for
+    error: str = ""
+
+
+def row(network: str, *, code: bool = False) -> Row:
+    """Quantizes one network of the zoo and counts; with `code`, generates its C++ too and counts the kernels there."""
+    from inductor_x86q import cpp_code, quantize
+    from inductor_x86q.codegen import kernel_calls
+    from inductor_x86q.inspection import explain
+    from inductor_x86q.zoo import ZOO, Entry, build
+
+    entry = ZOO.get(network, Entry(network, 224))
+    model, x = build(network), entry.example()
+    quantized = quantize(model, (x,), calibration=[x])
+    report = explain(quantized, (x,))
+    unfused = [miss for miss in (*report.missed, *report.kept_float) if miss.operator in ("conv", "linear")]
+    reasons = Counter(f"{miss.operator}: {miss.reason.name}" for miss in (*report.missed, *report.kept_float))
+    found = Row(
+        network,
+        layers=len(report.fused) + len(unfused),
+        int8_layers=len(report.fused),
+        int8_share_of_macs=report.int8_share_of_macs,
+        quantizes_left=len(report.quantizes_left),
+        why=", ".join(f"{count} {reason}" for reason, count in reasons.items()),
+    )
+    if code:
+        found.int8_calls, found.float_kernels = count_kernels(kernel_calls(cpp_code(quantized, (x,))))
+    return found
+
+
+def count_kernels(calls: Counter[str]) -> tuple[int, int]:
+    """Calls of int8 kernels of the library, and of everything else that computes."""
+    int8 = sum(calls[name] for name in INT8_CALLS)
+    float_calls = ("convolution", "linear", "bmm", "mm", "addmm")
+    others = sum(n for name, n in calls.items() if name.startswith(("cpp_", *float_calls)) or "mkl" in name)
+    return int8, others
+
+
+def stock_kernels(network: str) -> tuple[int, int]:
+    """The same counts for torchao's quantizer and Inductor's stock passes, as PyTorch's tutorial uses them."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as stock
+
+    from inductor_x86q import _cpu, _torch
+    from inductor_x86q.codegen import kernel_calls
+    from inductor_x86q.zoo import ZOO, Entry, build
+
+    entry = ZOO.get(network, Entry(network, 224))
+    model, x = build(network), entry.example()
+    config = stock.get_default_x86_inductor_quantization_config(reduce_range=not _cpu.has_vnni())
+    prepared = prepare_pt2e(
+        torch.export.export(model, (x,), strict=True).module(), stock.X86InductorQuantizer().set_global(config)
+    )
+    prepared(x)
+    converted = convert_pt2e(prepared)
+    torch._inductor.config.freezing = True
+    torch._inductor.config.cpp_wrapper = True
+    with torch.no_grad(), _torch.generated_code() as generated:
+        torch.compile(converted)(x)
+    counts = [count_kernels(kernel_calls(one.code)) for one in generated]
+    return sum(c[0] for c in counts), sum(c[1] for c in counts)
+
+
+def rows(networks: Iterable[str], *, stock: bool = False) -> Iterable[Row]:
+    """One row a network, each in a process of its own: memory is freed, and a crash is a row with an error."""
+    for network in networks:
+        found = _in_process(f"inductor_x86q.coverage.row({network!r}, code={stock})")
+        one = Row(**found) if "error" not in found or "network" in found else Row(network, error=found["error"])
+        if stock:
+            counts = _in_process(f"inductor_x86q.coverage.stock_kernels({network!r})")
+            one.stock = f"crashes: {counts['error']}" if isinstance(counts, dict) else f"{counts[0]} + {counts[1]}"
+        yield one
+
+
+def _in_process(expression: str) -> Any:
+    program = (
+        "import dataclasses, json, sys, logging, warnings; warnings.simplefilter('ignore'); logging.disable(40)\n"
+        "import inductor_x86q.coverage\n"
+        "try:\n"
+        f"    value = {expression}\n"
+        "    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value\n"
+        "except Exception as error:\n"
+        "    value = {'error': f'{type(error).__name__}: {error}'.splitlines()[0][:160]}\n"
+        "print('\\n' + json.dumps(value))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit code {done.returncode}"}
+
+
+def text(table: Iterable[Row]) -> Iterable[str]:
+    """The table, line by line as rows arrive."""
+    yield (
+        f"{'network':30s} {'layers':>6s} {'int8':>5s} {'MACs':>6s} {'q left':>6s} {'int8 + other calls':>18s} "
+        f"{'stock':>12s}  why not"
+    )
+    for one in table:
+        if one.error:
+            yield f"{one.network:30s} failed: {one.error}"
+            continue
+        calls = f"{one.int8_calls} + {one.float_kernels}" if one.int8_calls else "-"
+        yield (
+            f"{one.network:30s} {one.layers:6d} {one.int8_layers:5d} {one.int8_share_of_macs:6.1%} "
+            f"{one.quantizes_left:6d} {calls:>18s} {one.stock or '-':>12s}  {one.why}"
+        )
