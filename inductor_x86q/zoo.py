@@ -138,26 +138,24 @@ def _quiet() -> Any:
 def rounding_floor(quantized: Any, inputs: tuple[Any, ...], *, share: float = 1e-5, seed: int = 0) -> float:
     """How sensitive a q/dq graph is to roundings that fall the other way, as a signal-to-noise ratio in dB.
 
-    Runs the graph with one in `1 / share` of all quantized activations moved by a step (of the first one at least one
-    element), and compares with the graph as it is. Two correct implementations that add in another order differ by
+    Runs the graph with one in `1 / share` of all quantized activations moved by a step (of each large tensor at least
+    one element), and compares with the graph as it is. Two correct implementations that add in another order differ by
     as much: a fused graph cannot be asked to come closer to its reference than this.
     """
     from inductor_x86q import qgraph
     from inductor_x86q.bench import snr
 
     generator = torch.Generator().manual_seed(seed)
-    moved = False
 
     class Moving(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
-            nonlocal moved
             value = super().run_node(node)
             if not qgraph.is_quantize(node) or qgraph.is_constant(node):
                 return value
             parameters = qgraph.qparams(node)
             hit = torch.rand(value.shape, generator=generator) < share
-            if not moved:
-                hit.view(-1)[torch.randint(hit.numel(), (1,), generator=generator)] = moved = True
+            if hit.numel() >= 4096:
+                hit.view(-1)[torch.randint(hit.numel(), (1,), generator=generator)] = True
             step = torch.where(torch.rand(value.shape, generator=generator) < 0.5, -1, 1)
             shifted = (value.to(torch.int16) + step).clamp(parameters.quant_min, parameters.quant_max).to(value.dtype)
             return torch.where(hit, shifted, value)
