@@ -101,7 +101,7 @@ def _row(item: Fusion | Miss | Operation, kind: str, slowest: float) -> str:
     time = ""
     if item.microseconds is not None:
         share = 100 * item.microseconds / slowest if slowest else 0
-        time = f'<i class=bar style="width:{share:.0f}%"></i>{item.microseconds:.1f}'
+        time = f'<i class=bar style="width:{share:.0f}%"></i><span>{item.microseconds:.1f}</span>'
     cells = (item.layer, what, types, short_shape(item.output_shape), macs)
     return (
         f'<tr class="{kind}" data-node="{_e(item.node)}" data-layer="{_e(item.layer)}" title="{_e(item.source)}">'
@@ -111,13 +111,14 @@ def _row(item: Fusion | Miss | Operation, kind: str, slowest: float) -> str:
 
 
 def _parameters(fusion: Fusion) -> str:
-    def side(name: str, scale: float | None, zero_point: int | None) -> str:
-        return f"{name} scale {scale:.4g}, zero point {zero_point}" if scale is not None else f"{name} float or dynamic"
+    """Scale @ zero point of input and output."""
+    return f"{_grid(fusion.input_scale, fusion.input_zero_point, 'dynamic')} → " + _grid(
+        fusion.output_scale, fusion.output_zero_point, fusion.output_dtype
+    )
 
-    return "; ".join((
-        side("in", fusion.input_scale, fusion.input_zero_point),
-        side("out", fusion.output_scale, fusion.output_zero_point),
-    ))  # fmt: skip
+
+def _grid(scale: float | None, zero_point: int | None, otherwise: str) -> str:
+    return otherwise if scale is None else f"{scale:.3g} @ {zero_point}"
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def _drawn(box: Box, fused: dict[str, Fusion], misses: dict[str, Miss], times: d
     elif miss is not None:
         first, second = f"{miss.operator} in float: {miss.reason.name.lower().replace('_', ' ')}", miss.layer
     else:
-        first = " · ".join(dict.fromkeys(n.operator.strip("_") for n in box.nodes))
+        first = " · ".join(dict.fromkeys(n.operator for n in box.nodes if n.operator != "getitem")) or "getitem"
         second = node.layer if node.layer != node.name else ""
     time = times.get(node.name)
     shape = short_shape(box.nodes[-1].shape)

@@ -126,7 +126,7 @@ def why(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[Answer]:
-    """Why the rules that could apply to a node did not, at the end of each stage.
+    """Why the rules that could apply to a node, or to what reads it, did not, at the end of each stage.
 
     Args:
         node: the name of a node in the graph of some stage (INDUCTOR_X86Q_DEBUG writes these graphs), or a layer's
@@ -142,7 +142,9 @@ def why(
     def observe(stage: str, graph: fx.Graph) -> None:
         names.update(x.name for x in graph.nodes if x.op == "call_function")
         wanted = [x for x in graph.nodes if node in (x.name, layer_of(x)) and x.op == "call_function"]
+        users = dict.fromkeys(user for x in wanted for user in x.users if user not in wanted)
         answers.extend(debug.answers(stage, wanted))
+        answers.extend(answer for answer in debug.answers(stage, users) if answer.rule)
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph_module, inputs, chosen, observe=observe, inner_compile=_torch.run_uncompiled)

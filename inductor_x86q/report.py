@@ -429,7 +429,7 @@ _PRODUCTS = {
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
     torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
-_ATTENTION = ("_scaled_dot_product", "scaled_dot_product")
+_ATTENTION = "scaled_dot_product"
 
 
 def collect(graph: fx.Graph) -> Report:
@@ -491,7 +491,15 @@ def _operator(node: fx.Node) -> str:
     if node.op != "call_function":
         return node.op
     schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema else getattr(node.target, "__name__", str(node.target))
+    name = schema.name.split("::")[-1] if schema else getattr(node.target, "__name__", str(node.target))
+    return _PLAIN_NAMES.get(name, name.lstrip("_"))
+
+
+_PLAIN_NAMES = {
+    "_low_memory_max_pool_with_offsets": "max_pool", "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
+    "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
+    "constant_pad_nd": "pad", "_softmax": "softmax",
+}  # fmt: skip
 
 
 def _miss(node: fx.Node) -> Miss:
