@@ -511,10 +511,12 @@ def _miss(node: fx.Node) -> Miss:
 
 
 def _obstacle(node: fx.Node) -> Obstacle:
+    from inductor_x86q import _torch
     from inductor_x86q.passes.fuse import compute
 
     if node.target in (compute.CONVOLUTION, compute.LINEAR):
-        found = compute.obstacle(node)
+        with _torch.disable_modes():  # it looks at the weights' numbers
+            found = compute.obstacle(node)
         assert found is not None, f"{node} is eligible and was not fused"
         return found
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
