@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
-    from inductor_x86q.inspection import cpp_code, explain
+    from inductor_x86q.inspection import cpp_code, explain, why
+    from inductor_x86q.passes import No, Rule, register_pass
     from inductor_x86q.pt2e import convert, quantize
     from inductor_x86q.quantizer import X86Quantizer
     from inductor_x86q.report import Report
@@ -22,18 +23,22 @@ __version__ = "0.1.0"
 _HOME = {
     "CompileError": "errors",
     "QuantizationError": "errors",
+    "No": "passes",
     "Report": "report",
+    "Rule": "passes",
     "StrictError": "errors",
     "X86Quantizer": "quantizer",
     "convert": "pt2e",
     "cpp_code": "inspection",
     "explain": "inspection",
     "quantize": "pt2e",
+    "register_pass": "passes",
+    "why": "inspection",
 }
 
 __all__ = [
-    "CompileError", "QuantizationError", "Report", "StrictError", "X86Quantizer", "convert", "cpp_code", "explain",
-    "quantize",
+    "CompileError", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer", "convert", "cpp_code",
+    "explain", "quantize", "register_pass", "why",
 ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def register_quantized_decomposed() -> None:
 
 @functools.cache
 def register_primitives() -> None:
-    """Registers the operators of Inductor's own in torch.ops.prims; relies on their being a side effect of this import."""
+    """Registers Inductor's own operators in torch.ops.prims; relies on that being a side effect of this import."""
     import torch._inductor.inductor_prims  # noqa: F401
 
 
@@ -347,7 +347,7 @@ class _EagerInterpreter(fx.Interpreter):
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """The source of one wrapper, and for each buffer that it names the nodes of the graph that the buffer stands for."""
+    """The source of one wrapper, and for each of its buffers the nodes of the graph that the buffer stands for."""
 
     code: str
     origins: dict[str, list[fx.Node]]
@@ -394,10 +394,12 @@ def _buffer_origins() -> dict[str, list[fx.Node]]:
 
 
 def _origins(scheduled: Any) -> Iterable[fx.Node]:
-    """An operator's call stands for one node; its `origins` name its operands' too. A generated kernel has them all."""
-    if scheduled.is_extern() and (origin := scheduled.node.get_origin_node()) is not None:
-        return [origin]
-    return getattr(scheduled.node, "origins", None) or ()
+    """What a scheduled node computes; the origins of an operator's call also name its operands, which are left out."""
+    origins = list(getattr(scheduled.node, "origins", None) or ())
+    if not scheduled.is_extern():
+        return origins
+    operands = {operand for node in origins for operand in node.all_input_nodes}
+    return [node for node in origins if node not in operands]
 
 
 class _Enough(BaseException):
@@ -452,6 +454,20 @@ def isolated_caches(directory: str) -> Iterator[None]:
 def _forget(clear_caches: Callable[[], None]) -> None:
     torch.compiler.reset()
     clear_caches()
+
+
+def profiled(call: Callable[[], Any], *, runs: int) -> list[tuple[str, float]]:
+    """Name and microseconds of what torch's profiler sees in `runs` calls, in the order in which it began.
+
+    Two calls go before, unseen: the first ones of a process allocate. Relies on `time_range` of the profiler's events.
+    """
+    for _ in range(2):
+        call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(runs):
+            call()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)  # type: ignore[arg-type, return-value]
+    return [(event.name, event.time_range.elapsed_us()) for event in events]
 
 
 def compile_fresh(model: torch.nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, passes
+from inductor_x86q import _torch, debug, passes
 from inductor_x86q.errors import CompileError, StrictError
-from inductor_x86q.report import Report, collect
+from inductor_x86q.report import Report, RuleCount, collect
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +76,17 @@ def compile_graph(
     chosen: Settings,
     *,
     on_report: Callable[[Report], None] = lambda report: None,
+    observe: Callable[[str, fx.Graph], None] = lambda stage, graph: None,
     **keywords: Any,
 ) -> Callable[..., Any]:
-    """Compiles one Dynamo graph; `on_report` receives the report as soon as the passes have run."""
+    """Compiles one Dynamo graph.
+
+    `on_report` receives the report as soon as the passes have run, `observe` the graph after each stage.
+    """
     require_compilable(example_inputs)
 
     def pipeline(graph: fx.Graph) -> None:
-        report = run_passes(graph, strict=chosen.strict)
+        report = run_passes(graph, strict=chosen.strict, observe=observe)
         on_report(report)
 
     inputs = list(example_inputs)
@@ -93,17 +97,27 @@ def compile_graph(
     return _dropping(compiled, kept, len(inputs))
 
 
-def run_passes(graph: fx.Graph, *, strict: bool) -> Report:
+def run_passes(
+    graph: fx.Graph,
+    *,
+    strict: bool,
+    observe: Callable[[str, fx.Graph], None] = lambda stage, graph: None,
+) -> Report:
     """Runs the pipeline and returns its report; raises StrictError under `strict` when something was missed."""
     report: Report | None = None
+    dump = debug.Dump.from_environment(graph)
 
     def between(stage: str, graph: fx.Graph) -> None:
         nonlocal report
         if stage == "fuse: post-ops":
             report = collect(graph)
+        dump.after(stage, graph)
+        observe(stage, graph)
 
-    passes.run(graph, between)
+    results = passes.run(graph, between)
     assert report is not None
+    report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
+    dump.finish(results, report)
     if report.missed:
         if strict:
             raise StrictError(

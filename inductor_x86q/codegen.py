@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +34,23 @@ _POINTER = re.compile(r"\((const )?\w+\*\)\((\w+)\.data_ptr\(\)\)")
 
 _BODY_START = "inductor_entry_impl("
 _BODY_END = "} // inductor_entry_impl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A kernel call in the wrapper."""
+
+    name: str  # as `kernel_calls` counts it
+    symbol: str  # the function's own name
+    results: tuple[str, ...]  # the buffers that it writes
+
+
+def calls(code: str) -> Iterator[Call]:
+    """The wrapper's kernel calls in their order."""
+    for line in _body(code):
+        if name := _called(line):
+            shim = _SHIM.search(line)
+            yield Call(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)))
 
 
 def kernel_calls(code: str) -> Counter[str]:
@@ -194,7 +213,7 @@ def only_layer(code: str, layer: str) -> str:
     """
     lines = code.splitlines()
     calls, seen = [], set()
-    for line, call in zip(lines, lines[1:], strict=False):
+    for line, call in itertools.pairwise(lines):
         if not line.strip().startswith(_COMMENT):
             continue
         served = line.strip().removeprefix(_COMMENT).split(", ")

@@ -1,17 +1,23 @@
-"""explain() and cpp_code(): what a compile of a model does, without or with the C++ compiler."""
+"""explain(), cpp_code() and why(): what a compile of a model does, mostly without the C++ compiler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import difflib
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, codegen
+from inductor_x86q import _torch, codegen, debug
 from inductor_x86q.backend import compile_graph, settings
+from inductor_x86q.debug import Answer
 from inductor_x86q.errors import CompileError
-from inductor_x86q.report import Report
+from inductor_x86q.report import Kernel, Report
 from inductor_x86q.report import layer as layer_of
 
 
@@ -19,6 +25,7 @@ def explain(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    timing: bool = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -27,10 +34,15 @@ def explain(
     Runs the passes as `torch.compile(model, backend="inductor_x86q", ...)(*example_inputs)` would, but neither
     generates nor compiles code.
 
+    Args:
+        timing: compile it all the same, and measure each kernel: the median of RUNS calls, in microseconds.
+
     Raises:
-        CompileError: as the backend does.
+        CompileError: as the backend does; or timing is asked for without the C++ wrapper.
         StrictError: with `options={"strict": True}`, when something was missed.
     """
+    if timing:
+        return _timed(model, example_inputs, mode, options)
     report = Report([], [], [])
     chosen = settings(mode, options)
 
@@ -39,6 +51,109 @@ def explain(
 
     _call_once(model, example_inputs, backend)
     return report
+
+
+RUNS = 21
+
+
+def _timed(model: Any, example_inputs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
+    report = Report([], [], [])
+    chosen = settings(mode, {**(options or {}), "cpp.enable_kernel_profile": True})
+    if not chosen.inductor["cpp_wrapper"]:
+        raise CompileError("timing needs the C++ wrapper: leave the option cpp_wrapper at True")
+
+    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(graph_module, inputs, chosen, on_report=report.extend)
+
+    _check(model, example_inputs)
+    with torch.no_grad():
+        compiled = _torch.compile_fresh(model, backend)
+        with _torch.generated_code() as generated:
+            compiled(*example_inputs)
+        events = _torch.profiled(lambda: compiled(*example_inputs), runs=RUNS)
+    return with_kernels(report, measured(generated, events))
+
+
+def measured(generated: Sequence[_torch.Generated], events: Sequence[tuple[str, float]]) -> list[Kernel]:
+    """The kernel calls of generated code with their median time.
+
+    Args:
+        events: name and microseconds of what a profiler saw in RUNS calls, in the order in which it began. A kernel's
+            event is named as its C shim, or ends in the generated kernel's name.
+    """
+    found: list[Kernel] = []
+    for part in generated:
+        calls = list(codegen.calls(part.code))
+        names = {call.symbol for call in calls}
+        times: dict[str, list[float]] = {}
+        for event, time in events:
+            name = event if event in names else re.sub(r"^graph_\d+_", "", event)
+            if name in names:
+                times.setdefault(name, []).append(time)
+        seen: Counter[str] = Counter()
+        for call in calls:
+            number, per_run = seen[call.symbol], sum(other.symbol == call.symbol for other in calls)
+            seen[call.symbol] += 1
+            if samples := times.get(call.symbol, [])[number::per_run]:
+                nodes = [node for result in call.results for node in part.origins.get(result, ())]
+                names_of_nodes = tuple(dict.fromkeys(node.name for node in nodes))
+                found.append(Kernel(call.name, tuple(layers_of(nodes)), names_of_nodes, statistics.median(samples)))
+    return found
+
+
+def with_kernels(report: Report, kernels: list[Kernel]) -> Report:
+    """The report with the measured kernels, and their times at the layers that they serve."""
+    times = {node: kernel.microseconds for kernel in kernels for node in kernel.nodes}
+
+    def timed(items: list[Any]) -> list[Any]:
+        return [dataclasses.replace(item, microseconds=times.get(item.node)) for item in items]
+
+    return dataclasses.replace(
+        report,
+        fused=timed(report.fused),
+        missed=timed(report.missed),
+        kept_float=timed(report.kept_float),
+        generated=timed(report.generated),
+        kernels=kernels,
+    )
+
+
+def why(
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    node: str,
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> list[Answer]:
+    """Why the rules that could apply to a node, or to what reads it, did not, at the end of each stage.
+
+    Args:
+        node: the name of a node in the graph of some stage (INDUCTOR_X86Q_DEBUG writes these graphs), or a layer's
+            path, which stands for all its nodes.
+
+    Raises:
+        CompileError: as the backend does; or no stage's graph has such a node.
+    """
+    chosen = settings(mode, options)
+    answers: list[Answer] = []
+    names: set[str] = set()
+
+    def observe(stage: str, graph: fx.Graph) -> None:
+        names.update(x.name for x in graph.nodes if x.op == "call_function")
+        wanted = [x for x in graph.nodes if node in (x.name, layer_of(x)) and x.op == "call_function"]
+        users = dict.fromkeys(user for x in wanted for user in x.users if user not in wanted)
+        answers.extend(debug.answers(stage, wanted))
+        answers.extend(answer for answer in debug.answers(stage, users) if answer.rule)
+
+    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(graph_module, inputs, chosen, observe=observe, inner_compile=_torch.run_uncompiled)
+
+    _call_once(model, example_inputs, backend)
+    if not answers:
+        close = difflib.get_close_matches(node, names, 5) or sorted(names)[:20]
+        raise CompileError(f"no stage's graph has a node or layer named {node!r}; there are {', '.join(close)} ...")
+    return answers
 
 
 def cpp_code(
@@ -90,12 +205,16 @@ def layers_of(nodes: list[fx.Node]) -> list[str]:
 
 def _call_once(model: torch.nn.Module, example_inputs: tuple[Any, ...], backend: Callable[..., Any]) -> Any:
     """Calls the model once, compiled by `backend`, leaving no trace in Dynamo's caches of the model's own code."""
+    _check(model, example_inputs)
+    with torch.no_grad():
+        return _torch.compile_fresh(model, backend)(*example_inputs)
+
+
+def _check(model: Any, example_inputs: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"model is a {type(model).__name__}: expected what quantize() or convert_pt2e() returned")
     if not isinstance(example_inputs, tuple):
         raise CompileError(f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of arguments")
-    with torch.no_grad():
-        return _torch.compile_fresh(model, backend)(*example_inputs)
 
 
 def run_fused(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, Report]:

@@ -1,9 +1,32 @@
-"""What became of every convolution, linear and q/dq node, and why."""
+"""What became of every convolution, linear and q/dq node, and why.
+
+`Report.to_json()` writes one JSON object (SCHEMA, VERSION):
+
+    schema    "inductor_x86q.report"
+    version   1; a reader refuses a greater one. Fields may be added within a version, none changes its meaning.
+    totals    layers, int8_layers, macs, int8_macs, missed, kept_float, quantizes_left, dequantizes_left, float_islands,
+              microseconds (null where nothing was measured)
+    fused     int8 kernels: the fields of Fusion
+    missed, kept_float
+              layers that are not int8: the fields of Miss, `obstacle` as {"reason": name, "detail": text, "text": all}
+    generated what runs in kernels that Inductor generates: the fields of Operation
+    quantizes_left, dequantizes_left
+              names of the nodes that no kernel absorbed
+    passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
+    nodes     the graph after fusing, in order: the fields of Node
+    kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+
+Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import json
+import math
+import shutil
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +36,11 @@ from torch import fx
 class Reason(enum.Enum):
     """Why a layer does not run in int8; the value says what to change."""
 
-    NOT_QUANTIZED = "no quantize/dequantize stands at its inputs: it was excluded, or the quantizer left it out"
-    NO_KERNEL = "torch has no int8 kernel for it"
+    NOT_QUANTIZED = (
+        "no quantize/dequantize stands at its inputs: if it should be int8, take it out of `exclude`, or annotate it in "
+        "your quantizer"
+    )
+    NO_KERNEL = "torch has no int8 kernel for it: it stays float, and nothing needs to be changed"
     ACTIVATION_NOT_QUANTIZED = "its weight is quantized, its input is not: put quantize and dequantize in front of it"
     WEIGHT_NOT_QUANTIZED = "its input is quantized, its weight is not: quantize the weight to int8 per channel"
     WEIGHT_NOT_CONSTANT = "its weight is not known when compiling: pass it as a parameter or buffer, not as an input"
@@ -25,7 +51,6 @@ class Reason(enum.Enum):
         "this CPU has no VNNI and adds pairs of 8-bit products in 16 bits, which can overflow: quantize with "
         "reduce_range=True on this machine"
     )
-    QUANTIZE_LEFT = "no kernel absorbed it; it runs as a generated kernel of its own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +62,9 @@ class Obstacle:
 
     def __str__(self) -> str:
         return f"{self.reason.value}{f' ({self.detail})' if self.detail else ''}"
+
+
+SCHEMA, VERSION = "inductor_x86q.report", 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +81,12 @@ class Fusion:
     output_shape: tuple[Any, ...]
     macs: int | None
     source: str = ""  # the line in the model's source, where known
+    node: str = ""  # the name of the call in the graph
+    input_scale: float | None = None  # None: computed at run time
+    input_zero_point: int | None = None
+    output_scale: float | None = None  # None: the output is float
+    output_zero_point: int | None = None
+    microseconds: float | None = None  # None: not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +99,8 @@ class Miss:
     output_shape: tuple[Any, ...]
     macs: int | None
     source: str = ""
+    node: str = ""
+    microseconds: float | None = None
 
     @property
     def reason(self) -> Reason:
@@ -72,6 +108,53 @@ class Miss:
 
     def __str__(self) -> str:
         return f"{self.layer} ({self.operator}): {self.obstacle}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An addition, pool, quantize or anything else that runs in a kernel that Inductor generates."""
+
+    layer: str
+    operator: str
+    input_dtypes: tuple[str, ...]
+    output_dtype: str
+    output_shape: tuple[Any, ...]
+    source: str = ""
+    node: str = ""
+    microseconds: float | None = None  # of the whole kernel, which other operations may share
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A node of the graph after fusing, constants left out."""
+
+    name: str
+    kind: str  # input, output, fused, missed, kept_float, quantize, dequantize, generated
+    operator: str
+    layer: str
+    dtype: str
+    shape: tuple[Any, ...]
+    inputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A call of the compiled code, measured."""
+
+    name: str
+    layers: tuple[str, ...]
+    nodes: tuple[str, ...]
+    microseconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleCount:
+    """How often a rule of a stage matched; seconds are those of its whole stage."""
+
+    stage: str
+    rule: str
+    matches: int
+    seconds: float
 
 
 @dataclasses.dataclass
@@ -83,64 +166,396 @@ class Report:
     kept_float: list[Miss]
     quantizes_left: list[str] = dataclasses.field(default_factory=list)
     dequantizes_left: list[str] = dataclasses.field(default_factory=list)
+    generated: list[Operation] = dataclasses.field(default_factory=list)
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    passes: list[RuleCount] = dataclasses.field(default_factory=list)
+    kernels: list[Kernel] = dataclasses.field(default_factory=list)
 
     def extend(self, other: Report) -> None:
-        """Adds what another graph of the same model became."""
-        self.fused += other.fused
-        self.missed += other.missed
-        self.kept_float += other.kept_float
-        self.quantizes_left += other.quantizes_left
-        self.dequantizes_left += other.dequantizes_left
+        """Adds what another graph of the same model became; its nodes get new names where both use one."""
+        other = _renamed(other, {node.name for node in self.nodes})
+        for field in dataclasses.fields(self):
+            getattr(self, field.name).extend(getattr(other, field.name))
 
-    def missed_text(self) -> str:
-        return "\n".join(f"  {miss}" for miss in self.missed)
+    # --- totals ---
+
+    @property
+    def layers(self) -> int:
+        """How many convolutions, linears and matrix products there are."""
+        return len(self.fused) + len(self.missed) + len(self.kept_float)
+
+    @property
+    def int8_share_of_layers(self) -> float:
+        """The share of convolutions, linears and matrix products that run in int8, 0 to 1; 1 where there are none."""
+        return len(self.fused) / self.layers if self.layers else 1.0
 
     @property
     def int8_share_of_macs(self) -> float:
         """The share of multiply-accumulates that run in int8, 0 to 1; 1 where there are none."""
-        done = sum(f.macs or 0 for f in self.fused)
-        total = done + sum(m.macs or 0 for m in (*self.missed, *self.kept_float))
+        done = _total(self.fused)
+        total = done + _total(self.missed) + _total(self.kept_float)
         return done / total if total else 1.0
 
+    @property
+    def float_islands(self) -> int:
+        """How many groups of connected float operations stand between int8 and int8."""
+        return _count_islands(self.nodes)
+
+    @property
+    def microseconds(self) -> float | None:
+        """The sum over all measured kernels; None where nothing was measured."""
+        return sum(k.microseconds for k in self.kernels) if self.kernels else None
+
+    def totals(self) -> dict[str, Any]:
+        int8_macs = _total(self.fused)
+        return {
+            "layers": self.layers,
+            "int8_layers": len(self.fused),
+            "macs": int8_macs + _total(self.missed) + _total(self.kept_float),
+            "int8_macs": int8_macs,
+            "missed": len(self.missed),
+            "kept_float": len(self.kept_float),
+            "quantizes_left": len(self.quantizes_left),
+            "dequantizes_left": len(self.dequantizes_left),
+            "float_islands": self.float_islands,
+            "microseconds": self.microseconds,
+        }
+
+    # --- texts ---
+
+    def missed_text(self) -> str:
+        return "\n".join(f"  {miss}" for miss in self.missed)
+
+    def summary(self) -> str:
+        """The totals in one line."""
+        time = "" if self.microseconds is None else f", {self.microseconds / 1000:.2f} ms in kernels"
+        return (
+            f"{len(self.fused)} of {self.layers} layers in int8 ({self.int8_share_of_macs:.1%} of the multiply-accumulates), "
+            f"{len(self.missed)} missed, {len(self.kept_float)} float by design; {len(self.quantizes_left)} quantize and "
+            f"{len(self.dequantizes_left)} dequantize nodes left, {self.float_islands} float islands{time}"
+        )
+
+    def __str__(self) -> str:
+        return self.table(shutil.get_terminal_size((120, 40)).columns)
+
+    def table(self, width: int = 120) -> str:
+        """The report as text, no line of the table longer than `width` characters (at least 60)."""
+        parts = [_table(self.fused, max(width, 60))] if self.fused else []
+        for title, misses in (
+            ("missed, should be int8", self.missed),
+            ("float by design", self.kept_float),
+        ):
+            if misses:
+                parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
+        return "\n\n".join([*parts, self.summary()])
+
+    # --- files ---
+
+    def to_json(self) -> str:
+        """The report as JSON; the module's documentation has the schema."""
+        content = {"schema": SCHEMA, "version": VERSION, "totals": self.totals()}
+        for field in dataclasses.fields(self):
+            content[field.name] = [_plain(item) for item in getattr(self, field.name)]
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no report, or of a later version of the schema.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"not a report: expected a JSON object with schema {SCHEMA!r}")
+        if content["version"] > VERSION:
+            raise ValueError(f"the report has version {content['version']} of the schema, this package reads up to {VERSION}")
+        lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
+        return cls(**lists)
+
+    def to_html(self, title: str = "int8 report") -> str:
+        """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
+        from inductor_x86q.html import page
+
+        return page(self, title)
+
+
+_KINDS: dict[str, Any] = {
+    "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel,
+}  # fmt: skip
+
+
+def _plain(item: Any) -> Any:
+    """What JSON can hold; numbers that it cannot are given as text."""
+    if isinstance(item, Obstacle):
+        return {"reason": item.reason.name, "detail": item.detail, "text": str(item)}
+    if dataclasses.is_dataclass(item):
+        return {field.name: _plain(getattr(item, field.name)) for field in dataclasses.fields(item)}
+    if isinstance(item, (list, tuple)):
+        return [_plain(x) for x in item]
+    return item if not isinstance(item, float) or math.isfinite(item) else str(item)
+
+
+def _read(kind: Any, item: Any) -> Any:
+    if kind is str:
+        return item
+    values = {field.name: item[field.name] for field in dataclasses.fields(kind) if field.name in item}
+    for name, value in values.items():
+        if name == "obstacle":
+            values[name] = Obstacle(Reason[value["reason"]], value["detail"])
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+    return kind(**values)
+
+
+def _renamed(report: Report, taken: set[str]) -> Report:
+    clashes = {node.name for node in report.nodes} & taken
+    if not clashes:
+        return report
+    number = 2
+    while any(f"{name}_graph{number}" in taken for name in clashes):
+        number += 1
+
+    def name(old: str) -> str:
+        return f"{old}_graph{number}" if old in clashes else old
+
+    def changed(item: Any) -> Any:
+        if isinstance(item, str):
+            return name(item)
+        if isinstance(item, Node):
+            return dataclasses.replace(item, name=name(item.name), inputs=tuple(map(name, item.inputs)))
+        if isinstance(item, Kernel):
+            return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
+        return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
+
+    return Report(**{f.name: [changed(item) for item in getattr(report, f.name)] for f in dataclasses.fields(report)})
+
+
+def _total(items: Iterable[Fusion | Miss]) -> int:
+    return sum(item.macs or 0 for item in items)
+
+
+def _count_islands(nodes: Sequence[Node]) -> int:
+    """Groups of float operations that read from int8 and write to int8, by union of neighbours."""
+    by_name = {node.name: node for node in nodes}
+    inside = {n.name for n in nodes if n.kind in ("generated", "missed", "kept_float") and n.dtype.startswith(("float", "bf"))}
+    root = {name: name for name in inside}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    reads, writes = set(), set()
+    for node in nodes:
+        for source in node.inputs:
+            if node.name in inside and source in inside:
+                root[find(node.name)] = find(source)
+            elif node.name in inside and by_name[source].kind in ("dequantize", "fused"):
+                reads.add(node.name)
+            elif source in inside and node.kind == "quantize":
+                writes.add(source)
+    return len({find(name) for name in reads} & {find(name) for name in writes})
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+_SHORT = {"uint8": "u8", "int8": "s8", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def short_kernel(fusion: Fusion) -> str:
+    """The kernel and what it does behind the product: "qconv +add +relu"."""
+    name = f"q{fusion.operator}"
+    return " +".join([name, *(operator for operator in fusion.absorbed if operator != "quantize")])
+
+
+def short_types(fusion: Fusion) -> str:
+    """Input × weight → output: "u8×s8→u8"."""
+    x, w, y = (_SHORT.get(dtype, dtype) for dtype in (fusion.input_dtype, fusion.weight_dtype, fusion.output_dtype))
+    return f"{x}×{w}→{y}"
+
+
+def short_shape(shape: Sequence[Any]) -> str:
+    return "×".join(map(str, shape))
+
+
+def short_count(number: int | None) -> str:
+    if number is None:
+        return "?"
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _table(fused: Sequence[Fusion], width: int) -> str:
+    timed = any(f.microseconds is not None for f in fused)
+    rows = [["layer", "kernel", "types", "output", "MACs", *(["µs"] if timed else [])]]
+    for f in fused:
+        row = [f.layer, short_kernel(f), short_types(f), short_shape(f.output_shape), short_count(f.macs)]
+        rows.append(row + ([f"{f.microseconds:.1f}" if f.microseconds is not None else ""] if timed else []))
+    sizes = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    over = sum(sizes) + 2 * (len(sizes) - 1) - width
+    for column in (0, 1):  # the widest columns give way: of a path the end tells more, of a kernel the beginning
+        give = min(max(over, 0), max(sizes[column] - 16, 0))
+        sizes[column], over = sizes[column] - give, over - give
+    lines = []
+    for row in rows:
+        cells = [_cut(row[0], sizes[0], keep_end=True), _cut(row[1], sizes[1]), *row[2:]]
+        aligned = [cell.rjust(size) if i >= 4 else cell.ljust(size) for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join([lines[0], "─" * min(width, max(map(len, lines))), *lines[1:]])
+
+
+def _cut(text: str, size: int, keep_end: bool = False) -> str:
+    if len(text) <= size:
+        return text
+    return "…" + text[-(size - 1) :] if keep_end else text[: size - 1] + "…"
+
+
+def _grouped(misses: Sequence[Miss]) -> list[str]:
+    """A line a reason, and below it the layers that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for miss in misses:
+        by_reason.setdefault(str(miss.obstacle), []).append(f"{miss.layer} ({miss.operator})")
+    return [line for reason, layers in by_reason.items() for line in (f"  {reason}", f"    {', '.join(layers)}")]
+
+
+# --- reading the graph ------------------------------------------------------------------------------------------------
 
 _PRODUCTS = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
     torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
+_ATTENTION = "scaled_dot_product"
 
 
 def collect(graph: fx.Graph) -> Report:
     """The report of a graph that has gone through the fuse stage (and not yet through finish)."""
-    from inductor_x86q import qgraph
-    from inductor_x86q.passes.fuse import compute
-    from inductor_x86q.passes.fuse.call import is_call
-
     report = Report([], [], [])
+    shown: set[fx.Node] = set()
     for node in graph.nodes:
-        if is_call(node):
+        kind = _kind(node, shown)
+        if kind is None:
+            continue
+        shown.add(node)
+        if kind == "fused":
             report.fused.append(_fusion(node))
-        elif node.target in _PRODUCTS:
-            miss = Miss(
-                layer(node), _PRODUCTS[node.target], _obstacle(node), _shape(node), compute.macs(node), source(node)
-            )
-            by_design = miss.reason in (Reason.NOT_QUANTIZED, Reason.NO_KERNEL)
-            (report.kept_float if by_design else report.missed).append(miss)
-        elif qgraph.is_quantize(node):
+        elif kind == "product":
+            miss = _miss(node)
+            kind = "kept_float" if miss.reason in BY_DESIGN else "missed"
+            getattr(report, kind).append(miss)
+        elif kind == "quantize":
             report.quantizes_left.append(node.name)
-        elif qgraph.is_dequantize(node) and qgraph.constant(node.args[0]) is None:
+        elif kind == "dequantize":
             report.dequantizes_left.append(node.name)
+        if kind in ("generated", "quantize", "dequantize"):
+            report.generated.append(_operation(node))
+        report.nodes.append(_described(node, kind, shown))
+    report.kept_float += _weights_read_elsewhere(graph)
     return report
 
 
+# What is float for one of these reasons is so by design; for any other, it should have been int8.
+BY_DESIGN = frozenset({Reason.NOT_QUANTIZED, Reason.NO_KERNEL})
+
+
+def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
+    """What the report calls a node; None for constants and what is computed from them alone."""
+    from inductor_x86q import qgraph
+    from inductor_x86q.passes.fuse.call import is_call
+
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "output":
+        return "output"
+    if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
+        return None
+    if is_call(node):
+        return "fused"
+    if _is_product(node):
+        return "product"
+    if qgraph.is_quantize(node):
+        return "quantize"
+    return "dequantize" if qgraph.is_dequantize(node) else "generated"
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION)
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator's name without namespace and overload."""
+    if node.op != "call_function":
+        return node.op
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[-1] if schema else getattr(node.target, "__name__", str(node.target))
+    return _PLAIN_NAMES.get(name, name.lstrip("_"))
+
+
+_PLAIN_NAMES = {
+    "_low_memory_max_pool_with_offsets": "max_pool", "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
+    "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
+    "constant_pad_nd": "pad", "_softmax": "softmax",
+}  # fmt: skip
+
+
+def _miss(node: fx.Node) -> Miss:
+    from inductor_x86q.passes.fuse import compute
+
+    macs = compute.macs(node) if node.target in _PRODUCTS else None
+    operator = _PRODUCTS.get(node.target, "attention")
+    return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
+
+
 def _obstacle(node: fx.Node) -> Obstacle:
+    from inductor_x86q import _torch
     from inductor_x86q.passes.fuse import compute
 
     if node.target in (compute.CONVOLUTION, compute.LINEAR):
-        found = compute.obstacle(node)
+        with _torch.disable_modes():  # it looks at the weights' numbers
+            found = compute.obstacle(node)
         assert found is not None, f"{node} is eligible and was not fused"
         return found
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
+
+
+def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
+    """Quantized weights that no product reads any more: a linear that was taken apart before the passes saw it."""
+    from inductor_x86q import qgraph
+
+    found = []
+    for node in graph.nodes:
+        tensor = qgraph.constant(node.args[0]) if qgraph.is_dequantize(node) else None
+        if tensor is None or tensor.dim() < 2 or tensor.dtype != torch.int8:
+            continue
+        users = [user for user in node.users if not _is_product(user)]
+        if users:
+            detail = f"its weight is read by {_operator(users[0])}: the product is too small for a kernel of its own"
+            obstacle = Obstacle(Reason.NO_KERNEL, detail)
+            macs = math.prod(qgraph.value(node).shape)
+            found.append(Miss(layer(users[0]), "linear", obstacle, _shape(users[0]), int(macs), source(users[0]), users[0].name))
+    return found
+
+
+def _operation(node: fx.Node) -> Operation:
+    inputs = tuple(_dtype(source) for source in node.all_input_nodes if source.op != "get_attr")
+    return Operation(layer(node), _operator(node), inputs, _dtype(node), _shape(node), source(node), node.name)
+
+
+def _described(node: fx.Node, kind: str, shown: set[fx.Node]) -> Node:
+    inputs = tuple(source.name for source in node.all_input_nodes if source in shown)
+    operator = _PRODUCTS.get(node.target, _operator(node)) if kind != "input" else "input"
+    return Node(node.name, kind, operator, layer(node), _dtype(node), _shape(node), inputs)
+
+
+def _dtype(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return _name(value.dtype) if isinstance(value, torch.Tensor) else ""
 
 
 def _fusion(node: fx.Node) -> Fusion:
@@ -159,6 +574,11 @@ def _fusion(node: fx.Node) -> Fusion:
         output_shape=_shape(node),
         macs=node.meta.get("x86q_macs"),
         source=source(node),
+        node=node.name,
+        input_scale=call.x_scale if call.is_static else None,
+        input_zero_point=call.x_zero_point if call.is_static else None,
+        output_scale=call.output_scale if call.has_int8_output else None,
+        output_zero_point=call.output_zero_point if call.has_int8_output else None,
     )
 
 
@@ -167,16 +587,28 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape)
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+# How Dynamo writes the root of the model in a module's path, by how the model reached it.
+_ROOTS = ("L__self__.", "L['self'].", "L['model'].", "L['fn'].")
 
 
 def layer(node: fx.Node) -> str:
     """The path of the module that the node comes from; the node's own name where that is not known."""
     stack = node.meta.get("nn_module_stack")
     if stack:
-        path = next(reversed(stack.values()))[0]
-        if path:
-            return path.replace("L['self'].", "").removeprefix("L__self__.")
+        path = str(next(reversed(stack.values()))[0])
+        for root in _ROOTS:
+            path = path.removeprefix(root)
+        path = path.replace("L['self'].", "").replace("_modules['", "").replace("']", "")
+        if path and not path.startswith("L["):
+            return path
     return node.name
 
 

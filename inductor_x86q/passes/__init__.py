@@ -10,7 +10,9 @@ from torch import fx
 
 from inductor_x86q import _torch
 from inductor_x86q.passes import finish, fuse, normalize, propagate
-from inductor_x86q.passes.stage import Stage, StageResult
+from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
+
+__all__ = ["STAGES", "No", "Rule", "register_pass", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,30 @@ STAGES = (
         check=finish.check,
     ),
 )
+
+
+def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
+    """Adds a rule to a stage, behind the stage's own, for all compiles of this process from now on.
+
+    The report, the debug dump and `x86q why` list it by its name as they list ours.
+
+    Args:
+        stage: "normalize", "propagate", "fuse: compute", "fuse: post-ops" or "finish"; what holds before and after
+            each is said in STAGES, and the rule has to keep it so.
+
+    Returns:
+        A function that takes the rule out again.
+
+    Raises:
+        ValueError: there is no such stage, or it has a rule of that name.
+    """
+    chosen = next((s for s in STAGES if s.name == stage), None)
+    if chosen is None:
+        raise ValueError(f"no stage {stage!r}: expected one of {', '.join(repr(s.name) for s in STAGES)}")
+    if any(rule.name == other.name for other in chosen.rules):
+        raise ValueError(f"stage {stage!r} already has a rule named {rule.name!r}: give this one another name")
+    chosen.add(rule)
+    return lambda: chosen.remove(rule)
 
 
 def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage, graph: None) -> list[StageResult]:

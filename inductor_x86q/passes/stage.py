@@ -54,8 +54,8 @@ class Stage:
     ) -> None:
         self.name, self.before, self.after, self.check = name, before, after, check
         self.rules: list[Rule] = []
-        self._matcher = _torch.matcher_pass(f"inductor_x86q.{name}")
         self._matches: Counter[str] = Counter()
+        self._matcher = _torch.matcher_pass(f"inductor_x86q.{name}")
         for rule in rules:
             self.add(rule)
 
@@ -72,6 +72,15 @@ class Stage:
             rule.rewrite(match.output_node(), match.found)
 
         _torch.register(self._matcher, rule.targets, matches, handler)
+
+    def remove(self, rule: Rule) -> None:
+        """Takes a rule out again; raises ValueError where the stage does not have it."""
+        rules = [*self.rules]
+        rules.remove(rule)
+        self.rules = []
+        self._matcher = _torch.matcher_pass(f"inductor_x86q.{self.name}")
+        for remaining in rules:
+            self.add(remaining)
 
     def apply(self, graph: fx.Graph) -> StageResult:
         """Applies the rules until none matches any more; returns how often each did and how long it took."""

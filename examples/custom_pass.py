@@ -1,0 +1,38 @@
+"""A pass of one's own: a factor between dequantize and a layer goes into the scale, and the layer becomes int8."""
+
+import torch
+
+from inductor_x86q import No, Rule, explain, qgraph, register_pass, testing
+
+
+def find(node: torch.fx.Node):
+    source, factor = node.args
+    if not qgraph.is_dequantize(source) or not qgraph.qparams(source).is_static:
+        return No("its input is not dequantized with a constant scale")
+    return factor if isinstance(factor, (int, float)) and factor > 0 else No(f"{factor} is not a positive number")
+
+
+def rewrite(node: torch.fx.Node, factor: float) -> None:
+    source = node.args[0]
+    integers, scale, *others = source.args
+    with node.graph.inserting_before(node):
+        scaled = qgraph.call(node.graph, source.target, (integers, scale * factor, *others), like=source)
+    node.replace_all_uses_with(scaled)
+    qgraph.erase_dead(node)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = testing.QLinear(64, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(testing.quantize_dequantize(x) * 0.125)
+
+
+inputs = (torch.randn(16, 64),)
+q = testing.qdq_graph(Scaled(), inputs)
+print("without:", explain(q, inputs), sep="\n")
+register_pass("propagate", Rule("factor into scale", (torch.ops.aten.mul.Tensor,), find, rewrite))
+print("with:", report := explain(q, inputs), *report.passes, sep="\n")
+testing.assert_close_to_reference(q, inputs, options={"strict": True})
