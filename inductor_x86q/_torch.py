@@ -7,8 +7,10 @@ newest supported torch.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
+import hashlib
 import os
 import threading
 import warnings
@@ -248,6 +250,51 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
         yield
+
+
+@contextlib.contextmanager
+def cacheable_constants() -> Iterator[None]:
+    """Within this context Inductor's graph cache takes graphs with packed weights, and tells weights by their contents.
+
+    Stock bypasses its cache for opaque mkldnn tensors since they cannot be pickled, though it only needs them in the
+    key: a hit takes the constants from the graph at hand. Of other frozen weights stock puts shape and type into the
+    key; what a lowering derived from their values would then come from another model.
+
+    Relies on `CacheabilityValidator.check_tensor` refusing mkldnn tensors and nothing else, on
+    `FxGraphCachePickler._reduce_tensor` making the key's part for a constant, and on freezing marking what it made.
+    """
+    from torch._inductor import codecache
+    from torch._inductor.freezing_utils import is_frozen_param
+
+    stock = codecache.FxGraphCachePickler._reduce_tensor
+
+    def reduce_tensor(self: Any, tensor: torch.Tensor) -> Any:
+        if tensor.is_mkldnn:
+            # Its layout is left out: the kernels take any, and the bytes that describe it hold some never written.
+            return _identity, ((tuple(tensor.shape), str(tensor.dtype), _digest(tensor)),)
+        part = stock(self, tensor)
+        return (_identity, ((part, _digest(tensor)),)) if is_frozen_param(tensor) else part
+
+    with (
+        _replaced(codecache.FxGraphCachePickler, "_reduce_tensor", reduce_tensor),
+        _replaced(codecache.CacheabilityValidator, "check_tensor", staticmethod(lambda tensor: None)),
+    ):
+        yield
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    """A hash of a CPU tensor's bytes, packed or strided."""
+    if tensor.is_mkldnn:
+        address, size = torch.ops.mkldnn.data_ptr(tensor), torch.ops.mkldnn._nbytes(tensor)
+    else:
+        storage = tensor.untyped_storage()
+        address, size = storage.data_ptr(), storage.nbytes()
+    contents = (ctypes.c_ubyte * size).from_address(address) if size else b""
+    return hashlib.blake2b(contents, digest_size=20).digest()
 
 
 def foreign_pre_grad_pass() -> bool:

@@ -86,13 +86,15 @@ def compile_graph(
     require_compilable(example_inputs)
 
     def pipeline(graph: fx.Graph) -> None:
+        # What hangs on the module goes into the key of Inductor's graph cache: other passes, another entry.
+        graph.owning_module.meta["inductor_x86q"] = passes.fingerprint()
         report = run_passes(graph, strict=chosen.strict, observe=observe)
         on_report(report)
 
     inputs = list(example_inputs)
     kept = _torch.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
-    with _torch.pipeline_scope(pipeline):
+    with _torch.pipeline_scope(pipeline), _torch.cacheable_constants():
         compiled = _torch.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 

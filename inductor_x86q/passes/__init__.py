@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+import inductor_x86q
 from inductor_x86q import _torch
 from inductor_x86q.passes import finish, fuse, normalize, propagate
 from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
@@ -91,3 +92,9 @@ def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage
         results.append(result)
         between(stage.name, graph)
     return results
+
+
+def fingerprint() -> str:
+    """Names this version of the package and the passes as they stand; part of the key under which a graph is cached."""
+    lines = [f"{stage.name}: {', '.join(rule.name for rule in stage.rules)}" for stage in STAGES]
+    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines])
