@@ -224,7 +224,9 @@ def test_a_saved_graph_keeps_the_names_and_source_lines_of_its_layers(model, tmp
     assert [f.layer for f in before] == LAYERS
     assert before == after
     assert all(f.source for f in after)
-    assert {name for name, _ in loaded.named_buffers() if name.endswith("_int8")} == {f"{n}.weight_int8" for n in LAYERS}
+    assert {name for name, _ in loaded.named_buffers() if name.endswith("_int8")} == {
+        f"{n}.weight_int8" for n in LAYERS
+    }
 
 
 def test_a_saved_graph_computes_the_same(model, tmp_path):
