@@ -8,6 +8,7 @@ with its error.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -351,3 +352,66 @@ def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
     results = {network: [dataclasses.asdict(r) for r in rows] for network, rows in table.items()}
     body = {"version": __version__, "machine": machine, "settings": dataclasses.asdict(settings), "results": results}
     return json.dumps(body, indent=1)
+
+
+def plot(table: dict[str, list[Result]], path: str) -> None:
+    """A bar chart of speed over fp32 Inductor, a group of bars a network (needs matplotlib)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    engines = list(dict.fromkeys(r.engine for results in table.values() for r in results if r.engine != BASELINE))
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.2 * len(table) + 2), 4.5), layout="constrained")
+    width = 0.8 / max(len(engines), 1)
+    for position, engine in enumerate(engines):
+        speeds = []
+        for results in table.values():
+            medians = {r.engine: r.median for r in results if not r.error}
+            speeds.append(medians.get(BASELINE, math.nan) / medians.get(engine, math.nan))
+        axes.bar(
+            [i + (position - (len(engines) - 1) / 2) * width for i in range(len(table))], speeds, width, label=engine
+        )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
+    axes.set_ylabel("times as fast as fp32 Inductor")
+    axes.legend(fontsize="small", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def add_command(commands: Any) -> None:
+    """`x86q bench` on the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="engines against each other on torchvision's networks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"engines: {', '.join(ENGINES)}\nexit codes: 0 done, 1 an engine failed",
+    )
+    parser.add_argument("network", nargs="+", help="names of torchvision models, e.g. resnet18 mobilenet_v2")
+    parser.add_argument("--engines", default=",".join(DEFAULT_ENGINES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="to run each engine (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (PNG; needs matplotlib)")
+    parser.set_defaults(run=_command)
+
+
+def _command(parsed: Any) -> int:
+    from pathlib import Path
+
+    engines = parsed.engines.split(",")
+    unknown = [engine for engine in engines if engine not in ENGINES]
+    if unknown:
+        print(f"x86q bench: unknown engine {unknown[0]!r}: expected one of {', '.join(ENGINES)}", file=sys.stderr)
+        return 2
+    settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.seconds)
+    table = run(parsed.network, engines, settings)
+    print(text(table))
+    if parsed.json:
+        Path(parsed.json).write_text(to_json(table, settings))
+    if parsed.plot:
+        plot(table, parsed.plot)
+    return int(any(result.error for results in table.values() for result in results))

@@ -1,4 +1,4 @@
-"""The command line: `x86q doctor | explain | code | why`, also as `python -m inductor_x86q`.
+"""The command line: `x86q doctor | explain | code | why | bench | coverage`, also as `python -m inductor_x86q`.
 
 Exit codes: 0 done; 1 a layer was missed under --strict, or the doctor found what makes int8 wrong or impossible here;
 2 the command line, the model or its inputs cannot be used as given (the message says why).
@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from inductor_x86q import bench, coverage
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     why.add_argument(
         "--node", metavar="NAME", required=True, help="a node's name in a stage's graph, or a layer's path"
     )
+    bench.add_command(commands)
+    coverage.add_command(commands)
     return parser
 
 

@@ -26,7 +26,6 @@ class Row:
     int8_calls: int = 0
     float_kernels: int = 0  # generated kernels and float calls of the library
     quantizes_left: int = 0
-    snr: float = 0.0  # dB, of the fused graph against the q/dq graph, both run eagerly
     why: str = ""  # the reasons of what is not int8
     stock: str = ""  # what the stock path gives, where it was asked for
     error: str = ""
@@ -133,3 +132,30 @@ def text(table: Iterable[Row]) -> Iterable[str]:
             f"{one.network:30s} {one.layers:6d} {one.int8_layers:5d} {one.int8_share_of_macs:6.1%} "
             f"{one.quantizes_left:6d} {calls:>18s} {one.stock or '-':>12s}  {one.why}"
         )
+
+
+def add_command(commands: Any) -> None:
+    """`x86q coverage` on the command line."""
+    parser = commands.add_parser(
+        "coverage",
+        help="how much of torchvision's networks runs in int8",
+        description=f"{__doc__}\n\nexit codes: 0 every convolution and linear is in int8, 1 not all are",
+    )
+    parser.add_argument("network", nargs="*", help="names of torchvision models (default: one of each family)")
+    parser.add_argument("--stock", action="store_true", help="count the kernels, also of the stock path (minutes each)")
+    parser.set_defaults(run=_command)
+
+
+def _command(parsed: Any) -> int:
+    from inductor_x86q.zoo import ZOO
+
+    found: list[Row] = []
+
+    def keep(table: Iterable[Row]) -> Iterable[Row]:
+        for one in table:
+            found.append(one)
+            yield one
+
+    for line in text(keep(rows(parsed.network or list(ZOO), stock=parsed.stock))):
+        print(line, flush=True)
+    return int(any(one.error or one.int8_layers < one.layers for one in found))
