@@ -44,6 +44,7 @@ def page(report: Report, title: str) -> str:
     parts = {
         "TITLE": html.escape(title),
         "TOTALS": _totals(report),
+        "TIMED": "timed" if report.kernels else "untimed",
         "ROWS": _rows(report),
         "GRAPH": _graph(report),
         "PASSES": "".join(

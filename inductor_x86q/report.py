@@ -505,9 +505,16 @@ _PLAIN_NAMES = {
 def _miss(node: fx.Node) -> Miss:
     from inductor_x86q.passes.fuse import compute
 
-    macs = compute.macs(node) if node.target in _PRODUCTS else None
+    macs = compute.macs(node) if node.target in _PRODUCTS else _attention_macs(node)
     operator = _PRODUCTS.get(node.target, "attention")
     return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
+
+
+def _attention_macs(node: fx.Node) -> int | None:
+    """Of queries with keys (…, queries, width) and of their weights with values."""
+    query, key = (argument.meta["val"].shape for argument in node.args[:2])  # type: ignore[union-attr]
+    total = 2 * math.prod(query) * key[-2]
+    return int(total) if isinstance(total, int) else None
 
 
 def _obstacle(node: fx.Node) -> Obstacle:

@@ -1,0 +1,1 @@
+pytest_plugins = ["inductor_x86q.pytest_plugin"]
