@@ -77,17 +77,23 @@ def _parser() -> argparse.ArgumentParser:
 
     code = _on_model(commands, "code", _code, "the generated C++, with a comment at each call that names its layers")
     code.add_argument("--layer", metavar="PATH", help="only what serves this layer, e.g. layer1.0.conv1")
-    code.add_argument("--stable", action="store_true", help="without what differs between machines and versions of torch")
+    code.add_argument(
+        "--stable", action="store_true", help="without what differs between machines and versions of torch"
+    )
     code.add_argument("--output", metavar="FILE", type=Path, help="write it there")
 
     why = _on_model(commands, "why", _why, "why each rule that could apply to a node did not, stage by stage")
-    why.add_argument("--node", metavar="NAME", required=True, help="a node's name in a stage's graph, or a layer's path")
+    why.add_argument(
+        "--node", metavar="NAME", required=True, help="a node's name in a stage's graph, or a layer's path"
+    )
     return parser
 
 
 def _on_model(commands: Any, name: str, run: Callable[[Any], int], help: str) -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(name, help=help, description=f"Tells {help}.\n\n{_MODELS}", epilog=_EXITS, formatter_class=raw)
+    parser = commands.add_parser(
+        name, help=help, description=f"Tells {help}.\n\n{_MODELS}", epilog=_EXITS, formatter_class=raw
+    )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--input",
@@ -139,7 +145,9 @@ def _code(parsed: Any) -> int:
 
     model, inputs = _quantized(parsed)
     with _step("generating code"):
-        code = inspection.cpp_code(model, inputs, layer=None if parsed.stable else parsed.layer, **_compile_arguments(parsed))
+        code = inspection.cpp_code(
+            model, inputs, layer=None if parsed.stable else parsed.layer, **_compile_arguments(parsed)
+        )
     if parsed.stable:
         code = codegen.stable(code)
     _write(parsed.output or Path("-"), code)
@@ -278,7 +286,9 @@ def load(model: str) -> tuple[Any, tuple[Any, ...] | None]:
             raise Unusable(f"{model!r} is not a program saved by torch.export.save: {_first_line(error)}") from error
         return program.module(), program.example_inputs[0] if program.example_inputs else None
     if ":" not in model:
-        raise Unusable(f"MODEL is {model!r}: expected torchvision:NAME, package.module:factory or a file that ends in .pt2")
+        raise Unusable(
+            f"MODEL is {model!r}: expected torchvision:NAME, package.module:factory or a file that ends in .pt2"
+        )
     package, _, name = model.partition(":")
     found = _torchvision(name) if package == "torchvision" else _factory(package, name)
     if not isinstance(found, torch.nn.Module):
@@ -290,7 +300,9 @@ def _torchvision(name: str) -> Any:
     try:
         from torchvision import models
     except ImportError as error:
-        raise Unusable(f"torchvision cannot be imported ({_first_line(error)}): pip install inductor-x86q[models]") from error
+        raise Unusable(
+            f"torchvision cannot be imported ({_first_line(error)}): pip install inductor-x86q[models]"
+        ) from error
     try:
         return models.get_model(name, weights=None)
     except ValueError as error:
@@ -337,7 +349,9 @@ def _input(text: str) -> torch.Tensor:
     except ValueError:
         sizes = [-1]
     if not isinstance(dtype, torch.dtype) or min(sizes, default=0) < 0:
-        raise Unusable(f"--input {text!r}: expected a shape as 1x3x224x224, with a type behind a colon where it is not float32")
+        raise Unusable(
+            f"--input {text!r}: expected a shape as 1x3x224x224, with a type behind a colon where it is not float32"
+        )
     return torch.randn(sizes).to(dtype) if dtype.is_floating_point else torch.zeros(sizes, dtype=dtype)
 
 

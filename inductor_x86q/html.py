@@ -11,7 +11,17 @@ import html
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
-from inductor_x86q.report import Fusion, Miss, Node, Operation, Report, short_count, short_kernel, short_shape, short_types
+from inductor_x86q.report import (
+    Fusion,
+    Miss,
+    Node,
+    Operation,
+    Report,
+    short_count,
+    short_kernel,
+    short_shape,
+    short_types,
+)
 
 WIDTH, HEIGHT, GAP, ROW, LANE = 250, 46, 24, 76, 12
 
@@ -238,7 +248,9 @@ def _drawn(box: Box, fused: dict[str, Fusion], misses: dict[str, Miss], times: d
     time = times.get(node.name)
     shape = short_shape(box.nodes[-1].shape)
     corner = f"{time:.0f} µs" if time is not None else shape
-    detail = [n.name for n in box.nodes] + ([str(miss.obstacle)] if miss else []) + ([_parameters(fusion)] if fusion else [])
+    detail = (
+        [n.name for n in box.nodes] + ([str(miss.obstacle)] if miss else []) + ([_parameters(fusion)] if fusion else [])
+    )
     attributes = f'data-node="{_e(" ".join(n.name for n in box.nodes))}" data-layer="{_e(" ".join({n.layer: 0 for n in box.nodes}))}"'
     parts = [
         f'<g class="b {box.kind}" {attributes} transform="translate({box.x:.0f} {box.y:.0f})">',

@@ -269,7 +269,9 @@ class Report:
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ValueError(f"not a report: expected a JSON object with schema {SCHEMA!r}")
         if content["version"] > VERSION:
-            raise ValueError(f"the report has version {content['version']} of the schema, this package reads up to {VERSION}")
+            raise ValueError(
+                f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
+            )
         lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
         return cls(**lists)
 
@@ -339,7 +341,9 @@ def _total(items: Iterable[Fusion | Miss]) -> int:
 def _count_islands(nodes: Sequence[Node]) -> int:
     """Groups of float operations that read from int8 and write to int8, by union of neighbours."""
     by_name = {node.name: node for node in nodes}
-    inside = {n.name for n in nodes if n.kind in ("generated", "missed", "kept_float") and n.dtype.startswith(("float", "bf"))}
+    inside = {
+        n.name for n in nodes if n.kind in ("generated", "missed", "kept_float") and n.dtype.startswith(("float", "bf"))
+    }
     root = {name: name for name in inside}
 
     def find(name: str) -> str:
@@ -403,7 +407,10 @@ def _table(fused: Sequence[Fusion], width: int) -> str:
     lines = []
     for row in rows:
         cells = [_cut(row[0], sizes[0], keep_end=True), _cut(row[1], sizes[1]), *row[2:]]
-        aligned = [cell.rjust(size) if i >= 4 else cell.ljust(size) for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))]
+        aligned = [
+            cell.rjust(size) if i >= 4 else cell.ljust(size)
+            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+        ]
         lines.append("  ".join(aligned).rstrip())
     return "\n".join([lines[0], "─" * min(width, max(map(len, lines))), *lines[1:]])
 
@@ -575,7 +582,9 @@ def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
             detail = f"its weight is read by {_operator(users[0])}: the product is too small for a kernel of its own"
             obstacle = Obstacle(Reason.NO_KERNEL, detail)
             macs = math.prod(qgraph.value(node).shape)
-            found.append(Miss(layer(users[0]), "linear", obstacle, _shape(users[0]), int(macs), source(users[0]), users[0].name))
+            found.append(
+                Miss(layer(users[0]), "linear", obstacle, _shape(users[0]), int(macs), source(users[0]), users[0].name)
+            )
     return found
 
 

@@ -358,4 +358,3 @@ def _rounding(reference: torch.Tensor) -> float:
     """What a sum in another order, rounded once to the output's type, may differ by."""
     largest = reference.double().abs().max().item()
     return largest * max(1e-5, 2 * torch.finfo(reference.dtype).eps if reference.itemsize == 2 else 0.0)
-

@@ -14,7 +14,7 @@ from torch import nn
 from inductor_x86q import cli, testing
 from inductor_x86q.report import Report
 
-FACTORY = '''
+FACTORY = """
 import torch
 from inductor_x86q import testing
 
@@ -42,7 +42,7 @@ def half():
     return testing.qdq_graph(HalfQuantized(), (torch.randn(4, 32),))
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from inductor_x86q import CompileError, codegen, cpp_code, testing
+from inductor_x86q import CompileError, _torch, codegen, cpp_code, testing
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 
@@ -45,7 +46,9 @@ def linear() -> str:
 
 
 def test_residual_block(residual: str) -> None:
-    testing.assert_expected_cpp(residual, """\
+    testing.assert_expected_cpp(
+        residual,
+        """\
 
 kernel0(input0, buf0);
 aoti_torch_cpu__qconv_pointwise_tensor(buf0, constant0, constant1, constant2, constant3, constant4, &temporary_reference(constant5.get()), {1, 1}, 2, {1, 1}, 2, {1, 1}, 2, 1, 1.0, 0, &cached_torch_dtype_float32, "none", {nullptr}, 1, &"", &buf1_handle);
@@ -106,11 +109,14 @@ kernel1:
             }
         }
     }
-""")
+""",
+    )
 
 
 def test_linear(linear: str) -> None:
-    testing.assert_expected_cpp(linear, """\
+    testing.assert_expected_cpp(
+        linear,
+        """\
 
 kernel0(input0, buf0);
 aoti_torch_cpu__qlinear_pointwise_tensor(buf0, constant0, constant1, constant2, constant3, constant4, &temporary_reference(constant5.get()), 1.0, 0, &cached_torch_dtype_float32, "relu", {nullptr}, 1, "", &buf1_handle);
@@ -143,7 +149,8 @@ kernel0:
             }
         }
     }
-""")
+""",
+    )
 
 
 def test_kernel_calls_counts_operators_and_generated_kernels(linear: str) -> None:
@@ -173,7 +180,7 @@ def test_unknown_layer_is_named_with_those_there_are() -> None:
 
 def test_a_single_layers_generated_kernel_comes_with_its_body() -> None:
     code = codegen.annotate(
-        'void inductor_entry_impl(\n    cpp_fused_relu_0((const float*)(a.data_ptr()), (float*)(b.data_ptr()));\n'
+        "void inductor_entry_impl(\n    cpp_fused_relu_0((const float*)(a.data_ptr()), (float*)(b.data_ptr()));\n"
         '} // inductor_entry_impl\nextern "C"  void  cpp_fused_relu_0(const float* x,\n float* y)\n{\n    body();\n}\n',
         {"a": ["before"], "b": ["act"]},
     )
@@ -194,7 +201,11 @@ def test_stable_drops_names_addresses_and_versions() -> None:
 
     one = code("_frozen_param3", "std::array<int64_t, 2>{1L, 1L}.cbegin()", " ")
     two = code("fc_scale", "static_cast<const int64_t*>(std::array<int64_t, 2>{1L, 1L}.data())", "  ")
-    assert testing.stable(one) == testing.stable(two) == "aoti_torch_cpu__qlinear_pointwise_tensor(input0, constant0, {1, 1});\n"
+    assert (
+        testing.stable(one)
+        == testing.stable(two)
+        == "aoti_torch_cpu__qlinear_pointwise_tensor(input0, constant0, {1, 1});\n"
+    )
 
 
 def test_assert_fused_says_what_differs_and_what_was_missed() -> None:
@@ -229,3 +240,20 @@ def test_assert_same_allows_one_step_on_few_integers_only() -> None:
         testing.assert_same(far, reference)
     with pytest.raises(AssertionError, match="float rounding"):
         testing.assert_same(torch.tensor([1.0, 2.001]), torch.tensor([1.0, 2.0]))
+
+
+def test_isolated_caches_leave_no_trace(isolated_caches: None, inductor_cache_directory: str) -> None:
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == inductor_cache_directory
+    inputs = (torch.randn(4, 32),)
+    q = testing.qdq_graph(Linear(), inputs)
+    compiled = torch.compile(q, backend="inductor_x86q")
+    with torch.no_grad():
+        compiled(*inputs)
+    assert torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"] == 0
+
+
+def test_after_isolated_caches_the_environment_is_as_it_was() -> None:
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with _torch.isolated_caches("elsewhere"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before

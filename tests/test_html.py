@@ -13,10 +13,7 @@ from inductor_x86q import html
 from inductor_x86q.report import Fusion, Miss, Node, Obstacle, Operation, Reason, Report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
 def fusion(node: str, layer: str) -> Fusion:
@@ -104,7 +101,9 @@ def test_a_large_net_stays_small() -> None:
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-@pytest.mark.parametrize(("words", "rows", "dimmed"), [("", 3, 0), ("conv2", 1, 8), ("saturates", 0, 8), ("overflow", 1, 8)])
+@pytest.mark.parametrize(
+    ("words", "rows", "dimmed"), [("", 3, 0), ("conv2", 1, 8), ("saturates", 0, 8), ("overflow", 1, 8)]
+)
 def test_it_draws_and_filters_in_a_browser(report: Report, tmp_path: Path, words: str, rows: int, dimmed: int) -> None:
     page = tmp_path / "page.html"
     page.write_text(report.to_html("net"))

@@ -91,7 +91,9 @@ def test_text_fits_the_terminal(report: Report) -> None:
 
 
 def test_long_paths_keep_their_end() -> None:
-    fusion = Fusion("a.very.long.path." * 8 + "conv", "onednn.qconv_pointwise", "conv", (), "uint8", "int8", "uint8", (1, 2), 10)
+    fusion = Fusion(
+        "a.very.long.path." * 8 + "conv", "onednn.qconv_pointwise", "conv", (), "uint8", "int8", "uint8", (1, 2), 10
+    )
     line = Report([fusion], [], []).table(80).splitlines()[2]
     assert line.startswith("…")
     assert ".conv " in line
@@ -252,7 +254,9 @@ def test_timing_needs_the_cpp_wrapper(net: torch.fx.GraphModule) -> None:
 
 def test_why_names_the_check_that_failed(net: torch.fx.GraphModule) -> None:
     answers = [answer for answer in why(net, INPUTS, "head") if answer.stage == "normalize"]
-    assert [(a.layer, a.rule, a.why) for a in answers] == [("head", "matrix product", "its second operand is not a dequantized constant")]
+    assert [(a.layer, a.rule, a.why) for a in answers] == [
+        ("head", "matrix product", "its second operand is not a dequantized constant")
+    ]
 
 
 def test_why_asks_what_reads_the_node_too(net: torch.fx.GraphModule) -> None:
@@ -300,7 +304,11 @@ def halve(node: torch.fx.Node, found: float) -> None:
 
 def find_halved(node: torch.fx.Node) -> Any:
     source: Any = node.args[0]
-    return node.args[1] if source.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default else No("no dequantize")
+    return (
+        node.args[1]
+        if source.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default
+        else No("no dequantize")
+    )
 
 
 def test_a_registered_pass_is_applied_reported_and_taken_out_again() -> None:
