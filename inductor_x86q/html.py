@@ -54,6 +54,7 @@ def page(report: Report, title: str) -> str:
     parts = {
         "TITLE": html.escape(title),
         "TOTALS": _totals(report),
+        "TIMED": "timed" if report.kernels else "untimed",
         "ROWS": _rows(report),
         "GRAPH": _graph(report),
         "PASSES": "".join(
@@ -112,9 +113,10 @@ def _row(item: Fusion | Miss | Operation, kind: str, slowest: float) -> str:
     if item.microseconds is not None:
         share = 100 * item.microseconds / slowest if slowest else 0
         time = f'<i class=bar style="width:{share:.0f}%"></i><span>{item.microseconds:.1f}</span>'
-    cells = (item.layer, what, types, short_shape(item.output_shape), macs)
+    cells = (what, types, short_shape(item.output_shape), macs)
     return (
         f'<tr class="{kind}" data-node="{_e(item.node)}" data-layer="{_e(item.layer)}" title="{_e(item.source)}">'
+        + f"<td><bdi>{_e(item.layer)}</bdi></td>"
         + "".join(f"<td>{_e(cell)}</td>" for cell in cells)
         + f"<td class=time>{time}</td><td class=note>{_e(note)}</td></tr>"
     )
@@ -255,7 +257,7 @@ def _drawn(box: Box, fused: dict[str, Fusion], misses: dict[str, Miss], times: d
         f"<title>{_e(chr(10).join([*detail, shape]))}</title><rect width={WIDTH} height={HEIGHT} rx=6 />",
         *_absorbed_frames(fusion),
         f"<text x=10 y=18>{_e(_cut(first, 36))}</text>",
-        f"<text class=l x=10 y=36>{_e(_cut(second, 24))}</text>",
+        f"<text class=l x=10 y=36>{_e(_cut(second, max(8, 32 - len(corner))))}</text>",
         f'<text class=s x={WIDTH - 8} y=36 text-anchor="end">{_e(corner)}</text></g>',
     ]
     return "".join(parts)

@@ -512,9 +512,18 @@ _PLAIN_NAMES = {
 def _miss(node: fx.Node) -> Miss:
     from inductor_x86q.passes.fuse import compute
 
-    macs = compute.macs(node) if node.target in _PRODUCTS else None
+    macs = compute.macs(node) if node.target in _PRODUCTS else _attention_macs(node)
     operator = _PRODUCTS.get(node.target, "attention")
+    if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
+        operator = "linear"
     return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
+
+
+def _attention_macs(node: fx.Node) -> int | None:
+    """Of queries with keys (…, queries, width) and of their weights with values."""
+    query, key = (argument.meta["val"].shape for argument in node.args[:2])  # type: ignore[union-attr]
+    total = 2 * math.prod(query) * key[-2]
+    return int(total) if isinstance(total, int) else None
 
 
 def _obstacle(node: fx.Node) -> Obstacle:
@@ -526,7 +535,37 @@ def _obstacle(node: fx.Node) -> Obstacle:
             found = compute.obstacle(node)
         assert found is not None, f"{node} is eligible and was not fused"
         return found
+    return _product_obstacle(node)
+
+
+def _product_obstacle(node: fx.Node) -> Obstacle:
+    """Of a matrix product that the normalize stage did not turn into a linear."""
+    from inductor_x86q import qgraph
+
+    x, weight = _operands(node)
+    source = _moved_from(weight)
+    if source.op == "get_attr":
+        quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))
+        return Obstacle(Reason.WEIGHT_NOT_QUANTIZED if quantized else Reason.NOT_QUANTIZED)
+    if source.op == "placeholder" and qgraph.is_dequantize(_moved_from(weight, through_qdq=False)):
+        return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two factors of a product; of attention, queries and keys."""
+    position = 1 if _operator(node) in ("addmm", "baddbmm") else 0
+    return node.args[position], node.args[position + 1]  # type: ignore[return-value]
+
+
+def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:
+    """Where the elements of `node` come from, through what only moves them and, if asked for, quantize and dequantize."""
+    from inductor_x86q import qgraph
+    from inductor_x86q.passes.movement import is_movement
+
+    while is_movement(node) or (through_qdq and (qgraph.is_quantize(node) or qgraph.is_dequantize(node))):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:

@@ -29,16 +29,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, inspection, qgraph
+from inductor_x86q import _torch, inspection
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.codegen import kernel_calls, stable
 from inductor_x86q.report import Report
 
 __all__ = [
-    "PINNED", "Compiled", "QConv1d", "QConv2d", "QConv3d", "QLinear", "assert_close_to_reference", "assert_expected_cpp",
-    "assert_fused", "assert_same", "compile_once", "float_calls", "int8_calls", "kernel_calls", "qdq_graph",
+    "PINNED", "Compiled", "QConv1d", "QConv2d", "QConv3d", "QLinear", "assert_close_to_reference",
+    "assert_expected_cpp", "assert_fused", "assert_same", "compile_once", "float_calls", "int8_calls", "kernel_calls", "qdq_graph",
     "quantize_dequantize", "snr", "stable",
 ]  # fmt: skip
+
+_torch.register_quantized_decomposed()
 
 # With these the generated text depends on neither the CPU's vectors nor its number of cores.
 PINNED: Mapping[str, Any] = {"cpp.simdlen": 256, "cpp.threads": 1}
@@ -74,15 +76,23 @@ def quantize_dequantize(
 
 
 class _QWeight(torch.nn.Module):
-    """An int8 weight with one scale per output channel, and a float bias; the same numbers for the same shape."""
+    """An int8 weight with one scale per output channel, and a float bias; the same numbers for the same shape.
 
-    def __init__(self, shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    Weights reach from -largest to largest: up to 63 they cannot overflow with 8-bit activations on any CPU.
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, shape: tuple[int, ...], bias: bool, dtype: torch.dtype, largest: int) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(math.prod(shape))
         self.dtype = dtype
-        self.register_buffer("weight", torch.randint(-127, 128, shape, generator=random, dtype=torch.int8))
+        self.register_buffer("weight", torch.randint(-largest, largest + 1, shape, generator=random, dtype=torch.int8))
         fan_in = math.prod(shape[1:])
-        scale = (0.5 + torch.rand(shape[0], generator=random)) / (74 * math.sqrt(fan_in))
+        scale = (0.5 + torch.rand(shape[0], generator=random)) / (0.58 * largest * math.sqrt(fan_in))
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.zeros(shape[0], dtype=torch.int64))
         self.register_buffer("bias", torch.randn(shape[0], generator=random).to(dtype) if bias else None)
@@ -98,9 +108,9 @@ class _QConvNd(_QWeight):
     function: Callable[..., torch.Tensor]
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int | tuple[int, ...], *, bias: bool = True,
-                 groups: int = 1, dtype: torch.dtype = torch.float32, **geometry: Any) -> None:  # fmt: skip
+                 groups: int = 1, dtype: torch.dtype = torch.float32, largest: int = 127, **geometry: Any) -> None:  # fmt: skip
         kernel = (kernel_size,) * self.spatial if isinstance(kernel_size, int) else kernel_size
-        super().__init__((outputs, inputs // groups, *kernel), bias, dtype)
+        super().__init__((outputs, inputs // groups, *kernel), bias, dtype, largest)
         self.geometry = {"groups": groups, **geometry}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,8 +138,9 @@ class QConv3d(_QConvNd):
 class QLinear(_QWeight):
     """A linear with an int8 weight; takes a dequantized input (..., inputs)."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__((outputs, inputs), bias, dtype)
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, dtype: torch.dtype = torch.float32,
+                 largest: int = 127) -> None:  # fmt: skip
+        super().__init__((outputs, inputs), bias, dtype, largest)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.dequantized(), self.bias)
@@ -149,7 +160,7 @@ def qdq_graph(
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One compile of a q/dq graph: what it returned for the inputs, its source, its report and a way to call it again."""
+    """One compile of a q/dq graph: what it returned, its source, its report and a way to call it again."""
 
     outputs: Any
     code: str
@@ -346,7 +357,4 @@ def _difference(actual: torch.Tensor, reference: torch.Tensor, step: float | Non
 def _rounding(reference: torch.Tensor) -> float:
     """What a sum in another order, rounded once to the output's type, may differ by."""
     largest = reference.double().abs().max().item()
-    return largest * (1e-5 if reference.dtype == torch.float32 else 2 * torch.finfo(reference.dtype).eps)
-
-
-qgraph.QUANTIZE  # noqa: B018  importing qgraph registers the operators that quantize_dequantize names
+    return largest * max(1e-5, 2 * torch.finfo(reference.dtype).eps if reference.itemsize == 2 else 0.0)

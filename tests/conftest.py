@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["inductor_x86q.pytest_plugin"]
+
 HAS_TORCHVISION = importlib.util.find_spec("torchvision") is not None
 
 

@@ -1,0 +1,184 @@
+"""The command line: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from inductor_x86q import cli, testing
+from inductor_x86q.report import Report
+
+FACTORY = """
+import torch
+from inductor_x86q import testing
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 3)
+        self.fc = torch.nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+def net():
+    return Net()
+
+class HalfQuantized(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(32, 48)
+
+    def forward(self, x):
+        return self.fc(testing.quantize_dequantize(x))
+
+def half():
+    return testing.qdq_graph(HalfQuantized(), (torch.randn(4, 32),))
+
+number = 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "cli_models.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "cli_models", raising=False)
+    return tmp_path
+
+
+NET = ["cli_models:net", "--input", "2x3x16x16"]
+HALF = ["cli_models:half", "--input", "4x32"]
+
+
+def test_explain_writes_text_json_and_html(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *NET, "--strict", "--json", "r.json", "--html", "r.html"]) == cli.DONE
+    out, err = capsys.readouterr()
+    assert "2 of 2 layers in int8" in out
+    assert "quantized here with random calibration data" in err
+    assert [f.layer for f in Report.from_json((models / "r.json").read_text()).fused] == ["conv", "fc"]
+    assert (models / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_json_on_standard_output_is_all_of_it(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *HALF, "--json", "-"]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["totals"]["missed"] == 1
+
+
+def test_strict_fails_on_a_miss(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *HALF]) == cli.DONE
+    assert cli.main(["explain", *HALF, "--strict"]) == cli.FAILED
+    out, err = capsys.readouterr()
+    assert "quantize the weight to int8 per channel" in out
+    assert "random calibration" not in err  # it was quantized already
+
+
+def test_code_of_one_layer(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["code", *NET, "--layer", "fc"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert out.startswith("// layer: fc\n")
+    assert "qlinear" in out
+    assert "qconv" not in out
+    assert cli.main(["code", *NET, "--layer", "nothing"]) == cli.UNUSABLE
+    assert "no kernel call serves layer 'nothing'" in capsys.readouterr().err
+
+
+def test_stable_code(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["code", *NET, "--stable", "--option", "cpp.simdlen=256"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "aoti_torch_cpu__qconv_pointwise_tensor(" in out
+    assert "#include" not in out
+
+
+def test_why(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["why", *HALF, "--node", "fc"]) == cli.DONE
+    assert "rule 'matrix product': its second operand is not a dequantized constant" in capsys.readouterr().out
+    assert cli.main(["why", *HALF, "--node", "nowhere"]) == cli.UNUSABLE
+    assert "no stage's graph has a node or layer named 'nowhere'" in capsys.readouterr().err
+
+
+def test_saved_program_brings_its_inputs(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = (torch.randn(2, 32),)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = testing.QLinear(32, 48)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(testing.quantize_dequantize(x))
+
+    torch.export.save(torch.export.export(Net().eval(), inputs), "net.pt2")
+    assert cli.main(["explain", "net.pt2", "--strict"]) == cli.DONE
+    assert "1 of 1 layers in int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "expected torchvision:NAME, package.module:factory or a file"),
+        (["missing.pt2"], "there is no file 'missing.pt2'"),
+        (["cli_models.py.pt2"], "not a program saved by torch.export.save"),
+        (["no_such_package:net"], "module 'no_such_package' cannot be imported"),
+        (["cli_models:gone"], "module 'cli_models' has no 'gone'"),
+        (["cli_models:number"], "gave a int: expected a torch.nn.Module"),
+        (["cli_models:net", "--input", "2xx3"], "expected a shape as 1x3x224x224"),
+        (["cli_models:net", "--input", "2x3:float99"], "with a type behind a colon"),
+        (["cli_models:net", "--input", "2x5x16x16"], "cannot be quantized with inputs of shape (2, 5, 16, 16)"),
+        ([*HALF, "--option", "cpp.simdlen"], "expected NAME=VALUE"),
+        ([*HALF, "--option", "no_such=1"], "unknown option 'no_such'"),
+        ([*HALF, "--mode", "fastest"], "fastest"),
+        ([*HALF, "--html", "no/such/dir/r.html"], "cannot write no/such/dir/r.html"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_a_line(
+    arguments: list[str], message: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (models / "cli_models.py.pt2").write_text("not a program")
+    assert cli.main(["explain", *arguments]) == cli.UNUSABLE
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from inductor_x86q import _cpu, _torch
+
+    monkeypatch.setattr(_cpu, "has_vnni", lambda: False)
+    monkeypatch.setattr(_cpu, "has_amx", lambda: False)
+    assert cli.main(["doctor"]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "keeps activations to 7 bits here" in out
+    assert torch.__version__ in out
+
+    def no_compiler() -> str:
+        raise RuntimeError("no C++ compiler found (looked for g++)")
+
+    monkeypatch.setattr(_torch, "cxx_compiler", no_compiler)
+    monkeypatch.setattr(_cpu, "has_vnni", lambda: True)
+    assert cli.main(["doctor"]) == cli.FAILED
+    out = capsys.readouterr().out
+    assert "- no C++ compiler found" in out
+    assert "full speed" in out
+
+
+@pytest.mark.parametrize("command", ["doctor", "explain", "code", "why"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "exit codes: " in out
+    assert command == "doctor" or "torchvision:resnet18" in out
+
+
+def test_python_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "inductor_x86q", "explain", "nothing"], capture_output=True, text=True)
+    assert done.returncode == cli.UNUSABLE
+    assert done.stderr.strip().splitlines()[-1].startswith("x86q explain: MODEL is 'nothing'")
