@@ -282,6 +282,18 @@ def cacheable_constants() -> Iterator[None]:
         yield
 
 
+def mark_frozen(tensor: torch.Tensor) -> None:
+    """Marks a constant as one that freezing made.
+
+    The graph cache then takes it from the graph at hand, as it does the weights, instead of storing and hashing it
+    element by element. Relies on `freezing_utils` keeping the mark as an attribute, and on passes running within
+    freezing, where alone it sets it.
+    """
+    from torch._inductor.freezing_utils import maybe_set_is_frozen_param
+
+    maybe_set_is_frozen_param(tensor)
+
+
 def _identity(value: Any) -> Any:
     return value
 

@@ -63,6 +63,8 @@ def package(
     """
     target = _check_arguments(model, example_inputs, path)
     chosen = settings(None, {**_defaults(), "strict": strict, **(options or {})})
+    if not chosen.inductor["freezing"]:
+        raise CompileError("option `freezing` is False: nothing is fused in a graph that is not frozen, leave it out")
     report = Report([], [], [])
     with torch.no_grad():
         require_compilable(example_inputs)
@@ -70,16 +72,10 @@ def package(
 
     def pipeline(graph: fx.Graph) -> None:
         report.extend(run_passes(graph, strict=chosen.strict))
-        seen.append(graph)
 
     def extra_files() -> dict[str, str]:
-        if not seen:
-            raise CompileError(
-                "Inductor did not freeze the model, so nothing was fused: leave out the option `freezing`"
-            )
         return {REPORT_FILE: _to_json(report)}
 
-    seen: list[fx.Graph] = []
     with _torch.pipeline_scope(pipeline):
         _torch.aot_package(exported, target, chosen.inductor, extra_files)
     return target

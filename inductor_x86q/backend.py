@@ -87,6 +87,7 @@ def compile_graph(
 
     def pipeline(graph: fx.Graph) -> None:
         # What hangs on the module goes into the key of Inductor's graph cache: other passes, another entry.
+        assert graph.owning_module is not None
         graph.owning_module.meta["inductor_x86q"] = passes.fingerprint()
         report = run_passes(graph, strict=chosen.strict, observe=observe)
         on_report(report)

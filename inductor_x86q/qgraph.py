@@ -139,6 +139,7 @@ def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Nod
     number = getattr(module, "_x86q_constants", 0)
     module._x86q_constants = number + 1
     name = f"_x86q_constant{number}"
+    _torch.mark_frozen(tensor)
     module.register_buffer(name, tensor)
     node = graph.get_attr(name)
     copy_origin(node, like)

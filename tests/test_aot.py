@@ -209,7 +209,7 @@ def test_read_report_says_what_a_file_is_not(tmp_path):
     with pytest.raises(CompileError, match="there is no file"):
         aot.read_report(tmp_path / "none.pt2")
     (tmp_path / "text.pt2").write_text("text")
-    with pytest.raises(CompileError, match="is not a .pt2 package"):
+    with pytest.raises(CompileError, match=r"is not a \.pt2 package"):
         aot.read_report(tmp_path / "text.pt2")
     torch.export.save(torch.export.export(nn.ReLU(), (torch.ones(2),)), tmp_path / "relu.pt2")
     with pytest.raises(CompileError, match="has no report"):

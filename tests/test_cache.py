@@ -1,0 +1,103 @@
+"""Inductor's graph cache across processes: what hits, and what must not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import json, sys, time
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+import inductor_x86q
+from inductor_x86q import passes
+
+seed, options, version, drop = json.loads(sys.argv[1])
+inductor_x86q.__version__ = version
+if drop:
+    passes.STAGES[3].rules.pop()
+
+torch.manual_seed(seed)
+net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8))
+x = torch.linspace(-1, 1, 2 * 3 * 36).reshape(2, 3, 6, 6)
+for layer in net:  # the scales are numbers in the graph: weights differ, ranges do not
+    if hasattr(layer, "weight"):
+        layer.weight.data.clamp_(-0.1, 0.1)
+        layer.weight.data.flatten(1)[:, 0] = 0.1
+        layer.bias.data.zero_()
+q = inductor_x86q.quantize(net.eval(), (x,), calibration=[x], reduce_range=True)
+for node in q.graph.nodes:
+    if "quantize_per_tensor" in str(node.target):
+        node.args = (node.args[0], 0.02, 30, *node.args[3:])
+q.recompile()
+started = time.perf_counter()
+with torch.no_grad():
+    result = torch.compile(q, backend="inductor_x86q", dynamic=False, options=options)(x)
+seconds = time.perf_counter() - started
+reference = q(x)
+print(json.dumps({
+    "hit": counters["inductor"]["fxgraph_cache_hit"], "miss": counters["inductor"]["fxgraph_cache_miss"],
+    "bypass": counters["inductor"]["fxgraph_cache_bypass"], "seconds": seconds,
+    "result": result.tolist(), "error": float((result - reference).abs().max()), "size": float(reference.abs().max()),
+}))
+"""
+
+
+def compile_once(
+    directory: Path, *, seed: int = 0, options: Any = None, version: str = "1", drop: bool = False
+) -> dict[str, Any]:
+    """Compiles in a process of its own, with its caches in `directory`."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(directory)}
+    command = [sys.executable, "-c", PROGRAM, json.dumps([seed, options or {}, version, drop])]
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=600).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory):
+    """A cache directory in which one process has compiled, and what that process saw."""
+    directory = tmp_path_factory.mktemp("caches")
+    return directory, compile_once(directory)
+
+
+def outcome(done: dict[str, Any]) -> tuple[int, int, int]:
+    return done["hit"], done["miss"], done["bypass"]
+
+
+def test_the_first_compile_misses(caches):
+    _, first = caches
+    assert outcome(first) == (0, 1, 0)
+    assert first["error"] < 0.01 * first["size"]
+
+
+@pytest.mark.slow
+def test_a_second_process_hits_and_computes_the_same(caches):
+    directory, first = caches
+    second = compile_once(directory)
+    assert outcome(second) == (1, 0, 0)
+    assert second["result"] == first["result"]
+    assert second["seconds"] < first["seconds"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [{"version": "2"}, {"drop": True}, {"options": {"cpp.simdlen": 1}}, {"seed": 1}],
+    ids=["version", "passes", "option", "weights"],
+)
+def test_what_changes_the_code_or_the_weights_misses(caches, change):
+    """Other weights could hit as well, but for lowerings that derive further constants from them."""
+    directory, _ = caches
+    changed = compile_once(directory, **change)
+    assert outcome(changed) == (0, 1, 0)
+    assert changed["error"] < 0.01 * changed["size"]
