@@ -140,6 +140,25 @@ def test_parameters_may_be_inputs_of_the_graph(net: fx.GraphModule, image: torch
         assert_close(torch.compile(call, backend="inductor_x86q")(image), call(image))
 
 
+class LateInputs(nn.Module):
+    """Reads its parameters before its inputs, of which there are two: Dynamo lifts them in that order."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.shift = nn.Parameter(torch.randn(1, 3, 16, 16), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        shift = self.shift * 2
+        return self.net(shift + y) - x
+
+
+def test_inputs_may_come_after_parameters(net: fx.GraphModule, image: torch.Tensor) -> None:
+    model, x = LateInputs(net).eval(), torch.randn(4, 10)
+    with torch.no_grad():
+        assert_close(compiled(model)(x, image), model(x, image))
+
+
 @pytest.mark.parametrize("freezing", [True, False])
 def test_global_freezing_makes_no_difference(net: fx.GraphModule, image: torch.Tensor, freezing: bool) -> None:
     with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
