@@ -1,0 +1,397 @@
+"""The torch.compile backend: alone among other compiles, whole networks, options, errors."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import inductor_x86q
+from inductor_x86q.codegen import kernel_calls
+
+ONEDNN = ("qconv", "qconv.binary", "qlinear", "qlinear.binary")
+FLOAT = ("convolution", "convolution.binary", "linear", "linear.binary", "addmm_out", "mm_out", "convolution_out")
+
+
+class Net(nn.Module):
+    """Two convolutions, the second with a residual sum, and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x = (self.second(x) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+NET_CALLS = {"qconv": 1, "qconv.binary": 1, "qlinear": 1}
+
+
+def quantized_net() -> fx.GraphModule:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    return inductor_x86q.quantize(Net().eval(), (x,), calibration=[x], reduce_range=True)
+
+
+@pytest.fixture(scope="module")
+def net() -> fx.GraphModule:
+    return quantized_net()
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(4, 3, 16, 16)
+
+
+def compiled(model: nn.Module, **keywords: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend="inductor_x86q", **keywords)
+
+
+def snr(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Signal-to-noise ratio in dB."""
+    return float(20 * torch.log10(expected.norm() / (got - expected).norm().clamp_min(1e-12)))
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """To within what one step at a rounding makes of the result."""
+    assert got.shape == expected.shape
+    assert snr(got, expected) >= 30
+
+
+def onednn_calls(code: str) -> dict[str, int]:
+    calls = kernel_calls(code)
+    assert [name for name in calls if name in FLOAT] == []
+    return {name: calls[name] for name in ONEDNN if calls[name]}
+
+
+# --- it just works ----------------------------------------------------------------------------------------------------
+
+
+def test_calls_the_kernels_and_gives_the_reference(net: fx.GraphModule, image: torch.Tensor) -> None:
+    with torch.no_grad():
+        assert_close(compiled(net)(image), net(image))
+    assert onednn_calls(inductor_x86q.cpp_code(net, (image,))) == NET_CALLS
+
+
+def test_needs_no_no_grad_where_nothing_requires_grad(net: fx.GraphModule, image: torch.Tensor) -> None:
+    assert torch.is_grad_enabled()
+    result = compiled(net)(image)
+    assert not result.requires_grad
+    assert_close(result, net(image))
+
+
+def test_works_under_inference_mode(net: fx.GraphModule, image: torch.Tensor) -> None:
+    with torch.inference_mode():
+        assert_close(compiled(net)(image), net(image))
+
+
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=["weights", "weights-last"])
+@pytest.mark.parametrize("inputs", [torch.contiguous_format, torch.channels_last], ids=["input", "input-last"])
+def test_memory_formats(weights: torch.memory_format, inputs: torch.memory_format, image: torch.Tensor) -> None:
+    model = Net().eval().to(memory_format=weights)
+    x = image.to(memory_format=inputs)
+    quantized = inductor_x86q.quantize(model, (x,), calibration=[x], reduce_range=True)
+    assert onednn_calls(inductor_x86q.cpp_code(quantized, (x,))) == NET_CALLS
+    assert_close(compiled(quantized)(x), quantized(x))
+
+
+def test_batch_size_may_change(net: fx.GraphModule) -> None:
+    run = compiled(net)
+    for batch in (4, 1, 7, 2):
+        x = torch.randn(batch, 3, 16, 16)
+        assert_close(run(x), net(x))
+
+
+def test_inputs_are_left_alone_and_calls_do_not_leak(net: fx.GraphModule, image: torch.Tensor) -> None:
+    run, other = compiled(net), torch.randn_like(image)
+    kept, first = image.clone(), run(image)
+    before = first.clone()
+    run(other)
+    assert torch.equal(run(image), before)
+    assert torch.equal(first, before)
+    assert torch.equal(image, kept)
+
+
+def test_weights_are_constants_once_compiled(image: torch.Tensor) -> None:
+    quantized = quantized_net()
+    run = compiled(quantized)
+    before = run(image)
+    with torch.no_grad():
+        quantized.get_buffer("head.weight_int8").zero_()
+    torch.testing.assert_close(run(image), before, rtol=0, atol=0)
+
+
+def test_parameters_may_be_inputs_of_the_graph(net: fx.GraphModule, image: torch.Tensor) -> None:
+    """Dynamo lifts a module's parameters to inputs; a function around the module makes no difference."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return net(x * 2) + 1
+
+    with torch.no_grad():
+        assert_close(torch.compile(call, backend="inductor_x86q")(image), call(image))
+
+
+class LateInputs(nn.Module):
+    """Reads its parameters before its inputs, of which there are two: Dynamo lifts them in that order."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.shift = nn.Parameter(torch.randn(1, 3, 16, 16), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        shift = self.shift * 2
+        return self.net(shift + y) - x
+
+
+def test_inputs_may_come_after_parameters(net: fx.GraphModule, image: torch.Tensor) -> None:
+    model, x = LateInputs(net).eval(), torch.randn(4, 10)
+    with torch.no_grad():
+        assert_close(compiled(model)(x, image), model(x, image))
+
+
+@pytest.mark.parametrize("freezing", [True, False])
+def test_global_freezing_makes_no_difference(net: fx.GraphModule, image: torch.Tensor, freezing: bool) -> None:
+    with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
+        assert onednn_calls(inductor_x86q.cpp_code(net, (image,))) == NET_CALLS
+        assert_close(compiled(net)(image), net(image))
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_inductor_options_reach_inductor(net: fx.GraphModule, image: torch.Tensor) -> None:
+    default = inductor_x86q.cpp_code(net, (image,))
+    python = inductor_x86q.cpp_code(net, (image,), options={"cpp_wrapper": False})
+    assert "inductor_entry_impl" in default
+    assert "inductor_entry_impl" not in python
+    assert "torch.ops.onednn.qconv_pointwise" in python
+
+
+def test_modes(net: fx.GraphModule, image: torch.Tensor) -> None:
+    assert_close(compiled(net, mode="default")(image), net(image))
+    with pytest.raises(RuntimeError, match="(?i)unrecognized mode"):
+        compiled(net, mode="fastest")(image)
+
+
+def test_unknown_option_is_named(net: fx.GraphModule, image: torch.Tensor) -> None:
+    expected = "unknown option 'freezer': expected `strict` or an Inductor option"
+    with pytest.raises(Exception, match=expected):
+        compiled(net, options={"freezer": True})(image)
+    with pytest.raises(inductor_x86q.CompileError, match=expected):
+        inductor_x86q.explain(net, (image,), options={"freezer": True})
+    with pytest.raises(inductor_x86q.CompileError, match="option `strict` is 1: expected True or False"):
+        inductor_x86q.explain(net, (image,), options={"strict": 1})
+
+
+def half_quantized() -> fx.GraphModule:
+    """Net with the dequantize in front of the second convolution's weight taken out."""
+    quantized = quantized_net()
+    weight = next(
+        n.args[1] for n in quantized.graph.nodes if str(n.target).startswith("aten.conv2d") and "second" in str(n.args[1].args[0])
+    )  # fmt: skip
+    with torch.no_grad():
+        constants = [quantized.get_buffer(str(a.target)) for a in weight.args[:3]]
+        quantized.register_buffer("restored", constants[0] * constants[1].view(-1, 1, 1, 1))
+    with quantized.graph.inserting_before(weight):
+        weight.replace_all_uses_with(quantized.graph.get_attr("restored"))
+    quantized.graph.eliminate_dead_code()
+    quantized.recompile()
+    return quantized
+
+
+def test_strict_names_the_layer_and_what_to_do(image: torch.Tensor) -> None:
+    quantized = half_quantized()
+    with pytest.raises(Exception, match=r"second.*quantize the weight to int8") as raised:
+        compiled(quantized, options={"strict": True})(image)
+    assert "1 layers that should run in int8 do not" in str(raised.value)
+
+
+def test_without_strict_a_miss_is_logged_and_computed_in_float(image: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    quantized = half_quantized()
+    with caplog.at_level(logging.WARNING, logger="inductor_x86q"):
+        assert_close(compiled(quantized)(image), quantized(image))
+    assert [r.levelname for r in caplog.records if "second" in r.getMessage()] == ["WARNING"]
+
+
+def test_strict_lets_a_whole_network_through(net: fx.GraphModule, image: torch.Tensor) -> None:
+    assert_close(compiled(net, options={"strict": True})(image), net(image))
+
+
+def test_strict_does_not_count_what_was_excluded(image: torch.Tensor) -> None:
+    quantized = inductor_x86q.quantize(Net().eval(), (image,), calibration=[image], exclude=["first"], reduce_range=True)
+    report = inductor_x86q.explain(quantized, (image,), options={"strict": True})
+    assert [miss.layer for miss in report.kept_float] == ["first"]
+    assert report.missed == []
+    assert_close(compiled(quantized, options={"strict": True})(image), quantized(image))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_requires_grad(net: fx.GraphModule, image: torch.Tensor) -> None:
+    x = image.requires_grad_()
+    with pytest.raises(Exception, match=r"an input of shape \(4, 3, 16, 16\) requires grad") as raised:
+        compiled(net)(x)
+    assert "torch.no_grad()" in str(raised.value)
+    assert "torch.inference_mode()" in str(raised.value)
+    with torch.no_grad():
+        assert_close(compiled(net)(x), net(x))
+
+
+def test_a_parameter_that_requires_grad(image: torch.Tensor) -> None:
+    quantized = quantized_net()
+    for parameter in quantized.parameters():
+        parameter.requires_grad_()
+    with pytest.raises(Exception, match="a parameter of shape .* requires grad"):
+        compiled(quantized)(image)
+    with torch.no_grad():
+        assert_close(compiled(quantized)(image), quantized(image))
+
+
+def test_no_cxx_compiler(net: fx.GraphModule, image: torch.Tensor) -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(Exception, match=r"no C\+\+ compiler found \(looked for no-such-compiler\)") as raised,
+    ):
+        compiled(net)(image)
+    assert "apt-get install g++" in str(raised.value)
+
+
+def test_models_and_inputs_of_the_wrong_type(net: fx.GraphModule, image: torch.Tensor) -> None:
+    with pytest.raises(inductor_x86q.CompileError, match="model is a function"):
+        inductor_x86q.explain(lambda x: x, (image,))  # type: ignore[arg-type]
+    with pytest.raises(inductor_x86q.CompileError, match="example_inputs is a Tensor: expected a tuple"):
+        inductor_x86q.cpp_code(net, image)  # type: ignore[arg-type]
+
+
+# --- alone among other compiles ---------------------------------------------------------------------------------------
+
+# Plain Inductor's code and config for a model with and without q/dq nodes, before and after compiles by our backend.
+ISOLATION = """
+import hashlib, re, sys, torch
+from torch import nn
+{imports}
+from torch._inductor.utils import run_and_get_code
+
+torch.manual_seed(0)
+saved = torch.export.load("net.pt2").module()
+other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4), nn.GELU()).eval()
+x = torch.randn(2, 3, 16, 16)
+
+def plain(freezing):
+    codes = []
+    for model in (other, saved):
+        torch._dynamo.reset()
+        with torch.no_grad(), torch._inductor.config.patch(freezing=freezing, force_disable_caches=True):
+            codes += run_and_get_code(torch.compile(model), x)[1]
+    return [re.sub(r"(/[^\\s'\\"]*|\\bc[a-z0-9]{{50,}}\\b|0x[0-9a-f]+)", "", code) for code in codes]
+
+def ours():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        got = torch.compile(saved, backend="inductor_x86q")(x)
+        assert 20 * torch.log10(saved(x).norm() / (got - saved(x)).norm()) > 30
+
+def config():
+    return {{name: repr(value) for name, value in torch._inductor.config.get_config_copy().items()}}
+
+first, settings = (plain(False), plain(True)), config()
+ours()
+assert config() == settings, "the config changed"
+assert (plain(False), plain(True)) == first, "plain Inductor's code changed"
+ours()
+assert config() == settings and (plain(False), plain(True)) == first
+assert "inductor_x86q.quantizer" not in sys.modules, "compiling imported the quantizer"
+print("torchao" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved_net(net: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "net.pt2"
+    with torch.no_grad():
+        torch.export.save(torch.export.export(net, (torch.randn(2, 3, 16, 16),)), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("imports", "has_torchao"),
+    [
+        ("import torch.ao.quantization.fx._decomposed", "False"),
+        ("import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", "True"),
+    ],
+    ids=["torch alone", "with torchao's quantizer"],
+)
+def test_other_compiles_are_untouched(run_python: Any, saved_net: bytes, tmp_path: Any, imports: str, has_torchao: str) -> None:
+    (tmp_path / "net.pt2").write_bytes(saved_net)
+    assert run_python(ISOLATION.format(imports=imports)).stdout.strip() == has_torchao
+
+
+NO_IMPORT = """
+import sys, torch
+import torch.ao.quantization.fx._decomposed
+model = torch.export.load("net.pt2").module()
+assert not any(name.startswith(("inductor_x86q", "torchao")) for name in sys.modules)
+x = torch.randn(2, 3, 16, 16)
+with torch.no_grad():
+    got = torch.compile(model, backend="inductor_x86q", options={"strict": True})(x)
+    assert 20 * torch.log10(model(x).norm() / (got - model(x)).norm()) > 30
+assert not any(name.startswith("torchao") for name in sys.modules), "compiling imported torchao"
+"""
+
+
+def test_needs_no_import_of_the_package(run_python: Any, saved_net: bytes, tmp_path: Any) -> None:
+    (tmp_path / "net.pt2").write_bytes(saved_net)
+    done = run_python(NO_IMPORT)
+    assert done.stdout == ""
+
+
+# --- whole networks ---------------------------------------------------------------------------------------------------
+
+RESNETS = {
+    "resnet18": {"qconv": 12, "qconv.binary": 8, "qlinear": 1},
+    "resnet50": {"qconv": 37, "qconv.binary": 16, "qlinear": 1},
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def realistic(model: nn.Module) -> nn.Module:
+    """The model in eval mode with batch-norm statistics of data that it has seen: without, a random net is constant."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the average of what it sees
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 128, 128))
+    return model.eval()
+
+
+@pytest.mark.torchvision
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", RESNETS)
+def test_resnets_whole(name: str, layout: str) -> None:
+    import torchvision
+
+    model = realistic(getattr(torchvision.models, name)()).to(memory_format=LAYOUTS[layout])
+    x = torch.randn(2, 3, 128, 128).to(memory_format=LAYOUTS[layout])
+    quantized = inductor_x86q.quantize(model, (x,), calibration=[x, torch.randn(2, 3, 128, 128)])
+    report = inductor_x86q.explain(quantized, (x,), options={"strict": True})
+    assert report.kept_float == []
+    assert report.int8_share_of_macs == 1.0
+    assert Counter(fusion.operator for fusion in report.fused) == {"conv": sum(RESNETS[name].values()) - 1, "linear": 1}
+    # One at the input; the other writes the classifier's input behind the average pool.
+    assert len(report.quantizes_left) <= 2
+    assert onednn_calls(inductor_x86q.cpp_code(quantized, (x,))) == RESNETS[name]
+    got, expected = compiled(quantized)(x), quantized(x)
+    assert snr(got, expected) >= 30
+    assert torch.equal(got.argmax(1), expected.argmax(1))
