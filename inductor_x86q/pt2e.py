@@ -340,16 +340,15 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return tensors[1:3] if str(node.target).startswith(("aten.addmm", "aten.baddbmm")) else tensors[:2]
 
 
+_PRODUCTS = ("conv", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product", "lstm", "gru")
+
+
 def left_out(converted: fx.GraphModule) -> list[str]:
     """The layers of a q/dq graph that compute products in float."""
-
     names = []
     for node in converted.graph.nodes:
-        name = str(node.target)
-        if node.op == "call_function" and name.startswith(("aten.conv", "aten.linear", "aten.matmul", "aten.mm", "aten.bmm",
-                                                          "aten.addmm", "aten.baddbmm", "aten.scaled_dot_product_attention",
-                                                          "aten.lstm", "aten.gru")):  # fmt: skip
-            if not all(qgraph.is_dequantize(operand) for operand in _operands(node)):
-                names.append(f"{layer(node)} ({name.removeprefix('aten.').split('.')[0]})")
-
+        operator = str(node.target).removeprefix("aten.").split(".")[0]
+        is_product = node.op == "call_function" and operator.startswith(_PRODUCTS)
+        if is_product and not all(qgraph.is_dequantize(operand) for operand in _operands(node)):
+            names.append(f"{layer(node)} ({operator})")
     return names

@@ -150,9 +150,8 @@ def _find_matrix_product(node: fx.Node) -> Any:
     parameters = qgraph.qparams(weight)
     tensor = qgraph.constant(weight.args[0])
     assert tensor is not None
-    if tensor.dim() == 3:
-        if not torch.equal(tensor, tensor[:1].expand_as(tensor)):
-            return No("it multiplies each batch by a matrix of its own")
+    if tensor.dim() == 3 and not torch.equal(tensor, tensor[:1].expand_as(tensor)):
+        return No("it multiplies each batch by a matrix of its own")
     if parameters.axis == tensor.dim() - 2 and tensor.shape[-1] != 1 and not _uniform(parameters):
         return No("its weight is quantized along the dimension that is summed over")
     return x, weight, bias

@@ -83,11 +83,8 @@ def _saturation_obstacle(parameters: qgraph.QParams, weight: fx.Node) -> Obstacl
     tensor = qgraph.constant(weight.args[0])
     assert tensor is not None
     largest_weight = int(tensor.to(torch.int16).abs().max()) if tensor.numel() else 0
-    if parameters.dtype == torch.int8:
-        # oneDNN moves s8 inputs to u8 by adding 128, so they always span 8 bits.
-        largest_input = 255
-    else:
-        largest_input = min(parameters.quant_max, 255)
+    # oneDNN moves s8 inputs to u8 by adding 128, so they always span 8 bits.
+    largest_input = 255 if parameters.dtype == torch.int8 else min(parameters.quant_max, 255)
     if 2 * largest_input * largest_weight <= 32767:
         return None
     return Obstacle(Reason.SATURATES, f"inputs up to {largest_input}, weights up to {largest_weight}")
