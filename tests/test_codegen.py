@@ -1,7 +1,9 @@
+# ruff: noqa: E501  (the expected code is as long as it is)
 """The generated C++ of two blocks, as text that is the same on every supported torch; and what reads that text."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 
@@ -162,7 +164,7 @@ def test_kernel_calls_counts_operators_and_generated_kernels(linear: str) -> Non
 
 def test_each_call_says_which_layer_it_serves(residual: str) -> None:
     lines = residual.splitlines()
-    served = [before.strip() for before, line in zip(lines, lines[1:], strict=False) if "aoti_torch_cpu__qconv" in line]
+    served = [before.strip() for before, line in itertools.pairwise(lines) if "aoti_torch_cpu__qconv" in line]
     assert sorted(served) == ["// layer: conv1", "// layer: conv2"]
 
 
