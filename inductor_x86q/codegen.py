@@ -82,7 +82,8 @@ def _called(line: str) -> str | None:
 # What says nothing of the computation, or is said otherwise by other versions of torch.
 _NOISE = re.compile(
     r"^\s*(//|#include|#pragma once|assert_size_stride|AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_empty_strided"
-    r"|static constexpr int64_t int_array|AtenTensorHandle \w+;|\w+\.reset\(\);|CACHE_TORCH|inductor_cpu_|std::atomic<int> inductor_cpu_"
+    r"|static constexpr int64_t int_array|AtenTensorHandle \w+;|\w+\.reset\(\);|CACHE_TORCH"
+    r"|inductor_cpu_|std::atomic<int> inductor_cpu_"
     r"|py::gil|(\[\[maybe_unused\]\] )?auto \w+ = std::move\((inputs|args)|auto inputs = |\) \{$"
     r"|(int32_t|int64_t|const char\*|double|bool) var_\d+ =|RAIIAtenTensorHandle \w+\(\w+_handle\);)"
 )

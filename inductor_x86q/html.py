@@ -89,14 +89,12 @@ def _totals(report: Report) -> str:
 
 def _rows(report: Report) -> str:
     order = {node.name: position for position, node in enumerate(report.nodes)}
-    items = [
-        *((m, "missed") for m in report.missed),
-        *sorted(
-            [*((f, "fused") for f in report.fused), *((m, "kept_float") for m in report.kept_float)],
-            key=lambda item: order.get(item[0].node, len(order)),
-        ),
-        *((o, "generated") for o in report.generated),
-    ]
+    layers: list[tuple[Fusion | Miss, str]] = [(f, "fused") for f in report.fused]
+    layers += [(m, "kept_float") for m in report.kept_float]
+    layers.sort(key=lambda item: order.get(item[0].node, len(order)))
+    items: list[tuple[Fusion | Miss | Operation, str]] = [(m, "missed") for m in report.missed]
+    items += layers
+    items += [(o, "generated") for o in report.generated]
     slowest = max((item.microseconds or 0 for item, _ in items), default=0)
     return "".join(_row(item, kind, slowest) for item, kind in items)
 
@@ -140,8 +138,8 @@ def boxes(nodes: Sequence[Node]) -> list[Box]:
     """The graph's boxes with their places, sources first."""
     users: dict[str, list[Node]] = {node.name: [] for node in nodes}
     for node in nodes:
-        for source in node.inputs:
-            users[source].append(node)
+        for name in node.inputs:
+            users[name].append(node)
     by_name = {node.name: node for node in nodes}
     owner: dict[str, Box] = {}
     found: list[Box] = []
@@ -185,11 +183,13 @@ def _graph(report: Report) -> str:
         return "<p>No graph.</p>"
     fused = {fusion.node: fusion for fusion in report.fused}
     misses = {miss.node: miss for miss in (*report.missed, *report.kept_float)}
-    times = {o.node: o.microseconds for o in (*report.fused, *report.missed, *report.kept_float, *report.generated)}
+    timed: list[Fusion | Miss | Operation] = [*report.fused, *report.missed, *report.kept_float, *report.generated]
+    times = {item.node: item.microseconds for item in timed}
     edges, right = _edges(found)
     drawn = "".join(_drawn(box, fused, misses, times) for box in found)
     width, height = right + 20, max(box.y for box in found) + HEIGHT + 20
-    return f'<svg id=graph viewBox="-10 -10 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}">{edges}{drawn}</svg>'
+    size = f'viewBox="-10 -10 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
+    return f"<svg id=graph {size}>{edges}{drawn}</svg>"
 
 
 def _edges(found: Sequence[Box]) -> tuple[str, float]:
@@ -251,7 +251,10 @@ def _drawn(box: Box, fused: dict[str, Fusion], misses: dict[str, Miss], times: d
     detail = (
         [n.name for n in box.nodes] + ([str(miss.obstacle)] if miss else []) + ([_parameters(fusion)] if fusion else [])
     )
-    attributes = f'data-node="{_e(" ".join(n.name for n in box.nodes))}" data-layer="{_e(" ".join({n.layer: 0 for n in box.nodes}))}"'
+    names, layers = (
+        " ".join(dict.fromkeys(texts)) for texts in ((n.name for n in box.nodes), (n.layer for n in box.nodes))
+    )
+    attributes = f'data-node="{_e(names)}" data-layer="{_e(layers)}"'
     parts = [
         f'<g class="b {box.kind}" {attributes} transform="translate({box.x:.0f} {box.y:.0f})">',
         f"<title>{_e(chr(10).join([*detail, shape]))}</title><rect width={WIDTH} height={HEIGHT} rx=6 />",

@@ -11,7 +11,7 @@ from inductor_x86q import _torch
 
 @pytest.fixture(scope="session")
 def inductor_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Where this session's compiles put their files; shared by its tests, since the precompiled header costs seconds."""
+    """Where this session's compiles put their files; shared by its tests, since a precompiled header takes long."""
     return str(tmp_path_factory.mktemp("inductor"))
 
 

@@ -37,8 +37,8 @@ class Reason(enum.Enum):
     """Why a layer does not run in int8; the value says what to change."""
 
     NOT_QUANTIZED = (
-        "no quantize/dequantize stands at its inputs: if it should be int8, take it out of `exclude`, or annotate it in "
-        "your quantizer"
+        "no quantize/dequantize stands at its inputs: if it should be int8, take it out of `exclude`, or annotate it "
+        "in your quantizer"
     )
     NO_KERNEL = "torch has no int8 kernel for it: it stays float, and nothing needs to be changed"
     ACTIVATION_NOT_QUANTIZED = "its weight is quantized, its input is not: put quantize and dequantize in front of it"
@@ -230,8 +230,9 @@ class Report:
         """The totals in one line."""
         time = "" if self.microseconds is None else f", {self.microseconds / 1000:.2f} ms in kernels"
         return (
-            f"{len(self.fused)} of {self.layers} layers in int8 ({self.int8_share_of_macs:.1%} of the multiply-accumulates), "
-            f"{len(self.missed)} missed, {len(self.kept_float)} float by design; {len(self.quantizes_left)} quantize and "
+            f"{len(self.fused)} of {self.layers} layers in int8 ({self.int8_share_of_macs:.1%} of the "
+            f"multiply-accumulates), {len(self.missed)} missed, {len(self.kept_float)} float by design; "
+            f"{len(self.quantizes_left)} quantize and "
             f"{len(self.dequantizes_left)} dequantize nodes left, {self.float_islands} float islands{time}"
         )
 
@@ -431,7 +432,7 @@ def _grouped(misses: Sequence[Miss]) -> list[str]:
 
 # --- reading the graph ------------------------------------------------------------------------------------------------
 
-_PRODUCTS = {
+_PRODUCTS: dict[Any, str] = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
     torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
@@ -503,7 +504,8 @@ def _operator(node: fx.Node) -> str:
 
 
 _PLAIN_NAMES = {
-    "_low_memory_max_pool_with_offsets": "max_pool", "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
+    "_low_memory_max_pool_with_offsets": "max_pool",
+    "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
     "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
     "constant_pad_nd": "pad", "_softmax": "softmax",
 }  # fmt: skip
@@ -559,7 +561,7 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:
-    """Where the elements of `node` come from, through what only moves them and, if asked for, quantize and dequantize."""
+    """Where the elements of `node` come from, through what only moves them and, if asked for, q/dq."""
     from inductor_x86q import qgraph
     from inductor_x86q.passes.movement import is_movement
 

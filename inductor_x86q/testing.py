@@ -36,8 +36,8 @@ from inductor_x86q.report import Report
 
 __all__ = [
     "PINNED", "Compiled", "QConv1d", "QConv2d", "QConv3d", "QLinear", "assert_close_to_reference",
-    "assert_expected_cpp", "assert_fused", "assert_same", "compile_once", "float_calls", "int8_calls", "kernel_calls", "qdq_graph",
-    "quantize_dequantize", "snr", "stable",
+    "assert_expected_cpp", "assert_fused", "assert_same", "compile_once", "float_calls", "int8_calls", "kernel_calls",
+    "qdq_graph", "quantize_dequantize", "snr", "stable",
 ]  # fmt: skip
 
 _torch.register_quantized_decomposed()
@@ -108,7 +108,8 @@ class _QConvNd(_QWeight):
     function: Callable[..., torch.Tensor]
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int | tuple[int, ...], *, bias: bool = True,
-                 groups: int = 1, dtype: torch.dtype = torch.float32, largest: int = 127, **geometry: Any) -> None:  # fmt: skip
+                 groups: int = 1, dtype: torch.dtype = torch.float32, largest: int = 127,
+                 **geometry: Any) -> None:  # fmt: skip
         kernel = (kernel_size,) * self.spatial if isinstance(kernel_size, int) else kernel_size
         super().__init__((outputs, inputs // groups, *kernel), bias, dtype, largest)
         self.geometry = {"groups": groups, **geometry}

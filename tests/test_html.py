@@ -14,21 +14,15 @@ from inductor_x86q.report import Fusion, Miss, Node, Obstacle, Operation, Reason
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 
 
 def fusion(node: str, layer: str) -> Fusion:
     return Fusion(
-        layer, "onednn.qconv_pointwise.default", "conv", ("relu", "quantize"), "uint8", "int8", "uint8", (1, 8, 4, 4), 1000,
-        "net.py:3", node, 0.5, 3, 0.25, 0, 12.5,
+        layer, "onednn.qconv_pointwise.default", "conv", ("relu", "quantize"), "uint8", "int8", "uint8",
+        (1, 8, 4, 4), 1000, "net.py:3", node, 0.5, 3, 0.25, 0, 12.5,
     )  # fmt: skip
 
 

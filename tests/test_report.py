@@ -173,7 +173,7 @@ X, WEIGHT = (4, 32), (48, 32)
 REASONS: dict[Reason, tuple[Any, nn.Module, tuple[tuple[int, ...], ...], str]] = {
     Reason.NOT_QUANTIZED: (lambda layer, x: layer(x), nn.Linear(32, 48), (X,), "take it out of `exclude`"),
     Reason.NO_KERNEL: (
-        lambda layer, x: torch.bmm(x, x.transpose(1, 2)) * layer(x).sum(), QLinear(32, 48), ((2, 4, 32),), "stays float"),
+        lambda layer, x: torch.bmm(x, x.transpose(1, 2)), nn.Identity(), ((2, 4, 32),), "stays float"),
     Reason.ACTIVATION_NOT_QUANTIZED: (
         lambda layer, x: layer(x), QLinear(32, 48), (X,), "put quantize and dequantize in front of it"),
     Reason.WEIGHT_NOT_QUANTIZED: (quantized_input, nn.Linear(32, 48), (X,), "quantize the weight to int8"),
