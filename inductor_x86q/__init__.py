@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inductor_x86q.aot import package
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
@@ -31,6 +32,7 @@ _HOME = {
     "convert": "pt2e",
     "cpp_code": "inspection",
     "explain": "inspection",
+    "package": "aot",
     "quantize": "pt2e",
     "register_pass": "passes",
     "why": "inspection",
@@ -38,7 +40,7 @@ _HOME = {
 
 __all__ = [
     "CompileError", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer", "convert", "cpp_code",
-    "explain", "quantize", "register_pass", "why",
+    "explain", "package", "quantize", "register_pass", "why",
 ]  # fmt: skip
 
 

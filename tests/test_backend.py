@@ -14,6 +14,7 @@ from torch import fx, nn
 import inductor_x86q
 from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same
 
+
 class Net(nn.Module):
     """Two convolutions, the second with a residual sum, and a linear."""
 
@@ -198,7 +199,9 @@ def test_strict_names_the_layer_and_what_to_do(image: torch.Tensor) -> None:
     assert "1 layers that should run in int8 do not" in str(raised.value)
 
 
-def test_without_strict_a_miss_is_logged_and_computed_in_float(image: torch.Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_strict_a_miss_is_logged_and_computed_in_float(
+    image: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
     quantized = half_quantized()
     with caplog.at_level(logging.WARNING, logger="inductor_x86q"):
         assert_close(compiled(quantized)(image), quantized(image))
@@ -210,7 +213,9 @@ def test_strict_lets_a_whole_network_through(net: fx.GraphModule, image: torch.T
 
 
 def test_strict_does_not_count_what_was_excluded(image: torch.Tensor) -> None:
-    quantized = inductor_x86q.quantize(Net().eval(), (image,), calibration=[image], exclude=["first"], reduce_range=True)
+    quantized = inductor_x86q.quantize(
+        Net().eval(), (image,), calibration=[image], exclude=["first"], reduce_range=True
+    )
     report = inductor_x86q.explain(quantized, (image,), options={"strict": True})
     assert [miss.layer for miss in report.kept_float] == ["first"]
     assert report.missed == []
@@ -327,7 +332,9 @@ def saved_net(net: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> 
     ],
     ids=["torch alone", "with torchao's quantizer"],
 )
-def test_other_compiles_are_untouched(run_python: Any, saved_net: bytes, tmp_path: Any, imports: str, has_torchao: str) -> None:
+def test_other_compiles_are_untouched(
+    run_python: Any, saved_net: bytes, tmp_path: Any, imports: str, has_torchao: str
+) -> None:
     (tmp_path / "net.pt2").write_bytes(saved_net)
     assert run_python(ISOLATION.format(imports=imports)).stdout.strip() == has_torchao
 
