@@ -162,7 +162,7 @@ def test_inductor_options_reach_inductor(net: fx.GraphModule, image: torch.Tenso
 
 def test_modes(net: fx.GraphModule, image: torch.Tensor) -> None:
     assert_close(compiled(net, mode="default")(image), net(image))
-    with pytest.raises(RuntimeError, match="(?i)unrecognized mode"):
+    with pytest.raises(RuntimeError, match=r"(?i)unrecognized mode"):
         compiled(net, mode="fastest")(image)
 
 
@@ -239,7 +239,7 @@ def test_a_parameter_that_requires_grad(image: torch.Tensor) -> None:
     quantized = quantized_net()
     for parameter in quantized.parameters():
         parameter.requires_grad_()
-    with pytest.raises(Exception, match="a parameter of shape .* requires grad"):
+    with pytest.raises(Exception, match=r"a parameter of shape .* requires grad"):
         compiled(quantized)(image)
     with torch.no_grad():
         assert_close(compiled(quantized)(image), quantized(image))

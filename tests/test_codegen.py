@@ -1,4 +1,3 @@
-# ruff: noqa: E501  (the expected code is as long as it is)
 """The generated C++ of two blocks, as text that is the same on every supported torch; and what reads that text."""
 
 from __future__ import annotations
