@@ -43,7 +43,16 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("network", [name for name in ZOO if name in EXPECTED])
+# The rest takes minutes: `pytest -m slow tests/test_zoo.py`.
+QUICK = {
+    "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "r3d_18", "resnet18", "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "network", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO if name in EXPECTED]
+)
 def test_zoo(network: str) -> None:
     model, x = build(network), ZOO[network].example()
     quantized = quantize(model, (x,), calibration=[x])
