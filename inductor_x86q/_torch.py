@@ -343,7 +343,7 @@ def aot_package(exported: torch.export.ExportedProgram, path: str, options: Mapp
         files = torch._inductor.aot_compile(
             exported.module(check_guards=False), arguments, keywords, options={**options, "aot_inductor.package": True}
         )
-    package_pt2(path, aoti_files=files, extra_files=extra_files())
+    package_pt2(path, aoti_files=files, extra_files=extra_files())  # type: ignore[arg-type]
 
 
 def read_extra_file(path: str, name: str) -> str | None:
