@@ -117,6 +117,8 @@ LEFT_ALONE = [
         lambda m, x: (lambda a: (m.second(QD(x)) + a, a * 2))(m.first(QD(x, 0.03, 50))),
         {"first": conv(), "second": conv()}, IMAGE, {"qconv": 2}),
     row("the addition broadcasts", lambda m, x, y: m.layer(QD(x)) + y, C, (IMAGE, (1, 16, 1, 1)), {"qconv": 1}),
+    row("the addition broadcasts to a linear's result", lambda m, x, y: m.layer(QD(x)) + y, L, (ROWS, (4, 1)),
+        {"qlinear": 1}),
     row("the addition scales by alpha", lambda m, x: torch.add(m.second(QD(x)), m.first(QD(x, 0.03, 50)), alpha=2),
         {"first": conv(), "second": conv()}, IMAGE, {"qconv": 2}),
     row("the addition adds a double", lambda m, x, y: m.layer(QD(x)) + y.double(), C, (IMAGE, IMAGE), {"qconv": 1}),

@@ -14,8 +14,8 @@ from inductor_x86q.report import Fusion, Miss, Node, Obstacle, Operation, Reason
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 
 
@@ -90,6 +90,15 @@ def test_boxes_do_not_overlap_and_edges_lead_down(report: Report) -> None:
 def test_edges_that_pass_the_same_rows_take_lanes_of_their_own() -> None:
     taken: list[list[tuple[int, int]]] = []
     assert [html._free_lane(taken, *span) for span in ((0, 3), (1, 4), (3, 5))] == [0, 1, 0]
+
+
+def test_nested_branches_are_drawn_beside_each_other() -> None:
+    nodes = [node("x", "input", "float32")]
+    for name, *sources in (("a", "x"), ("b", "a"), ("c", "b", "a"), ("d", "c", "x")):
+        nodes.append(node(name, "fused", "uint8", *sources))
+    page = Report([], [], [], nodes=nodes).to_html()
+    lanes = re.findall(r'd="M[\d.]+ [\d.]+H([\d.]+)q', page)
+    assert len(lanes) == len(set(lanes)) == 2
 
 
 def test_an_empty_report_has_a_page() -> None:
