@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -213,7 +214,7 @@ def _filtered(original: Any, before: Callable[[Any], Any] | None = None) -> Any:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
+    original = inspect.getattr_static(owner, name)  # as it is stored: a static method must be put back as one
     setattr(owner, name, value)
     try:
         yield
