@@ -10,8 +10,12 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+<<<<<<< HEAD
 import hashlib
 import os
+=======
+import inspect
+>>>>>>> front
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -224,7 +228,7 @@ def _filtered(original: Any, before: Callable[[Any], Any] | None = None) -> Any:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
+    original = inspect.getattr_static(owner, name)  # as it is stored: a static method must be put back as one
     setattr(owner, name, value)
     try:
         yield
