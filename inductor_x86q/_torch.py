@@ -10,12 +10,9 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-<<<<<<< HEAD
 import hashlib
-import os
-=======
 import inspect
->>>>>>> front
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
