@@ -149,9 +149,9 @@ def main() -> int:
     kept = sum(before.label == after.label for before, after in sure)
     print(f"\n{len(others)} other crops: float32 is sure of {len(sure)}, int8 gives {kept} of these the same label")
 
-    print(f"\n{report}\n")
+    print(f"report: {report.summary()}")
     eager, floats, int8 = milliseconds([network, in_float, in_int8], example)
-    print(f"one photograph on {torch.get_num_threads()} threads, median:  eager float32 {eager:.2f} ms, "
+    print(f"\none photograph on {torch.get_num_threads()} threads, median:  eager float32 {eager:.2f} ms, "
           f"Inductor float32 {floats:.2f} ms, int8 {int8:.2f} ms")  # fmt: skip
     print(f"int8 is {floats / int8:.2f} times as fast as Inductor float32, {eager / int8:.2f} times as fast as eager")
     step("done")

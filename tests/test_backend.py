@@ -298,6 +298,9 @@ def config():
 def check():
     now = config()
     assert now == settings, {{n: (settings.get(n), now.get(n)) for n in now.keys() | settings if now.get(n) != settings.get(n)}}
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.compile(saved)(x)  # with the graph caches on, whose classes must be as they were
     for before, after in zip(first, plain(), strict=True):
         lines = before.splitlines()
         assert after == before, [line for line in after.splitlines() if line not in lines]
