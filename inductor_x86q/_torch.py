@@ -225,7 +225,7 @@ def _filtered(original: Any, before: Callable[[Any], Any] | None = None) -> Any:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = inspect.getattr_static(owner, name)  # as it is stored: a static method must be put back as one
+    original = vars(owner)[name]  # as it is stored: a static method must be put back as one
     setattr(owner, name, value)
     try:
         yield
