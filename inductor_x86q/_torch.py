@@ -11,7 +11,6 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import inspect
 import os
 import threading
 import warnings
