@@ -153,8 +153,10 @@ def _find_matrix_product(node: fx.Node) -> Any:
     if tensor.dim() == 3:
         if not torch.equal(tensor, tensor[:1].expand_as(tensor)):
             return No("it multiplies each batch by a matrix of its own")
-    if parameters.axis == tensor.dim() - 2 and tensor.shape[-1] != 1 and not _uniform(parameters):
-        return No("its weight is quantized along the dimension that is summed over")
+    if parameters.axis is None:
+        return No("its weight's scale is not spelled per channel (yet)")
+    if parameters.axis != tensor.dim() - 1 and not _uniform(parameters):
+        return No("its weight is quantized along another dimension than that of its outputs")
     return x, weight, bias
 
 
@@ -178,7 +180,8 @@ def _rewrite_matrix_product(node: fx.Node, found: tuple[fx.Node, fx.Node, fx.Nod
         nodes = [qgraph.new_constant(graph, t, node) for t in (matrix, scale, zero_point)]
         arguments = (*nodes, 0, parameters.quant_min, parameters.quant_max, parameters.dtype)
         new_weight = qgraph.call(graph, qgraph.DEQUANTIZE_CHANNEL, arguments, weight.kwargs, like=weight)
-        as_vector = bias is not None and qgraph.value(bias).dim() == 1 and qgraph.constant(bias) is not None
+        # A vector of one element is added to each output; the kernels want one for each.
+        as_vector = qgraph.constant(bias) is not None and tuple(qgraph.value(bias).shape) == (matrix.shape[0],)  # type: ignore[arg-type]
         new = qgraph.call(graph, aten.linear.default, (x, new_weight, bias if as_vector else None), like=node)
         if bias is not None and not as_vector:
             new = qgraph.call(graph, aten.add.Tensor, (new, bias), like=node)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import math
-from collections import Counter
+import random
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from inductor_x86q import _cpu
@@ -131,8 +131,8 @@ class _Grid:
 class _Draft:
     """A graph being drawn."""
 
-    def __init__(self, draw: Any) -> None:
-        self.draw = draw
+    def __init__(self, number: Callable[[int, int], int]) -> None:
+        self.number = number  # a random integer from its first argument up to and with its second
         self.constants: list[tuple[str, str]] = []
         self.inputs: list[tuple[str, str]] = []
         self.lines: list[str] = []
@@ -150,13 +150,14 @@ class _Draft:
     # --- drawing
 
     def chance(self, percent: int) -> bool:
-        return self.draw(st.integers(0, 99)) >= 100 - percent  # shrinks to False
+        return self.number(0, 99) >= 100 - percent  # shrinks to False
 
     def pick(self, *options: Any) -> Any:
-        return self.draw(st.sampled_from(options))
+        return options[self.number(0, len(options) - 1)]
 
-    def number(self, low: int, high: int) -> int:
-        return self.draw(st.integers(low, high))
+    def permuted(self, values: Sequence[int]) -> list[int]:
+        left = list(values)
+        return [left.pop(self.number(0, len(left) - 1)) for _ in values]
 
     # --- writing
 
@@ -244,14 +245,23 @@ class _Draft:
     def quantized_from(self) -> dict[str, str]:
         return self.__dict__.setdefault("_quantized_from", {})
 
-    def activation(self, name: str) -> tuple[str, _Grid | None]:
-        """What a product reads: a dequantized value as a rule."""
+    def activation(self, name: str, *, convolved: bool = False) -> tuple[str, _Grid | None]:
+        """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
         if self.chance(5):
             grid = self.grids.get(name)
             if grid is None:
                 self.defects |= {"ACTIVATION_NOT_QUANTIZED", "NOT_QUANTIZED"}
+            elif convolved and grid[1].dtype == torch.int8:
+                self.defects.add("ACTIVATION_TYPE")
             return name, grid and grid[1]
+        if 0 in self.values[name].shape:
+            self.defects.add("NO_KERNEL")
         name = self.quantized(name)
+        if convolved and self.grids[name][1].dtype == torch.int8:
+            if self.chance(20):
+                self.defects.add("ACTIVATION_TYPE")
+            else:
+                name = self.quantized(name, _Grid("0.03", "64", 0, 127, torch.uint8))
         return name, self.grids[name][1]
 
     def weight(self, shape: tuple[int, ...], grid: _Grid | None, *, axis: int = 0) -> str:
@@ -304,7 +314,7 @@ class _Draft:
         found = [name for name in self.floats if accepts(tuple(self.values[name].shape))]
         if not found:
             return None
-        return found[-1 - min(self.number(0, len(found) - 1), self.number(0, len(found) - 1))]
+        return found[-1] if self.chance(50) else self.pick(*reversed(found))
 
     def rank(self, *ranks: int) -> str | None:
         return self.choose(lambda shape: len(shape) in ranks)
@@ -315,7 +325,7 @@ class _Draft:
         name = name or self.rank(3, 4, 4, 5)
         if name is None or 0 in self.values[name].shape[1:]:
             return None
-        name, grid = self.activation(name)
+        name, grid = self.activation(name, convolved=True)
         _, channels, *image = self.values[name].shape
         groups = self.pick(1, 1, 1, *[g for g in (2, 3, channels) if channels % g == 0])
         outputs = channels if same_shape else groups * self.pick(1, 2, 3, 4, 8, 17)
@@ -393,9 +403,8 @@ class _Draft:
     def addition(self) -> str | None:
         name = self.choose()
         assert name is not None
-        other = self.choose(lambda shape: shape == tuple(self.values[name].shape))
-        if other is None or self.chance(15):
-            other = name
+        same = [n for n in self.floats if n != name and self.values[n].shape == self.values[name].shape]
+        other = self.pick(*reversed(same)) if same and self.chance(85) else name
         kind = self.pick(*["plain"] * 6, "reversed", "alpha", "number", "broadcast", "minus")
         self.kinds.append(f"add: {'same tensor twice' if other == name else kind}")
         if kind == "number":
@@ -464,7 +473,8 @@ class _Draft:
         if not axes:
             return None
         axis, n = self.pick(*axes), f"{name}.shape[0]"
-        order = [0] * first + [first + i for i in self.draw(st.permutations(range(len(axes))))]
+        rows = ", ".join(map(str, shape[2:]))
+        order = [0] * first + self.permuted(axes)
         options = {
             "flatten": f"{name}.flatten(1)" if len(shape) > 2 else None,
             "permute": f"{name}.permute({tuple(order)})",
@@ -484,8 +494,7 @@ class _Draft:
             "reshape": f"{name}.reshape({n}, -1, {shape[-1]})" if len(shape) > 2 and shape[-1] and 0 not in shape else None,
             "nearest": f"F.interpolate({name}, scale_factor=2.0)" if len(shape) == 4 and 0 not in shape else None,
             "pixel_shuffle": f"F.pixel_shuffle({name}, 2)" if len(shape) == 4 and shape[1] % 4 == 0 else None,
-            "channel_shuffle": f"{name}.reshape({n}, 2, -1, {shape[2:]}).transpose(1, 2).reshape({n}, -1, {shape[2:]})"
-                .replace("(", "(").replace(f"{shape[2:]}", ", ".join(map(str, shape[2:])))
+            "channel_shuffle": f"{name}.reshape({n}, 2, -1, {rows}).transpose(1, 2).reshape({n}, -1, {rows})"
                 if len(shape) == 4 and shape[1] % 2 == 0 and 0 not in shape else None,
         }  # fmt: skip
         kind = self.pick(*[key for key, text in options.items() if text])
@@ -572,10 +581,20 @@ _STEPS = (
 
 
 @st.composite
-def graphs(draw: Any, most_steps: int = 7) -> Graph:
-    """Random graphs; each has at least one operator, and everything it computes is an output or is used."""
-    draft = _Draft(draw)
-    batch = draft.pick(2, 1, 3, 0) if not draft.dynamic_batch else draft.pick(2, 3)
+def graphs(draw: Any) -> Graph:
+    """Random graphs as a hypothesis strategy."""
+    return drawn(lambda low, high: draw(st.integers(low, high)))
+
+
+def random_graph(generator: random.Random) -> Graph:
+    """A random graph, drawn evenly; what hypothesis draws repeats itself, so that it can be made small."""
+    return drawn(generator.randint)
+
+
+def drawn(number: Callable[[int, int], int], most_steps: int = 7) -> Graph:
+    """A graph; it has at least one operator, and everything it computes is an output or is used."""
+    draft = _Draft(number)
+    batch = draft.pick(2, 3) if draft.dynamic_batch else 0 if draft.chance(3) else draft.pick(2, 1, 3)
     rank = draft.pick(4, 4, 4, 2, 3, 5)
     channels = draft.pick(4, 1, 2, 3, 8, 13, 16)
     image = {2: (), 3: (draft.number(1, 11),), 4: (draft.number(1, 7), draft.number(1, 7)), 5: (3, draft.number(1, 4), 3)}[rank]
@@ -607,14 +626,3 @@ def _finished(draft: _Draft) -> Graph:
         tuple(draft.constants), tuple(draft.inputs), tuple(draft.lines), tuple(outputs), draft.dynamic_batch,
         tuple(draft.kinds), frozenset(draft.defects), draft.products,
     )  # fmt: skip
-
-
-def counts(drawn: list[Graph]) -> Counter[str]:
-    """How many graphs have each operator."""
-    found: Counter[str] = Counter()
-    for graph in drawn:
-        found.update(set(graph.kinds))
-    return found
-
-
-__all__ = ["F", "Graph", "counts", "graphs"]

@@ -25,6 +25,9 @@ ACCUMULATION_ERROR = 1e-6
 POINTWISE_ERROR = 3e-7
 APPROXIMATION_ERROR = 2e-6
 
+# Below the normal numbers of float32 kernels may flush to zero.
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 @dataclasses.dataclass
 class Interval:
@@ -53,7 +56,8 @@ class Interval:
     def shape(self) -> torch.Size:
         return self.low.shape
 
-    def widened(self, error: torch.Tensor | float) -> Interval:
+    def widened(self, error: torch.Tensor) -> Interval:
+        error = error + SMALLEST
         return Interval(self.low - error, self.high + error)
 
 
@@ -67,7 +71,10 @@ def bounds(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Int
     Raises:
         NotImplementedError: the graph has an operator that is not in the tables.
     """
-    results = _IntervalInterpreter(fx.symbolic_trace(model)).run(*(Interval.exact(x) for x in inputs))
+    tracer = fx.Tracer()
+    tracer.proxy_buffer_attributes = True  # else what is computed of constants alone would run while tracing
+    traced = fx.GraphModule(model, tracer.trace(model))
+    results = _IntervalInterpreter(traced).run(*(Interval.exact(x) for x in inputs))
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
 

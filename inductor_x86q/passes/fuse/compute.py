@@ -28,7 +28,7 @@ def obstacle(node: fx.Node) -> Obstacle | None:
         return Obstacle(Reason.NO_KERNEL, "transposed convolution")
     if not qgraph.is_dequantize(x) and not qgraph.is_dequantize(weight):
         return Obstacle(Reason.NOT_QUANTIZED)
-    return _weight_obstacle(node, weight, arguments) or _activation_obstacle(x, weight)
+    return _weight_obstacle(node, weight, arguments) or _activation_obstacle(node, x, weight)
 
 
 def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) -> Obstacle | None:
@@ -57,7 +57,7 @@ def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) 
     return None
 
 
-def _activation_obstacle(x: fx.Node, weight: fx.Node) -> Obstacle | None:
+def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
     if not qgraph.is_dequantize(x):
         return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED)
     parameters = qgraph.qparams(x)
@@ -65,7 +65,12 @@ def _activation_obstacle(x: fx.Node, weight: fx.Node) -> Obstacle | None:
         return Obstacle(Reason.ACTIVATION_TYPE, "quantized per channel")
     if parameters.dtype not in qgraph.INT8_TYPES:
         return Obstacle(Reason.ACTIVATION_TYPE, f"{parameters.dtype}, expected torch.uint8 or torch.int8")
-    if any(not isinstance(size, int) for size in qgraph.value(x).shape[1:2]):
+    if node.target is CONVOLUTION and parameters.dtype == torch.int8:
+        return Obstacle(Reason.ACTIVATION_TYPE, "torch.int8, torch's convolution kernel takes torch.uint8 only")
+    shape = qgraph.value(x).shape
+    if any(isinstance(size, int) and size == 0 for size in shape):
+        return Obstacle(Reason.NO_KERNEL, "an empty input, of which the kernels lose the shape")
+    if not isinstance(shape[1 if node.target is CONVOLUTION else -1], int):
         return Obstacle(Reason.NO_KERNEL, "the number of input channels is not known when compiling")
     if parameters.is_static:
         if not (math.isfinite(parameters.scale) and parameters.scale > 0):
@@ -87,7 +92,9 @@ def _saturation_obstacle(parameters: qgraph.QParams, weight: fx.Node) -> Obstacl
         # oneDNN moves s8 inputs to u8 by adding 128, so they always span 8 bits.
         largest_input = 255
     else:
-        largest_input = min(parameters.quant_max, 255)
+        # What a convolution pads with is the zero point, which may lie above the range.
+        zero_point = parameters.zero_point if parameters.is_static else 0
+        largest_input = min(max(parameters.quant_max, zero_point), 255)
     if 2 * largest_input * largest_weight <= 32767:
         return None
     return Obstacle(Reason.SATURATES, f"inputs up to {largest_input}, weights up to {largest_weight}")
