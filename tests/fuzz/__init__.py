@@ -1,0 +1,1 @@
+"""Random quantized graphs, compiled and compared with themselves run eagerly: `python -m tests.fuzz --help`."""

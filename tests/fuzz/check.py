@@ -1,0 +1,121 @@
+"""Compiling a random graph and comparing it with what it may compute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from inductor_x86q import _torch
+from inductor_x86q.backend import compile_graph, settings
+from inductor_x86q.report import Report
+from tests.fuzz.graphs import Graph
+from tests.fuzz.intervals import bounds
+
+
+class Mismatch(AssertionError):
+    """A compiled graph differs from its reference; the message ends in a script that shows it."""
+
+
+@contextlib.contextmanager
+def _no_grad_and_fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+
+
+def compiled(model: torch.nn.Module, reports: Report, *, generate: bool) -> Callable[..., Any]:
+    """`model` compiled by this backend; without `generate` the fused graph is run eagerly, no C++ is made."""
+    keywords = {} if generate else {"inner_compile": _torch.run_uncompiled}
+
+    def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(graph_module, inputs, settings(None, None), on_report=reports.extend, **keywords)
+
+    return torch.compile(model, backend=backend)
+
+
+def check(graph: Graph) -> Report:
+    """Compiles without generating code, calls twice, and compares; raises Mismatch. Returns the report."""
+    return check_together([graph], generate=False)
+
+
+class _Together(torch.nn.Module):
+    """Several models as one, so that they share the cost of a compile."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], arities: Sequence[int]) -> None:
+        super().__init__()
+        self.models, self.arities = torch.nn.ModuleList(models), list(arities)
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[Any, ...]:
+        results, start = [], 0
+        for model, arity in zip(self.models, self.arities, strict=True):
+            results.append(model(*inputs[start : start + arity]))
+            start += arity
+        return tuple(results)
+
+
+def check_together(drawn: Sequence[Graph], *, generate: bool) -> Report:
+    """Compiles several graphs as one module, calls it twice with different inputs, and compares every result."""
+    models = [graph.module() for graph in drawn]
+    whole = models[0] if len(models) == 1 else _Together(models, [len(graph.inputs) for graph in drawn])
+    report = Report([], [], [])
+    with _no_grad_and_fresh():
+        run = compiled(whole, report, generate=generate)
+        for number in (0, 1):
+            _check_call(drawn, models, run, number)
+    _check_report(drawn, report)
+    return report
+
+
+def _check_call(drawn: Sequence[Graph], models: Sequence[torch.nn.Module], run: Callable[..., Any], number: int) -> None:
+    inputs = [graph.example(number, 5 if graph.dynamic_batch and number else None) for graph in drawn]
+    before = [[x.clone() for x in each] for each in inputs]
+    for graph, each in zip(drawn, inputs, strict=True):
+        if graph.dynamic_batch:
+            for x in each:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+    try:
+        results = run(*(x for each in inputs for x in each))
+    except Exception as error:
+        raise Mismatch(f"call {number} raises {type(error).__name__}: {error}\n\n{_scripts(drawn, number)}") from error
+    for graph, model, each, copies, result in zip(drawn, models, inputs, before, [results] if len(drawn) == 1 else results, strict=True):
+        for x, copy in zip(each, copies, strict=True):
+            if not torch.equal(x, copy):
+                raise Mismatch(f"call {number} changed an input of shape {tuple(x.shape)}\n\n{graph.script(number)}")
+        _compare(graph, model, tuple(copies), _listed(result), number)
+
+
+def _listed(result: Any) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _scripts(drawn: Sequence[Graph], number: int) -> str:
+    return "\n".join(graph.script(number) for graph in drawn)
+
+
+def _compare(graph: Graph, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], actual: list[torch.Tensor], number: int) -> None:
+    expected = _listed(model(*inputs))
+    for name, interval, eager, result in zip(graph.outputs, bounds(model, inputs), expected, actual, strict=True):
+        if result.shape != eager.shape or result.dtype != eager.dtype:
+            raise Mismatch(f"call {number}: {name} is {result.dtype} {tuple(result.shape)}, "
+                           f"expected {eager.dtype} {tuple(eager.shape)}\n\n{graph.script(number)}")  # fmt: skip
+        for what, value in (("eager", eager), ("compiled", result)):
+            outside = torch.maximum(interval.low - value.double(), value.double() - interval.high)
+            wrong = ~(outside <= 0)
+            if wrong.any():
+                at = tuple(int(i) for i in wrong.nonzero()[0])
+                raise Mismatch(
+                    f"call {number}: {what} {name} has {int(wrong.sum())} of {wrong.numel()} elements outside what the graph "
+                    f"allows; at {at}: {value[at].item()}, allowed {interval.low[at].item()} to {interval.high[at].item()}, "
+                    f"eager {eager[at].item()}\n\n{graph.script(number)}"
+                )
+
+
+def _check_report(drawn: Sequence[Graph], report: Report) -> None:
+    """Every product is in the report, and none is missed but for a reason that was put in on purpose."""
+    allowed = frozenset[str]().union(*(graph.defects for graph in drawn))
+    for miss in (*report.missed, *report.kept_float):
+        if miss.reason.name not in allowed:
+            raise Mismatch(f"unexplained miss: {miss}\n\n{_scripts(drawn, 0)}")

@@ -1,0 +1,628 @@
+"""Random q/dq graphs, drawn by hypothesis as the source text of a module.
+
+A graph is drawn a line at a time. Each line is run as it is drawn, so that the next one knows the shapes it may work
+on and the range of values a quantize has to cover. What comes out is a script: the one that a failure prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import linecache
+import math
+import random
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from inductor_x86q import _cpu
+
+PREAMBLE = '''\
+import torch
+import torch.nn.functional as F
+
+q = torch.ops.quantized_decomposed
+
+
+def integers(seed, shape, low, high, dtype):
+    """Integers from `low` up to and with `high`."""
+    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def reals(seed, shape, low, high):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+
+'''
+_HELPERS: dict[str, Any] = {}
+exec(PREAMBLE, _HELPERS)
+
+MOST_ELEMENTS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A module as text, its inputs as expressions, and what is known of it."""
+
+    constants: tuple[tuple[str, str], ...]
+    inputs: tuple[tuple[str, str], ...]
+    lines: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic_batch: bool
+    kinds: tuple[str, ...]  # the operators drawn, for the counts
+    defects: frozenset[str]  # the report's reasons that were put in on purpose
+    products: int  # convolutions, linears and matrix products in the source
+
+    def source(self) -> str:
+        """The module's definition."""
+        registered = [f'        self.register_buffer("{name}", {expression})' for name, expression in self.constants]
+        names = ", ".join(name for name, _ in self.inputs)
+        return "\n".join([
+            "class Model(torch.nn.Module):",
+            "    def __init__(self):",
+            "        super().__init__()",
+            *registered,
+            "",
+            f"    def forward(self, {names}):",
+            *(f"        {line}" for line in self.lines),
+            f"        return {', '.join(self.outputs)}",
+            "",
+        ])  # fmt: skip
+
+    def module(self) -> torch.nn.Module:
+        namespace = dict(_HELPERS)
+        source = self.source()
+        # Dynamo and the traceback look a line of source up by its file's name.
+        name = f"<random graph {hash(source)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        exec(compile(source, name, "exec"), namespace)
+        return namespace["Model"]().eval()
+
+    def example(self, run: int, batch: int | None = None) -> tuple[torch.Tensor, ...]:
+        """The inputs of call number `run`: other values each time; `batch` replaces their first dimension."""
+        found = []
+        for number, (_, expression) in enumerate(self.inputs):
+            value = eval(expression.replace("SEED", str(1000 * run + number)), _HELPERS)
+            if batch is not None:
+                value = torch.cat([value] * batch)[:batch] if value.shape[0] else value
+            found.append(value)
+        return tuple(found)
+
+    def script(self, run: int = 0) -> str:
+        """A file that compiles the graph and prints how far it is from itself run eagerly."""
+        inputs = [expression.replace("SEED", str(1000 * run + n)) for n, (_, expression) in enumerate(self.inputs)]
+        mark = "for x in inputs:\n    torch._dynamo.maybe_mark_dynamic(x, 0)\n" if self.dynamic_batch else ""
+        return (
+            f"{PREAMBLE}\n{self.source()}\n\nmodel = Model().eval()\ninputs = ({', '.join(inputs)},)\n{mark}"
+            "with torch.no_grad():\n"
+            "    expected = model(*inputs)\n"
+            '    actual = torch.compile(model, backend="inductor_x86q")(*inputs)\n'
+            "if not isinstance(expected, tuple):\n    expected, actual = (expected,), (actual,)\n"
+            "for e, a in zip(expected, actual, strict=True):\n"
+            "    print(tuple(e.shape), e.dtype, (e.double() - a.double()).abs().max().item() if e.numel() else 0)\n"
+        )
+
+
+# How each activation is written; the kernels take the first group, or some of them do.
+UNARIES = (
+    "torch.relu({0})", "F.hardtanh({0}, -0.5, 1.25)", "F.relu6({0})", "torch.clamp({0}, -1, 2)",
+    "torch.clamp({0}, min=0)", "torch.clamp({0}, max=1.5)", "F.hardswish({0})", "F.silu({0})", "F.gelu({0})",
+    'F.gelu({0}, approximate="tanh")', "F.leaky_relu({0}, 0.1)", "torch.tanh({0})", "{0} * torch.sigmoid({0})",
+    "F.hardsigmoid({0}) * {0}",
+    "torch.sigmoid({0})", "F.hardsigmoid({0})", "F.elu({0})", "F.mish({0})", "torch.abs({0})", "torch.neg({0})",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grid:
+    """The arguments of a quantize, as text and as numbers."""
+
+    scale: str
+    zero_point: str
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+    def text(self) -> str:
+        return f"{self.scale}, {self.zero_point}, {self.quant_min}, {self.quant_max}, {self.dtype}"
+
+
+class _Draft:
+    """A graph being drawn."""
+
+    def __init__(self, number: Callable[[int, int], int]) -> None:
+        self.number = number  # a random integer from its first argument up to and with its second
+        self.constants: list[tuple[str, str]] = []
+        self.inputs: list[tuple[str, str]] = []
+        self.lines: list[str] = []
+        self.kinds: list[str] = []
+        self.defects: set[str] = set()
+        self.products = 0
+        self.held = SimpleNamespace()
+        self.values: dict[str, torch.Tensor] = {}
+        self.floats: list[str] = []  # what steps work on, oldest first
+        self.grids: dict[str, tuple[str, _Grid]] = {}  # a dequantized value's integers and their parameters
+        self.read: set[str] = set()
+        self.weights: list[tuple[str, tuple[int, ...], str]] = []
+        self.dynamic_batch = self.chance(15)
+
+    # --- drawing
+
+    def chance(self, percent: int) -> bool:
+        return self.number(0, 99) >= 100 - percent  # shrinks to False
+
+    def pick(self, *options: Any) -> Any:
+        return options[self.number(0, len(options) - 1)]
+
+    def permuted(self, values: Sequence[int]) -> list[int]:
+        left = list(values)
+        return [left.pop(self.number(0, len(left) - 1)) for _ in values]
+
+    # --- writing
+
+    def constant(self, expression: str) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append((name, expression))
+        setattr(self.held, name, eval(expression, _HELPERS))
+        return f"self.{name}"
+
+    def seed(self) -> int:
+        return len(self.constants)
+
+    def emit(self, expression: str, *operands: str, is_float: bool = True) -> str:
+        """Writes a line that computes `expression`; the names in `operands` count as read."""
+        name = f"v{len(self.values)}"
+        value = eval(expression, {**_HELPERS, **self.values, "self": self.held})
+        self.values[name] = value
+        self.lines.append(f"{name} = {expression}")
+        self.read.update(operands)
+        if is_float:
+            self.floats.append(name)
+        return name
+
+    def input(self, shape: tuple[int, ...]) -> str:
+        name = f"x{len(self.inputs)}"
+        if self.chance(20):
+            grid = self.grid(0.0, 4.0)
+            expression = f"integers(SEED, {shape}, {grid.quant_min}, {grid.quant_max}, {grid.dtype})"
+            self._input(name, expression)
+            return self.dequantized(name, grid)
+        self._input(name, f"reals(SEED, {shape}, -2.0, 2.0)")
+        self.floats.append(name)
+        return name
+
+    def _input(self, name: str, expression: str) -> None:
+        self.inputs.append((name, expression))
+        self.values[name] = eval(expression.replace("SEED", str(len(self.inputs) - 1)), _HELPERS)
+
+    # --- quantization
+
+    def grid(self, low: float, high: float) -> _Grid:
+        kind = self.pick("seven bits", "seven bits", "seven bits", "seven bits", "narrow", "eight bits", "signed", "signed narrow")
+        quant_min, quant_max, dtype = {
+            "seven bits": (0, 127, torch.uint8),
+            "narrow": (3, 100, torch.uint8),
+            "eight bits": (0, 255, torch.uint8),
+            "signed": (-128, 127, torch.int8),
+            "signed narrow": (-60, 61, torch.int8),
+        }[kind]
+        span = max(high, 0.0) - min(low, 0.0)
+        factor = self.pick(1.0, 1.0, 1.0, 0.3, 3.0, 1e-3, 1e3)
+        scale = float(f"{(span or 1.0) / (quant_max - quant_min) * factor:.3g}")
+        if not 1e-30 < scale < 1e30:
+            scale = 1.0
+        natural = min(max(round(quant_min - min(low, 0.0) / scale), quant_min), quant_max)
+        zero_point = self.pick(natural, natural, natural, quant_min, quant_max, (quant_min + quant_max) // 2)
+        scale_text, zero_text = repr(scale), str(zero_point)
+        if self.chance(8):
+            scale_text, zero_text = self.constant(f"torch.tensor({scale})"), self.constant(f"torch.tensor({zero_point})")
+        return _Grid(scale_text, zero_text, quant_min, quant_max, dtype)
+
+    def quantized(self, name: str, grid: _Grid | None = None) -> str:
+        """Puts quantize and dequantize behind a value, or dequantizes again what is quantized already."""
+        if grid is None:
+            again = [d for d, (source, _) in self.grids.items() if self.quantized_from.get(source) == name]
+            if again and self.chance(50):
+                if self.chance(50):
+                    return again[0]
+                return self.dequantized(*self.grids[again[0]])
+            if name in self.grids and self.chance(80):
+                return name
+            value = self.values[name]
+            low, high = (float(value.min()), float(value.max())) if value.numel() else (-1.0, 1.0)
+            grid = self.grid(low, high)
+        integers = self.emit(f"q.quantize_per_tensor({name}, {grid.text()})", name, is_float=False)
+        self.quantized_from[integers] = name
+        return self.dequantized(integers, grid)
+
+    def dequantized(self, integers: str, grid: _Grid) -> str:
+        name = self.emit(f"q.dequantize_per_tensor({integers}, {grid.text()})", integers)
+        self.grids[name] = (integers, grid)
+        return name
+
+    @property
+    def quantized_from(self) -> dict[str, str]:
+        return self.__dict__.setdefault("_quantized_from", {})
+
+    def activation(self, name: str, *, convolved: bool = False) -> tuple[str, _Grid | None]:
+        """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
+        if self.chance(5):
+            grid = self.grids.get(name)
+            if grid is None:
+                self.defects |= {"ACTIVATION_NOT_QUANTIZED", "NOT_QUANTIZED"}
+            elif convolved and grid[1].dtype == torch.int8:
+                self.defects.add("ACTIVATION_TYPE")
+            return name, grid and grid[1]
+        if 0 in self.values[name].shape:
+            self.defects.add("NO_KERNEL")
+        name = self.quantized(name)
+        if convolved and self.grids[name][1].dtype == torch.int8:
+            if self.chance(20):
+                self.defects.add("ACTIVATION_TYPE")
+            else:
+                name = self.quantized(name, _Grid("0.03", "64", 0, 127, torch.uint8))
+        return name, self.grids[name][1]
+
+    def weight(self, shape: tuple[int, ...], grid: _Grid | None, *, axis: int = 0) -> str:
+        """An expression for a dequantized weight; `axis` is the one of its output channels."""
+        shared = [(text, known) for known, shape_, text in self.weights if shape_ == (*shape, axis)]
+        if shared and self.chance(40):
+            self.kinds.append("shared weight")
+            self.note_saturation(grid, shared[0][1])
+            return shared[0][0]
+        eight_bits = grid is not None and (grid.dtype == torch.int8 or grid.quant_max > 127)
+        limit = self.pick(64, 64, 64, 127) if eight_bits else self.pick(127, 127, 64, 1)
+        self.note_saturation(grid, str(limit))
+        spread = max(math.sqrt(math.prod(shape) / shape[axis]) * limit, 1e-9)
+        scale = self.pick(1.0, 1.0, 1.0, 1e-4, 1e4) / spread
+        weight = self.constant(f"integers({self.seed()}, {shape}, {-limit}, {limit}, torch.int8)")
+        text = self._weight_text(weight, shape, axis, float(f"{scale:.3g}"))
+        self.weights.append((str(limit), (*shape, axis), text))
+        return text
+
+    def _weight_text(self, weight: str, shape: tuple[int, ...], axis: int, scale: float) -> str:
+        low = self.pick(-128, -127)
+        spelling = self.pick(*["per channel"] * 12, *["per tensor"] * 4, "zero point", "float")
+        if spelling == "per tensor":
+            return f"q.dequantize_per_tensor({weight}, {scale}, 0, {low}, 127, torch.int8)"
+        if spelling == "float":
+            self.defects |= {"WEIGHT_NOT_QUANTIZED", "NOT_QUANTIZED"}
+            return self.constant(f"reals({self.seed()}, {shape}, {-scale * 64}, {scale * 64})")
+        zero_points = "torch.zeros({0}, dtype=torch.int64)"
+        if spelling == "zero point":
+            self.defects.add("WEIGHT_TYPE")
+            zero_points = "torch.full(({0},), 2)"
+        channels = shape[axis]
+        scales = self.constant(f"reals({self.seed()}, ({channels},), {scale / 8}, {scale})")
+        zeros = self.constant(zero_points.format(channels))
+        return f"q.dequantize_per_channel({weight}, {scales}, {zeros}, {axis}, {low}, 127, torch.int8)"
+
+    def note_saturation(self, grid: _Grid | None, limit: str) -> None:
+        if grid is not None and not _cpu.has_vnni():
+            largest = 255 if grid.dtype == torch.int8 else grid.quant_max
+            if 2 * largest * int(limit) > 32767:
+                self.defects.add("SATURATES")
+
+    def bias(self, width: int) -> str:
+        return self.constant(f"reals({self.seed()}, ({width},), -1.0, 1.0)") if self.chance(60) else "None"
+
+    # --- choosing operands
+
+    def choose(self, accepts: Any = lambda shape: True) -> str | None:
+        """A value of a shape that `accepts`; mostly one of the newest."""
+        found = [name for name in self.floats if accepts(tuple(self.values[name].shape))]
+        if not found:
+            return None
+        return found[-1] if self.chance(50) else self.pick(*reversed(found))
+
+    def rank(self, *ranks: int) -> str | None:
+        return self.choose(lambda shape: len(shape) in ranks)
+
+    # --- steps; each writes some lines, or none where nothing fits
+
+    def convolution(self, name: str | None = None, *, same_shape: bool = False) -> str | None:
+        name = name or self.rank(3, 4, 4, 5)
+        if name is None or 0 in self.values[name].shape[1:]:
+            return None
+        name, grid = self.activation(name, convolved=True)
+        _, channels, *image = self.values[name].shape
+        groups = self.pick(1, 1, 1, *[g for g in (2, 3, channels) if channels % g == 0])
+        outputs = channels if same_shape else groups * self.pick(1, 2, 3, 4, 8, 17)
+        kernel = [self.pick(1, 3) if same_shape else self.number(1, min(3, size)) for size in image]
+        stride = 1 if same_shape else self.pick(1, 1, 2, 3)
+        padding = [k // 2 if same_shape else self.number(0, 2) for k in kernel]
+        dilation = 1 if same_shape or not all(s + 2 * p > 2 * (k - 1) for s, p, k in zip(image, padding, kernel, strict=True)) \
+            else self.pick(1, 1, 2)  # fmt: skip
+        weight = self.weight((outputs, channels // groups, *kernel), grid)
+        bias = self.bias(outputs)
+        rank = len(image)
+        self.note("depthwise" if groups == channels > 1 else f"conv{rank}d")
+        arguments = f"{name}, {weight}, {bias}, {stride}, {tuple(padding)}, {dilation}, {groups}"
+        return self.emit(f"F.conv{rank}d({arguments})", name)
+
+    def note(self, kind: str) -> None:
+        self.kinds.append(kind)
+        self.products += 1
+
+    def linear(self, name: str | None = None, *, same_shape: bool = False) -> str | None:
+        name = name or self.choose(lambda shape: len(shape) >= 1 and shape[-1] > 0)
+        if name is None:
+            return None
+        name, grid = self.activation(name)
+        width = self.values[name].shape[-1]
+        outputs = width if same_shape else self.pick(1, 2, 3, 8, 16, 17, 32)
+        weight = self.weight((outputs, width), grid)
+        self.note(f"linear {self.values[name].dim()}d")
+        return self.emit(f"F.linear({name}, {weight}, {self.bias(outputs)})", name)
+
+    def matrix_product(self) -> str | None:
+        name = self.choose(lambda shape: len(shape) in (2, 3) and shape[-1] > 0)
+        if name is None:
+            return None
+        name, grid = self.activation(name)
+        *rows, width = self.values[name].shape
+        outputs = self.pick(1, 2, 5, 16)
+        operator = self.pick(*(("mm", "addmm") if len(rows) == 1 else ("bmm", "baddbmm")), "matmul")
+        weight = self.weight((width, outputs), grid, axis=1)
+        if operator in ("bmm", "baddbmm"):
+            weight = f"{weight}.expand({name}.shape[0], {width}, {outputs})"
+        self.note(operator)
+        if operator in ("addmm", "baddbmm"):
+            added = self.constant(f"reals({self.seed()}, {self.pick((outputs,), (1, outputs), (1,))}, -1.0, 1.0)")
+            return self.emit(f"torch.{operator}({added}, {name}, {weight})", name)
+        return self.emit(f"torch.{operator}({name}, {weight})", name)
+
+    def transposed(self) -> str | None:
+        name = self.rank(4)
+        if name is None or 0 in self.values[name].shape:
+            return None
+        name, grid = self.activation(name)
+        channels = self.values[name].shape[1]
+        weight = self.weight((channels, 3, 2, 2), grid, axis=1)
+        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED"}
+        self.note("transposed convolution")
+        return self.emit(f"F.conv_transpose2d({name}, {weight}, None, 2)", name)
+
+    def product_of_two(self) -> str | None:
+        name = self.rank(3)
+        if name is None:
+            return None
+        name, other = self.quantized(name), self.quantized(name)
+        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED"}
+        self.note("bmm of two activations")
+        return self.emit(f"torch.bmm({name}, {other}.transpose(1, 2))", name, other)
+
+    def unary(self, name: str | None = None) -> str | None:
+        name = name or self.choose()
+        assert name is not None
+        text = self.pick(*UNARIES)
+        self.kinds.append(text.format("x"))
+        return self.emit(text.format(name), name)
+
+    def addition(self) -> str | None:
+        name = self.choose()
+        assert name is not None
+        same = [n for n in self.floats if n != name and self.values[n].shape == self.values[name].shape]
+        other = self.pick(*reversed(same)) if same and self.chance(85) else name
+        kind = self.pick(*["plain"] * 6, "reversed", "alpha", "number", "broadcast", "minus")
+        self.kinds.append(f"add: {'same tensor twice' if other == name else kind}")
+        if kind == "number":
+            return self.emit(f"{name} + {self.pick(1.5, 0, -2)}", name)
+        if kind == "broadcast":
+            other = self.broadcast(name)
+        if self.chance(40) and kind != "broadcast":
+            other = self.quantized(other)
+        first, second = (other, name) if kind == "reversed" else (name, other)
+        text = {"alpha": f"torch.add({first}, {second}, alpha=0.5)", "minus": f"{first} - {second}"}
+        return self.emit(text.get(kind, f"{first} + {second}"), first, second)
+
+    def broadcast(self, name: str) -> str:
+        """An operand whose shape broadcasts to that of `name`: a constant, or another value."""
+        shape = tuple(self.values[name].shape)
+        fitting = self.choose(lambda s: s != shape and len(s) <= len(shape) and all(
+            a in (1, b) for a, b in zip(reversed(s), reversed(shape), strict=False)))  # fmt: skip
+        if fitting is not None and self.chance(50):
+            return fitting
+        small = self.pick((1,), shape[-1:], tuple(s if i == 1 else 1 for i, s in enumerate(shape)))
+        return self.constant(f"reals({self.seed()}, {small}, -1.0, 1.0)")
+
+    def multiplication(self) -> str | None:
+        name = self.choose()
+        assert name is not None
+        other = self.choose(lambda shape: shape == tuple(self.values[name].shape)) if self.chance(50) else self.broadcast(name)
+        self.kinds.append("mul")
+        return self.emit(f"{name} * {other}", name, other or "")
+
+    def residual(self) -> str | None:
+        """Two branches of one shape, added: both products, or one and what it started from."""
+        name = self.choose(lambda shape: 2 <= len(shape) <= 5 and 0 not in shape[1:])
+        if name is None:
+            return None
+        start = self.quantized(name) if self.chance(80) else name
+        product = self.convolution if self.values[name].dim() >= 3 and self.chance(70) else self.linear
+        first = product(start, same_shape=True)
+        assert first is not None
+        if self.chance(40):
+            first = self.unary(first) if self.chance(40) else self.quantized(first)
+        assert first is not None
+        other: str | None = start
+        if self.chance(60):
+            other = product(self.pick(start, first), same_shape=True)
+            assert other is not None
+            if self.chance(40):
+                other = self.quantized(other)
+        assert other is not None
+        left, right = (first, other) if self.chance(50) else (other, first)
+        self.kinds.append("residual")
+        total = self.emit(f"{left} + {right}", left, right)
+        if self.chance(50):
+            total = self.emit(f"torch.relu({total})", total)
+        if self.chance(60):
+            total = self.quantized(total)
+        if self.chance(20):
+            self.emit(f"{self.pick(first, other)} * 2.0", first)
+        return total
+
+    def movement(self) -> str | None:
+        name = self.choose()
+        assert name is not None
+        shape = tuple(self.values[name].shape)
+        first = 1 if self.dynamic_batch else 0  # the batch stays in front where its size is not known
+        axes = list(range(first, len(shape)))
+        if not axes:
+            return None
+        axis, n = self.pick(*axes), f"{name}.shape[0]"
+        rows = ", ".join(map(str, shape[2:]))
+        order = [0] * first + self.permuted(axes)
+        options = {
+            "flatten": f"{name}.flatten(1)" if len(shape) > 2 else None,
+            "permute": f"{name}.permute({tuple(order)})",
+            "transpose": f"{name}.transpose({axis}, {self.pick(*axes)})",
+            "slice": f"{name}[{':, ' * axis}{self.number(0, max(shape[axis] - 1, 0))}:]",
+            "strided slice": f"{name}[{':, ' * axis}::2]",
+            "select": f"{name}.select({axis}, 0)" if len(shape) > 2 and shape[axis] else None,
+            "unsqueeze": f"{name}.unsqueeze({axis})" if len(shape) < 5 else None,
+            "squeeze": f"{name}.squeeze({axis})" if len(shape) > 2 and shape[axis] == 1 else None,
+            "flip": f"torch.flip({name}, ({axis},))",
+            "roll": f"torch.roll({name}, 1, {axis})",
+            "index_select": f"torch.index_select({name}, {axis}, {self.pick('INDEX')})" if shape[axis] else None,
+            "pad": f"F.pad({name}, (1, 2), value={self.pick(0.0, 0.0, 0.5)})",
+            "pad two": f"F.pad({name}, (1, 0, 0, 1))" if len(shape) > 2 else None,
+            "expand": f"{name}.expand({n}, 3{', -1' * (len(shape) - 2)})" if len(shape) > 1 and shape[1] == 1 else None,
+            "repeat": f"{name}.repeat(1{', 2' * (len(shape) - 1)})" if len(shape) in (2, 3) else None,
+            "reshape": f"{name}.reshape({n}, -1, {shape[-1]})" if len(shape) > 2 and shape[-1] and 0 not in shape else None,
+            "nearest": f"F.interpolate({name}, scale_factor=2.0)" if len(shape) == 4 and 0 not in shape else None,
+            "pixel_shuffle": f"F.pixel_shuffle({name}, 2)" if len(shape) == 4 and shape[1] % 4 == 0 else None,
+            "channel_shuffle": f"{name}.reshape({n}, 2, -1, {rows}).transpose(1, 2).reshape({n}, -1, {rows})"
+                if len(shape) == 4 and shape[1] % 2 == 0 and 0 not in shape else None,
+        }  # fmt: skip
+        kind = self.pick(*[key for key, text in options.items() if text])
+        self.kinds.append(kind)
+        text = options[kind]
+        assert text is not None
+        if "INDEX" in text:
+            index = self.constant(f"integers({self.seed()}, (3,), 0, {shape[axis] - 1}, torch.int64)")
+            text = text.replace("INDEX", index)
+        return self.emit(text, name)
+
+    def split(self) -> str | None:
+        first = 1 if self.dynamic_batch else 0
+        name = self.choose(lambda shape: len(shape) > first and max(shape[first:]) > 1)
+        if name is None:
+            return None
+        shape = self.values[name].shape
+        axis = self.pick(*[i for i in range(first, len(shape)) if shape[i] > 1])
+        sizes = [shape[axis] // 2, shape[axis] - shape[axis] // 2]
+        text = self.pick(f"torch.split({name}, {sizes}, {axis})", f"torch.chunk({name}, 2, {axis})")
+        parts = self.emit(text, name, is_float=False)
+        self.read.add(parts)
+        self.kinds.append("split")
+        results = [self.emit(f"{parts}[{i}]", parts) for i in range(len(self.values[parts]))]
+        if self.chance(40):
+            return [self.quantized(part) for part in results][-1]
+        return results[-1]
+
+    def join(self) -> str | None:
+        name = self.choose(lambda shape: len(shape) > 0)
+        if name is None:
+            return None
+        first = 1 if self.dynamic_batch else 0
+        shape = tuple(self.values[name].shape)
+        if len(shape) <= first:
+            return None
+        axis = self.pick(*range(first, len(shape)))
+        fits = lambda s: len(s) == len(shape) and all(a == b or i == axis for i, (a, b) in enumerate(zip(s, shape, strict=True)))  # noqa: E731
+        names = [name, *(self.choose(fits) or name for _ in range(self.number(1, 2)))]
+        if self.chance(60):
+            grid = None
+            for position, part in enumerate(names):
+                names[position] = self.quantized(part, grid)
+                if grid is None and self.chance(70):
+                    grid = self.grids[names[position]][1]
+        equal = len({tuple(self.values[n].shape) for n in names}) == 1
+        kind = self.pick("cat", "stack") if equal and len(shape) < 5 else "cat"
+        self.kinds.append(kind)
+        return self.emit(f"torch.{kind}([{', '.join(names)}], {axis})", *names)
+
+    def pool(self) -> str | None:
+        name = self.choose(lambda shape: len(shape) in (3, 4, 5) and 0 not in shape)
+        if name is None:
+            return None
+        image = self.values[name].shape[2:]
+        rank = len(image)
+        kernel = self.number(1, min(3, *image))
+        kind = self.pick("max", "max", "avg", "adaptive_avg", "mean")
+        self.kinds.append(f"{kind} pool {rank}d")
+        if kind == "mean":
+            return self.emit(f"torch.mean({name}, {tuple(range(2, 2 + rank))}, keepdim={self.pick(True, False)})", name)
+        if kind == "adaptive_avg":
+            return self.emit(f"F.adaptive_avg_pool{rank}d({name}, {self.pick(1, 2)})", name)
+        if self.chance(50):
+            name = self.quantized(name)
+        stride, padding = self.pick(1, 2, kernel), self.number(0, kernel // 2)
+        return self.emit(f"F.{kind}_pool{rank}d({name}, {kernel}, {stride}, {padding})", name)
+
+    def requantize(self) -> str | None:
+        name = self.choose()
+        assert name is not None
+        return self.quantized(name, None if self.chance(50) else self._fresh_grid(name))
+
+    def _fresh_grid(self, name: str) -> _Grid:
+        value = self.values[name]
+        return self.grid(float(value.min()), float(value.max())) if value.numel() else self.grid(-1.0, 1.0)
+
+
+_STEPS = (
+    *["convolution"] * 6, *["linear"] * 4, *["matrix_product"] * 2, *["unary"] * 4, *["addition"] * 4,
+    *["residual"] * 4, *["movement"] * 4, "split", *["join"] * 2, *["pool"] * 2, "multiplication",
+    *["requantize"] * 4, "transposed", "product_of_two",
+)  # fmt: skip
+
+
+@st.composite
+def graphs(draw: Any) -> Graph:
+    """Random graphs as a hypothesis strategy."""
+    return drawn(lambda low, high: draw(st.integers(low, high)))
+
+
+def random_graph(generator: random.Random) -> Graph:
+    """A random graph, drawn evenly; what hypothesis draws repeats itself, so that it can be made small."""
+    return drawn(generator.randint)
+
+
+def drawn(number: Callable[[int, int], int], most_steps: int = 7) -> Graph:
+    """A graph; it has at least one operator, and everything it computes is an output or is used."""
+    draft = _Draft(number)
+    batch = draft.pick(2, 3) if draft.dynamic_batch else 0 if draft.chance(3) else draft.pick(2, 1, 3)
+    rank = draft.pick(4, 4, 4, 2, 3, 5)
+    channels = draft.pick(4, 1, 2, 3, 8, 13, 16)
+    image = {2: (), 3: (draft.number(1, 11),), 4: (draft.number(1, 7), draft.number(1, 7)), 5: (3, draft.number(1, 4), 3)}[rank]
+    for _ in range(draft.pick(1, 1, 2)):
+        draft.input((batch, channels, *image))
+    for _ in range(draft.number(1, most_steps)):
+        step = draft.pick(*_STEPS)
+        before = len(draft.floats)
+        getattr(draft, step)()
+        # What grew too large to be run quickly, or left the range of float32, is nothing to build on.
+        draft.floats = draft.floats[:before] + [n for n in draft.floats[before:] if _usable(draft.values[n])] or draft.floats
+    return _finished(draft)
+
+
+def _usable(value: torch.Tensor) -> bool:
+    return value.numel() <= MOST_ELEMENTS and bool(((value == 0) | ((value.abs() < 1e6) & (value.abs() > 1e-12))).all())
+
+
+def _finished(draft: _Draft) -> Graph:
+    names = [line.split(" = ")[0] for line in draft.lines]
+    leaves = [name for name in names if name not in draft.read]
+    more = [name for name in names if name in draft.read and not isinstance(draft.values[name], (tuple, list)) and draft.chance(8)]
+    outputs = leaves + more
+    if not names:
+        line = f"v{len(draft.values)} = torch.relu({draft.floats[-1]})"
+        draft.lines.append(line)
+        outputs = [line.split(" = ")[0]]
+    return Graph(
+        tuple(draft.constants), tuple(draft.inputs), tuple(draft.lines), tuple(outputs), draft.dynamic_batch,
+        tuple(draft.kinds), frozenset(draft.defects), draft.products,
+    )  # fmt: skip

@@ -1,0 +1,257 @@
+"""What a q/dq graph may compute: an interval for each element, from the rounding errors along its way.
+
+A fused kernel computes what the graph says, in other floating-point operations. Before a quantize that moves a value
+by some units in the last place; where the value lies that near to a tie, either integer is right, and what follows may
+see either. So the graph is run on intervals in double precision: each operator widens them by the error that single
+precision may make there, and a quantize rounds both ends. What is not near a tie comes out as a single integer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+_q = torch.ops.quantized_decomposed
+
+# Relative to the sum of the magnitudes of what is added up: a product of few hundred terms, its scaling and its bias.
+ACCUMULATION_ERROR = 1e-6
+# Relative to the result of a pointwise operator, and absolute for those that kernels approximate.
+POINTWISE_ERROR = 3e-7
+APPROXIMATION_ERROR = 2e-6
+
+# Below the normal numbers of float32 kernels may flush to zero.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclasses.dataclass
+class Interval:
+    """Every element lies between `low` and `high`, float64 tensors of one shape; integers are kept as floats too."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def exact(cls, tensor: torch.Tensor) -> Interval:
+        return cls(tensor.double(), tensor.double())
+
+    @property
+    def center(self) -> torch.Tensor:
+        return (self.low + self.high) / 2
+
+    @property
+    def radius(self) -> torch.Tensor:
+        return (self.high - self.low) / 2
+
+    @property
+    def magnitude(self) -> torch.Tensor:
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.low.shape
+
+    def widened(self, error: torch.Tensor) -> Interval:
+        error = error + SMALLEST
+        return Interval(self.low - error, self.high + error)
+
+
+def _interval(value: Any) -> Interval:
+    return value if isinstance(value, Interval) else Interval.exact(torch.as_tensor(value))
+
+
+def bounds(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Interval]:
+    """The interval of each output of `model`, a module of the operators in the tables below.
+
+    Raises:
+        NotImplementedError: the graph has an operator that is not in the tables.
+    """
+    tracer = fx.Tracer()
+    tracer.proxy_buffer_attributes = True  # else what is computed of constants alone would run while tracing
+    traced = fx.GraphModule(model, tracer.trace(model))
+    results = _IntervalInterpreter(traced).run(*(Interval.exact(x) for x in inputs))
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+class _IntervalInterpreter(fx.Interpreter):
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _mentions_interval((args, kwargs)):
+            return target(*args, **kwargs)
+        return rule(target)(target, *args, **kwargs)
+
+    def call_method(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        function: Any = getattr(torch.Tensor, target)
+        if not _mentions_interval((args, kwargs)):
+            return function(*args, **kwargs)
+        return rule(function)(function, *args, **kwargs)
+
+
+def _mentions_interval(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_mentions_interval(v) for v in value)
+    if isinstance(value, dict):
+        return any(_mentions_interval(v) for v in value.values())
+    return isinstance(value, Interval)
+
+
+def rule(target: Any) -> Callable[..., Any]:
+    """How to run `target` on intervals."""
+    for targets, found in _RULES:
+        if target in targets:
+            return found
+    raise NotImplementedError(f"no interval rule for {target}")
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _getattr(target: Any, value: Interval, name: str) -> Any:
+    return getattr(value.low, name)
+
+
+def _movement(target: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Puts elements of its tensors elsewhere: both ends move alike. A list of results is possible."""
+    if isinstance(x, (list, tuple)) and any(isinstance(v, Interval) for v in x):
+        lows, highs = [_interval(v).low for v in x], [_interval(v).high for v in x]
+    elif not isinstance(x, Interval):
+        return target(x, *args, **kwargs)
+    else:
+        lows, highs = x.low, x.high  # type: ignore[assignment]
+    low, high = target(lows, *args, **kwargs), target(highs, *args, **kwargs)
+    if isinstance(low, (tuple, list)):
+        return [Interval(a, b) for a, b in zip(low, high, strict=True)]
+    return Interval(low, high)
+
+
+def _item(target: Any, value: Any, index: Any) -> Any:
+    return _movement(target, value, index) if isinstance(value, Interval) else value[index]
+
+
+def _monotone(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
+    result = Interval(target(x.low, *args, **kwargs), target(x.high, *args, **kwargs))
+    return result.widened(APPROXIMATION_ERROR * result.magnitude.clamp(max=1.0) + POINTWISE_ERROR * result.magnitude)
+
+
+def _exactly_monotone(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
+    """Picks one of its elements or a bound: the ends are exact, save for the rounding of the bound itself."""
+    result = Interval(target(x.low, *args, **kwargs), target(x.high, *args, **kwargs))
+    return result.widened(1e-7 * result.magnitude)
+
+
+def _bounded_slope(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
+    """The slope of hardswish, silu, gelu and mish stays below 1.6 everywhere."""
+    center = target(x.center, *args, **kwargs)
+    return Interval(center, center).widened(1.6 * x.radius + APPROXIMATION_ERROR * x.magnitude)
+
+
+def _absolute(target: Any, x: Interval) -> Interval:
+    smallest = torch.where((x.low <= 0) & (x.high >= 0), torch.zeros_like(x.low), torch.minimum(x.low.abs(), x.high.abs()))
+    return Interval(smallest, x.magnitude)
+
+
+def _negative(target: Any, x: Interval) -> Interval:
+    return Interval(-x.high, -x.low)
+
+
+def _addition(target: Any, x: Any, y: Any, *, alpha: float = 1.0) -> Interval:
+    x, y = _interval(x), _interval(y)
+    y = _product(operator.mul, y, alpha) if alpha != 1 else y
+    return Interval(x.low + y.low, x.high + y.high).widened(POINTWISE_ERROR * (x.magnitude + y.magnitude))
+
+
+def _subtraction(target: Any, x: Any, y: Any) -> Interval:
+    return _addition(target, x, _negative(target, _interval(y)))
+
+
+def _product(target: Any, x: Any, y: Any) -> Interval:
+    x, y = _interval(x), _interval(y)
+    ends = torch.stack(torch.broadcast_tensors(x.low * y.low, x.low * y.high, x.high * y.low, x.high * y.high))
+    result = Interval(ends.amin(0), ends.amax(0)) if ends.numel() else Interval(ends[0], ends[0])
+    return result.widened(POINTWISE_ERROR * result.magnitude)
+
+
+def _average(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
+    magnitude = target(x.magnitude, *args, **kwargs).abs()
+    low, high = target(x.low, *args, **kwargs), target(x.high, *args, **kwargs)
+    return Interval(low, high).widened(ACCUMULATION_ERROR * magnitude)
+
+
+def _weighted_sum(target: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Interval:
+    """Convolution and linear."""
+    return _bilinear(lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight))
+
+
+def _channels(target: Any, bias: Any, weight: Any) -> Any:
+    """The bias in the shape in which it is added."""
+    if bias is None or target is F.linear:
+        return bias
+    return bias.reshape(-1, *[1] * (_interval(weight).low.dim() - 2))
+
+
+def _matrix_product(target: Any, x: Any, y: Any) -> Interval:
+    return _bilinear(target, x, y, None)
+
+
+def _matrix_product_and_sum(target: Any, bias: Any, x: Any, y: Any) -> Interval:
+    return _bilinear(torch.matmul, x, y, bias)
+
+
+def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) -> Interval:
+    x, y = _interval(x), _interval(y)
+    center = multiply(x.center, y.center)
+    magnitude = multiply(x.magnitude, y.magnitude)
+    radius = multiply(x.radius, y.magnitude) + multiply(x.magnitude, y.radius)
+    result = Interval(center - radius, center + radius)
+    if bias is not None:
+        added = _interval(bias)
+        result = Interval(result.low + added.low, result.high + added.high)
+        magnitude = magnitude + added.magnitude
+    return result.widened(ACCUMULATION_ERROR * magnitude)
+
+
+def _quantize(target: Any, x: Interval, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: Any) -> Interval:
+    inverse = 1.0 / torch.as_tensor(float(scale), dtype=torch.float64)
+    error = POINTWISE_ERROR * x.magnitude * inverse
+    low, high = (
+        (torch.round(v) + float(zero_point)).clamp(quant_min, quant_max)
+        for v in (x.low * inverse - error, x.high * inverse + error)
+    )
+    return Interval(low, high)
+
+
+def _dequantize(target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, **kwargs: Any) -> Interval:
+    x = _interval(x)
+    result = Interval((x.low - float(zero_point)) * float(scale), (x.high - float(zero_point)) * float(scale))
+    return result.widened(1e-7 * result.magnitude)
+
+
+_RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
+    (frozenset({getattr}), _getattr),
+    (frozenset({operator.getitem}), _item),
+    (frozenset({_q.quantize_per_tensor}), _quantize),
+    (frozenset({_q.dequantize_per_tensor}), _dequantize),
+    (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d}), _weighted_sum),
+    (frozenset({torch.mm, torch.bmm, torch.matmul}), _matrix_product),
+    (frozenset({torch.addmm, torch.baddbmm}), _matrix_product_and_sum),
+    (frozenset({operator.add, torch.add}), _addition),
+    (frozenset({operator.sub}), _subtraction),
+    (frozenset({operator.mul, torch.mul}), _product),
+    (frozenset({torch.abs}), _absolute),
+    (frozenset({torch.neg}), _negative),
+    (frozenset({torch.relu, F.relu, F.hardtanh, F.relu6, torch.clamp, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+                F.adaptive_max_pool2d}), _exactly_monotone),
+    (frozenset({torch.tanh, torch.sigmoid, F.hardsigmoid, F.leaky_relu, F.elu}), _monotone),
+    (frozenset({F.hardswish, F.silu, F.gelu, F.mish}), _bounded_slope),
+    (frozenset({F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+                F.adaptive_avg_pool3d, torch.mean}), _average),
+    (frozenset({torch.cat, torch.stack, F.pad, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
+                torch.flip, torch.roll, torch.index_select, torch.split, torch.chunk, torch.unbind,
+                torch.Tensor.flatten, torch.Tensor.permute, torch.Tensor.transpose, torch.Tensor.reshape,
+                torch.Tensor.unsqueeze, torch.Tensor.squeeze, torch.Tensor.repeat, torch.Tensor.expand,
+                torch.Tensor.select, torch.Tensor.contiguous, torch.Tensor.clone}), _movement),
+)  # fmt: skip
