@@ -69,7 +69,9 @@ def check_together(drawn: Sequence[Graph], *, generate: bool) -> Report:
     return report
 
 
-def _check_call(drawn: Sequence[Graph], models: Sequence[torch.nn.Module], run: Callable[..., Any], number: int) -> None:
+def _check_call(
+    drawn: Sequence[Graph], models: Sequence[torch.nn.Module], run: Callable[..., Any], number: int
+) -> None:
     inputs = [graph.example(number, 5 if graph.dynamic_batch and number else None) for graph in drawn]
     before = [[x.clone() for x in each] for each in inputs]
     for graph, each in zip(drawn, inputs, strict=True):
@@ -80,7 +82,9 @@ def _check_call(drawn: Sequence[Graph], models: Sequence[torch.nn.Module], run: 
         results = run(*(x for each in inputs for x in each))
     except Exception as error:
         raise Mismatch(f"call {number} raises {type(error).__name__}: {error}\n\n{_scripts(drawn, number)}") from error
-    for graph, model, each, copies, result in zip(drawn, models, inputs, before, [results] if len(drawn) == 1 else results, strict=True):
+    for graph, model, each, copies, result in zip(
+        drawn, models, inputs, before, [results] if len(drawn) == 1 else results, strict=True
+    ):
         for x, copy in zip(each, copies, strict=True):
             if not torch.equal(x, copy):
                 raise Mismatch(f"call {number} changed an input of shape {tuple(x.shape)}\n\n{graph.script(number)}")
@@ -95,7 +99,9 @@ def _scripts(drawn: Sequence[Graph], number: int) -> str:
     return "\n".join(graph.script(number) for graph in drawn)
 
 
-def _compare(graph: Graph, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], actual: list[torch.Tensor], number: int) -> None:
+def _compare(
+    graph: Graph, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], actual: list[torch.Tensor], number: int
+) -> None:
     expected = _listed(model(*inputs))
     for name, interval, eager, result in zip(graph.outputs, bounds(model, inputs), expected, actual, strict=True):
         if result.shape != eager.shape or result.dtype != eager.dtype:

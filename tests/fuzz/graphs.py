@@ -199,7 +199,9 @@ class _Draft:
     # --- quantization
 
     def grid(self, low: float, high: float) -> _Grid:
-        kind = self.pick("seven bits", "seven bits", "seven bits", "seven bits", "narrow", "eight bits", "signed", "signed narrow")
+        kind = self.pick(
+            "seven bits", "seven bits", "seven bits", "seven bits", "narrow", "eight bits", "signed", "signed narrow"
+        )
         quant_min, quant_max, dtype = {
             "seven bits": (0, 127, torch.uint8),
             "narrow": (3, 100, torch.uint8),
@@ -216,7 +218,10 @@ class _Draft:
         zero_point = self.pick(natural, natural, natural, quant_min, quant_max, (quant_min + quant_max) // 2)
         scale_text, zero_text = repr(scale), str(zero_point)
         if self.chance(8):
-            scale_text, zero_text = self.constant(f"torch.tensor({scale})"), self.constant(f"torch.tensor({zero_point})")
+            scale_text, zero_text = (
+                self.constant(f"torch.tensor({scale})"),
+                self.constant(f"torch.tensor({zero_point})"),
+            )
         return _Grid(scale_text, zero_text, quant_min, quant_max, dtype)
 
     def quantized(self, name: str, grid: _Grid | None = None) -> str:
@@ -430,7 +435,11 @@ class _Draft:
     def multiplication(self) -> str | None:
         name = self.choose()
         assert name is not None
-        other = self.choose(lambda shape: shape == tuple(self.values[name].shape)) if self.chance(50) else self.broadcast(name)
+        other = (
+            self.choose(lambda shape: shape == tuple(self.values[name].shape))
+            if self.chance(50)
+            else self.broadcast(name)
+        )
         self.kinds.append("mul")
         return self.emit(f"{name} * {other}", name, other or "")
 
@@ -532,7 +541,9 @@ class _Draft:
         if len(shape) <= first:
             return None
         axis = self.pick(*range(first, len(shape)))
-        fits = lambda s: len(s) == len(shape) and all(a == b or i == axis for i, (a, b) in enumerate(zip(s, shape, strict=True)))  # noqa: E731
+        fits = lambda s: (
+            len(s) == len(shape) and all(a == b or i == axis for i, (a, b) in enumerate(zip(s, shape, strict=True)))
+        )  # noqa: E731
         names = [name, *(self.choose(fits) or name for _ in range(self.number(1, 2)))]
         if self.chance(60):
             grid = None
@@ -597,7 +608,12 @@ def drawn(number: Callable[[int, int], int], most_steps: int = 7) -> Graph:
     batch = draft.pick(2, 3) if draft.dynamic_batch else 0 if draft.chance(3) else draft.pick(2, 1, 3)
     rank = draft.pick(4, 4, 4, 2, 3, 5)
     channels = draft.pick(4, 1, 2, 3, 8, 13, 16)
-    image = {2: (), 3: (draft.number(1, 11),), 4: (draft.number(1, 7), draft.number(1, 7)), 5: (3, draft.number(1, 4), 3)}[rank]
+    image = {
+        2: (),
+        3: (draft.number(1, 11),),
+        4: (draft.number(1, 7), draft.number(1, 7)),
+        5: (3, draft.number(1, 4), 3),
+    }[rank]
     for _ in range(draft.pick(1, 1, 2)):
         draft.input((batch, channels, *image))
     for _ in range(draft.number(1, most_steps)):
@@ -605,7 +621,9 @@ def drawn(number: Callable[[int, int], int], most_steps: int = 7) -> Graph:
         before = len(draft.floats)
         getattr(draft, step)()
         # What grew too large to be run quickly, or left the range of float32, is nothing to build on.
-        draft.floats = draft.floats[:before] + [n for n in draft.floats[before:] if _usable(draft.values[n])] or draft.floats
+        draft.floats = (
+            draft.floats[:before] + [n for n in draft.floats[before:] if _usable(draft.values[n])] or draft.floats
+        )
     return _finished(draft)
 
 
@@ -616,7 +634,11 @@ def _usable(value: torch.Tensor) -> bool:
 def _finished(draft: _Draft) -> Graph:
     names = [line.split(" = ")[0] for line in draft.lines]
     leaves = [name for name in names if name not in draft.read]
-    more = [name for name in names if name in draft.read and not isinstance(draft.values[name], (tuple, list)) and draft.chance(8)]
+    more = [
+        name
+        for name in names
+        if name in draft.read and not isinstance(draft.values[name], (tuple, list)) and draft.chance(8)
+    ]
     outputs = leaves + more
     if not names:
         line = f"v{len(draft.values)} = torch.relu({draft.floats[-1]})"

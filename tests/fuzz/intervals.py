@@ -150,7 +150,9 @@ def _bounded_slope(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Inter
 
 
 def _absolute(target: Any, x: Interval) -> Interval:
-    smallest = torch.where((x.low <= 0) & (x.high >= 0), torch.zeros_like(x.low), torch.minimum(x.low.abs(), x.high.abs()))
+    smallest = torch.where(
+        (x.low <= 0) & (x.high >= 0), torch.zeros_like(x.low), torch.minimum(x.low.abs(), x.high.abs())
+    )
     return Interval(smallest, x.magnitude)
 
 
@@ -214,7 +216,9 @@ def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) 
     return result.widened(ACCUMULATION_ERROR * magnitude)
 
 
-def _quantize(target: Any, x: Interval, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: Any) -> Interval:
+def _quantize(
+    target: Any, x: Interval, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: Any
+) -> Interval:
     inverse = 1.0 / torch.as_tensor(float(scale), dtype=torch.float64)
     error = POINTWISE_ERROR * x.magnitude * inverse
     low, high = (
