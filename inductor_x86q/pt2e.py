@@ -42,7 +42,8 @@ def quantize(
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
             tensor counting as one argument. Batches may differ in size from the example's.
         exclude: what stays float: module names, glob patterns of them, or module types.
-        reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
+        reduce_range: 7 bits for each layer's input, or for its weight where that costs no kernel; CPUs without VNNI
+            need it. None decides by this machine.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
 
     Raises:

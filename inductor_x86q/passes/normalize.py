@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
-from inductor_x86q.passes.movement import MOVEMENTS, is_movement
+from inductor_x86q.passes.movement import MOVEMENTS, RESHAPES, is_movement
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -324,7 +324,6 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = No
     qgraph.erase_dead(node)
 
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ROW_MOVEMENTS = (
     *RESHAPES,
     aten.clone.default,
