@@ -40,7 +40,9 @@ def quantize(
         model: a float32 module in eval mode, on the CPU. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
-            tensor counting as one argument. Batches may differ in size from the example's.
+            tensor counting as one argument. Batches may differ in size from the example's. Required unless `dynamic`.
+        dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
+            every call. Needs no calibration, and suits transformers; convolutions stay float.
         exclude: what stays float: module names, glob patterns of them, or module types.
         reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
@@ -51,15 +53,20 @@ def quantize(
     """
     _check_model(model)
     _check_inputs(example_inputs)
-    if dynamic:
-        raise QuantizationError("dynamic quantization is not available yet: pass calibration data instead")
-    if calibration is None:
+    if dynamic and calibration is not None:
         raise QuantizationError(
-            "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs]"
+            "calibration was given with dynamic=True, which computes the ranges at every call: leave one of them out"
+        )
+    if not dynamic and calibration is None:
+        raise QuantizationError(
+            "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs], "
+            "or dynamic=True to compute the ranges at every call"
         )
     exported, any_batch = _export(model, example_inputs, dynamic_shapes)
-    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude)
+    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic)
     prepared = _prepare(exported, quantizer)
+    if calibration is None:
+        calibration = [example_inputs]  # one call, in which the weights' observers see the weights
     with torch.no_grad(), _finite_values_only(prepared):
         _calibrate(prepared, calibration, None if any_batch else _batch_size(example_inputs))
     return convert(prepared)

@@ -83,6 +83,7 @@ class X86Quantizer(torchao.Quantizer):
         exclude: what stays float: module names ("layer1.0.conv1", and what is below it), glob patterns ("layer1.*")
             or module types (torch.nn.Linear).
         is_qat: observers that training can go through.
+        dynamic: linears only, each input's scale and zero point computed from its values at every call.
     """
 
     def __init__(
@@ -91,17 +92,22 @@ class X86Quantizer(torchao.Quantizer):
         reduce_range: bool | None = None,
         exclude: Iterable[str | type] = (),
         is_qat: bool = False,
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
+        if dynamic and is_qat:
+            raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not _cpu.has_vnni() if reduce_range is None else reduce_range
         self.exclude = tuple(exclude)
         self.is_qat = is_qat
+        self.dynamic = dynamic
         self.excluded: list[fx.Node] = []
-        self._activation = _activation_spec(127 if self.reduce_range else 255, is_qat)
+        quant_max = 127 if self.reduce_range else 255
+        self._activation = _dynamic_spec(quant_max) if dynamic else _activation_spec(quant_max, is_qat)
         self._weight = _weight_spec(is_qat)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = _Plan(model.graph, self._is_excluded)
+        plan = _Plan(model.graph, self._is_excluded, self.dynamic)
         self.excluded = plan.excluded
         _annotate(plan, self._activation, self._weight)
         return model
@@ -126,6 +132,11 @@ def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
     else:
         observer = torchao.HistogramObserver.with_args(eps=2**-12)
     return torchao.QuantizationSpec(torch.uint8, observer, 0, quant_max, torch.per_tensor_affine)
+
+
+def _dynamic_spec(quant_max: int) -> torchao.QuantizationSpec:
+    observer = torchao.PlaceholderObserver.with_args(eps=2**-12)
+    return torchao.QuantizationSpec(torch.uint8, observer, 0, quant_max, torch.per_tensor_affine, is_dynamic=True)
 
 
 def _weight_spec(is_qat: bool) -> torchao.QuantizationSpec:
@@ -153,14 +164,18 @@ class _Plan:
     `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
     a fused region, the region's last value, which is the only one of them that may be quantized. `wanted`: the values
     to quantize.
+
+    A `dynamic` plan has linears only, and quantizes what they read and nothing else: to know the range of a value, all
+    of it has to be there, so that no kernel could write it in int8.
     """
 
-    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool]) -> None:
+    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], dynamic: bool = False) -> None:
         self.nodes = list(graph.nodes)
+        self.dynamic = dynamic
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.excluded: list[fx.Node] = []
         for node in self.nodes:
-            operands = _compute_operands(node)
+            operands = None if dynamic and node.target in CONVOLUTIONS else _compute_operands(node)
             if operands is not None and is_excluded(node):
                 self.excluded.append(node)
             elif operands is not None:
@@ -198,6 +213,8 @@ class _Plan:
         """Whether `user` should read `value` in int8."""
         if user in self.compute:
             return self.compute[user][0] is value
+        if self.dynamic:
+            return False
         if _shares(user):
             return self._results_wanted(user)
         if user in self._claimed:
@@ -230,6 +247,8 @@ class _Plan:
     def slots(self, value: fx.Node) -> list[Any]:
         """Where to quantize the value: at the node, for all its users, or only on the edges that lead to int8."""
         edges = [user for user in value.users if self.passes_on(value, user)]
+        if self.dynamic:
+            return [(value, user) for user in edges]
         if len(edges) == len(value.users) or self.is_int8_source(value):
             return [value]
         return [(value, user) for user in edges]
