@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def quantize(
             every call. Needs no calibration, and suits transformers; convolutions stay float.
         exclude: what stays float: module names, glob patterns of them, or module types.
         reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
-        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
+        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it. Examples of
+            size 1 are fine; a warning names each dimension that the model fixes.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
@@ -120,7 +122,7 @@ def _export(
     """The model's graph, and whether it takes any batch size."""
     with torch.no_grad():
         if dynamic_shapes is not None:
-            return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes).module(), True  # type: ignore[return-value]
+            return _export_as_asked(model, example_inputs, dynamic_shapes), True
         for inputs, shapes in _any_batch(example_inputs):
             try:
                 exported = torch.export.export(model, inputs, dynamic_shapes=shapes)
@@ -136,6 +138,48 @@ def _export(
             if dynamic or _batch_size(inputs) == _batch_size(example_inputs):
                 return exported.module(), dynamic  # type: ignore[return-value]
         return torch.export.export(model, example_inputs).module(), False  # type: ignore[return-value]
+
+
+def _export_as_asked(model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> fx.GraphModule:
+    """The graph with the dimensions open that `dynamic_shapes` names; warns of those that the model fixes."""
+    asked = _open_dimensions(model, example_inputs, dynamic_shapes)
+    inputs = list(example_inputs)
+    for position, dimension in asked:  # export takes a size of 1 to be fixed
+        x = inputs[position]
+        if x.shape[dimension] == 1:
+            inputs[position] = torch.cat([x, x], dimension)
+    try:
+        exported = torch.export.export(model, tuple(inputs), dynamic_shapes=dynamic_shapes)
+    except Exception as error:  # the example as it was given says better what is wrong
+        log.debug("no export with sizes of 1 doubled: %s", error)
+        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    values = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
+    names = exported.graph_signature.user_inputs
+    for position, dimension in asked if len(names) == len(inputs) else ():
+        size = values[names[position]].shape[dimension]
+        if isinstance(size, int):
+            warnings.warn(
+                f"dimension {dimension} of input {names[position]!r} was asked to be dynamic, and the model fixes it to "
+                f"{size}: the graph takes no other size",
+                stacklevel=4,
+            )
+    return exported.module()  # type: ignore[return-value]
+
+
+def _open_dimensions(model: torch.nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> list[tuple[int, int]]:
+    """The dimensions that `dynamic_shapes` leaves open, as positions of tensors among `inputs` and dimensions of each."""
+    if isinstance(dynamic_shapes, Mapping):
+        parameters = list(inspect.signature(model.forward).parameters)[: len(inputs)]
+        shapes = [dynamic_shapes.get(name) for name in parameters]
+    else:
+        shapes = list(dynamic_shapes) if isinstance(dynamic_shapes, (tuple, list)) else []
+    found = []
+    for position, (x, shape) in enumerate(zip(inputs, shapes, strict=False)):
+        if isinstance(x, torch.Tensor) and shape is not None:
+            sizes = shape.items() if isinstance(shape, Mapping) else enumerate(shape)
+            fixed = (None, torch.export.Dim.STATIC)
+            found += [(position, d) for d, size in sizes if size not in fixed and not isinstance(size, int)]
+    return found
 
 
 def _takes_other_batches(exported: Any, example_inputs: tuple[Any, ...]) -> bool:
