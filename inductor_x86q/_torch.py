@@ -61,9 +61,7 @@ def _choose_qparams(x: torch.Tensor, quant_min: int, quant_max: int, eps: float,
     return scale.to(torch.float64).reshape(1), zero_point.to(torch.int64).reshape(1)
 
 
-def _choose_qparams_symmetric(
-    x: torch.Tensor, quant_min: int, quant_max: int, eps: float, dtype: torch.dtype
-) -> Any:
+def _choose_qparams_symmetric(x: torch.Tensor, quant_min: int, quant_max: int, eps: float, dtype: torch.dtype) -> Any:
     """The same with the zero point in the middle; Inductor has no decomposition of it."""
     low, high = torch.aminmax(x)
     largest = torch.maximum(-low, high).clamp(min=0)
@@ -145,6 +143,23 @@ def fake_mode(graph: fx.Graph) -> Any:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def known(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for all sizes that the graph is compiled for; false where it depends.
+
+    Asking by `if` instead would answer for the example at hand and fix the sizes to that answer. Relies on
+    `statically_known_true`, which never adds a guard.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def same_shape(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Whether two shapes are known to be equal."""
+    left, right = list(first), list(second)
+    return len(left) == len(right) and all(known(a == b) for a, b in zip(left, right, strict=True))
 
 
 def disable_modes() -> contextlib.AbstractContextManager[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, qgraph
+from inductor_x86q import _cpu, _torch, qgraph
 from inductor_x86q import _torchao as torchao
 
 aten = torch.ops.aten
@@ -307,7 +307,7 @@ def _is_plain_addition(node: fx.Node) -> bool:
         return False
     if not _is_float(first) or not _is_float(second) or qgraph.is_constant(first) or qgraph.is_constant(second):
         return False
-    return first.meta["val"].shape == second.meta["val"].shape
+    return _torch.same_shape(first.meta["val"].shape, second.meta["val"].shape)
 
 
 def _shares(node: fx.Node) -> bool:
