@@ -19,6 +19,8 @@ from inductor_x86q.errors import QuantizationError
 from inductor_x86q.quantizer import X86Quantizer
 from inductor_x86q.report import layer
 
+aten = torch.ops.aten
+
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +29,7 @@ def quantize(
     example_inputs: tuple[Any, ...],
     *,
     calibration: Iterable[Any] | None = None,
-    dynamic: bool = False,
+    dynamic: bool | str = False,
     exclude: Iterable[str | type] = (),
     reduce_range: bool | None = None,
     dynamic_shapes: Any = None,
@@ -43,7 +45,9 @@ def quantize(
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
             tensor counting as one argument. Batches may differ in size from the example's. Required unless `dynamic`.
         dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
-            every call. Needs no calibration, and suits transformers; convolutions stay float.
+            every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
+            row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
+            "per_tensor".
         exclude: what stays float: module names, glob patterns of them, or module types.
         reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it. Examples of
@@ -55,6 +59,8 @@ def quantize(
     """
     _check_model(model)
     _check_inputs(example_inputs)
+    if dynamic not in (False, True, "per_tensor", "per_token"):
+        raise QuantizationError(f"dynamic is {dynamic!r}: expected False, True, 'per_tensor' or 'per_token'")
     if dynamic and calibration is not None:
         raise QuantizationError(
             "calibration was given with dynamic=True, which computes the ranges at every call: leave one of them out"
@@ -65,13 +71,16 @@ def quantize(
             "or dynamic=True to compute the ranges at every call"
         )
     exported, any_batch = _export(model, example_inputs, dynamic_shapes)
-    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic)
+    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=bool(dynamic))
     prepared = _prepare(exported, quantizer)
     if calibration is None:
         calibration = [example_inputs]  # one call, in which the weights' observers see the weights
     with torch.no_grad(), _finite_values_only(prepared):
         _calibrate(prepared, calibration, None if any_batch else _batch_size(example_inputs))
-    return convert(prepared)
+    converted = convert(prepared)
+    if dynamic == "per_token":
+        _quantize_per_token(converted)
+    return converted
 
 
 def convert(prepared: fx.GraphModule) -> fx.GraphModule:
@@ -322,6 +331,37 @@ def _fold_weights(converted: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
     _drop_unused(converted)
     converted.recompile()
+
+
+def _quantize_per_token(converted: fx.GraphModule) -> None:
+    """Gives each row of a dynamically quantized input its own scale, symmetric around the middle of the range."""
+    graph = converted.graph
+    for node in list(graph.nodes):
+        if node.target is not qgraph.DEQUANTIZE_TENSOR:
+            continue
+        quantize: Any = node.args[0]
+        parameters = qgraph.qparams(node)
+        x, low, high = quantize.args[0], parameters.quant_min, parameters.quant_max
+        middle = (low + high + 1) // 2
+
+        def call(target: Any, *arguments: Any, like: fx.Node = node, **keywords: Any) -> fx.Node:
+            new = graph.call_function(target, arguments, keywords)
+            qgraph.copy_origin(new, like)
+            return new
+
+        with graph.inserting_before(node):
+            largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
+            scales = call(aten.clamp_min.default, call(aten.div.Tensor, largest, high - middle), _SMALLEST_SCALE)
+            zero_points = call(aten.full_like.default, scales, middle)
+            arguments = (scales, zero_points, low, high, parameters.dtype)
+            integers = call(qgraph.QUANTIZE_TOKEN, x, *arguments)
+            new = call(qgraph.DEQUANTIZE_TOKEN, integers, *arguments, output_dtype=torch.float32)
+        node.replace_all_uses_with(new)
+        qgraph.erase_dead(node)
+    converted.recompile()
+
+
+_SMALLEST_SCALE = 2.0**-24  # of a row of zeros
 
 
 def _freeze_parameters(converted: fx.GraphModule) -> None:

@@ -435,7 +435,7 @@ def _grouped(misses: Sequence[Miss]) -> list[str]:
 _PRODUCTS: dict[Any, str] = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
-    torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
+    torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
 _ATTENTION = "scaled_dot_product"
 _RECURRENT = "mkldnn_rnn_layer"  # one direction of one layer of an LSTM
@@ -486,9 +486,9 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "fused"
     if _is_product(node):
         return "product"
-    if qgraph.is_quantize(node):
+    if qgraph.is_quantize(node) or node.target is qgraph.QUANTIZE_TOKEN:
         return "quantize"
-    return "dequantize" if qgraph.is_dequantize(node) else "generated"
+    return "dequantize" if qgraph.is_dequantize(node) or node.target is qgraph.DEQUANTIZE_TOKEN else "generated"
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -506,6 +506,7 @@ def _operator(node: fx.Node) -> str:
 
 _PLAIN_NAMES = {
     "_low_memory_max_pool_with_offsets": "max_pool",
+    "quantize_per_token": "quantize", "dequantize_per_token": "dequantize",
     "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
     "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
     "constant_pad_nd": "pad", "_softmax": "softmax",
@@ -579,6 +580,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import qgraph
 
     x, weight = _operands(node)
+    if node.target is torch.ops.aten._int_mm.default:
+        return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
     source = _moved_from(weight)
     if source.op == "get_attr":
         quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes import row_scales
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -58,6 +59,7 @@ DECOMPOSED = (*_torch.KEPT_WHOLE, aten.linear.default)
 RULES = (
     Rule("weight left in float", qgraph.DEQUANTIZES, _find_dequantized_constant, _rewrite_dequantized_constant),
     Rule("computed quantize", (qgraph.QUANTIZE_TENSOR,), lambda node: True, _rewrite_computed_quantize),
+    *row_scales.FINISH_RULES,
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
 

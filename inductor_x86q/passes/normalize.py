@@ -194,7 +194,7 @@ def _last(node: fx.Node, dimension: Any) -> bool:
     return dimension % rank == rank - 1
 
 
-def _keeps_rows(node: fx.Node) -> bool:
+def keeps_rows(node: fx.Node) -> bool:
     """Whether the node moves whole rows of its first argument: what lies along the last dimension stays together."""
     before, after = qgraph.value(node.args[0]).shape, qgraph.value(node).shape  # type: ignore[arg-type]
     if len(before) < 2 or len(after) < 2 or not _torch.known(before[-1] == after[-1]):
@@ -217,7 +217,7 @@ def _find_moved_rows(node: fx.Node) -> Any:
         return No("its input is not a linear of one user")
     if not _dequantized_matrix(linear.args[1]):
         return No("the linear is not quantized")
-    return linear if _keeps_rows(node) else No("it takes rows apart")
+    return linear if keeps_rows(node) else No("it takes rows apart")
 
 
 def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> None:
