@@ -32,6 +32,10 @@ DEQUANTIZE_CHANNEL = _q.dequantize_per_channel.default
 QUANTIZES = (QUANTIZE, QUANTIZE_TENSOR, _q.quantize_per_tensor.tensor2, QUANTIZE_CHANNEL)
 DEQUANTIZES = (DEQUANTIZE, DEQUANTIZE_TENSOR, _q.dequantize_per_tensor.tensor2, DEQUANTIZE_CHANNEL)
 
+# A scale and a zero point for each row. No kernel takes them: no pass but normalize knows of them.
+QUANTIZE_TOKEN = _q.quantize_per_token.default
+DEQUANTIZE_TOKEN = _q.dequantize_per_token.default
+
 INT8_TYPES = (torch.uint8, torch.int8)
 
 

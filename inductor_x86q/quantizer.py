@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, qgraph
+from inductor_x86q import _cpu, _torch, qgraph
 from inductor_x86q import _torchao as torchao
 
 aten = torch.ops.aten
@@ -89,6 +89,7 @@ class X86Quantizer(torchao.Quantizer):
         exclude: what stays float: module names ("layer1.0.conv1", and what is below it), glob patterns ("layer1.*")
             or module types (torch.nn.Linear).
         is_qat: observers that training can go through.
+        dynamic: linears only, each input's scale and zero point computed from its values at every call.
     """
 
     def __init__(
@@ -97,15 +98,19 @@ class X86Quantizer(torchao.Quantizer):
         reduce_range: bool | None = None,
         exclude: Iterable[str | type] = (),
         is_qat: bool = False,
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
+        if dynamic and is_qat:
+            raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not _cpu.has_vnni() if reduce_range is None else reduce_range
         self.exclude = tuple(exclude)
         self.is_qat = is_qat
+        self.dynamic = dynamic
         self.excluded: list[fx.Node] = []
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = _Plan(model.graph, self._is_excluded)
+        plan = _Plan(model.graph, self._is_excluded, self.dynamic)
         self.excluded = plan.excluded
         _annotate(plan, self.reduce_range, self.is_qat)
         return model
@@ -130,6 +135,12 @@ def _activation_spec(bits: int, is_qat: bool) -> torchao.QuantizationSpec:
     else:
         observer = torchao.HistogramObserver.with_args(eps=2**-12)
     return torchao.QuantizationSpec(torch.uint8, observer, 0, 2**bits - 1, torch.per_tensor_affine)
+
+
+def _dynamic_spec(bits: int) -> torchao.QuantizationSpec:
+    observer = torchao.PlaceholderObserver.with_args(eps=2**-12)
+    high = 2**bits - 1
+    return torchao.QuantizationSpec(torch.uint8, observer, 0, high, torch.per_tensor_affine, is_dynamic=True)
 
 
 def _weight_spec(bits: int, axis: int, is_qat: bool) -> torchao.QuantizationSpec:
@@ -158,14 +169,18 @@ class _Plan:
     `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
     a fused region, the region's last value, which is the only one of them that may be quantized; `starts` is the way
     back. `wanted`: the values to quantize.
+
+    A `dynamic` plan has linears only, and quantizes what they read and nothing else: to know the range of a value, all
+    of it has to be there, so that no kernel could write it in int8.
     """
 
-    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool]) -> None:
+    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], dynamic: bool = False) -> None:
         self.nodes = list(graph.nodes)
+        self.dynamic = dynamic
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.excluded: list[fx.Node] = []
         for node in self.nodes:
-            operands = _compute_operands(node)
+            operands = None if dynamic and node.target in CONVOLUTIONS else _compute_operands(node)
             if operands is not None and is_excluded(node):
                 self.excluded.append(node)
             elif operands is not None:
@@ -205,6 +220,8 @@ class _Plan:
         """Whether `user` should read `value` in int8."""
         if user in self.compute:
             return self.compute[user][0] is value
+        if self.dynamic:
+            return False
         if _shares(user):
             return self._results_wanted(user)
         if user in self._claimed:
@@ -246,6 +263,8 @@ class _Plan:
     def slots(self, value: fx.Node) -> list[Any]:
         """Where to quantize the value: at the node, for all its users, or only on the edges that lead to int8."""
         edges = [user for user in value.users if self.passes_on(value, user)]
+        if self.dynamic:
+            return [(value, user) for user in edges]
         if len(edges) == len(value.users) or self.is_int8_source(value):
             return [value]
         return [(value, user) for user in edges]
@@ -304,7 +323,7 @@ def _is_plain_addition(node: fx.Node) -> bool:
         return False
     if not _is_float(first) or not _is_float(second) or qgraph.is_constant(first) or qgraph.is_constant(second):
         return False
-    return first.meta["val"].shape == second.meta["val"].shape
+    return _torch.same_shape(first.meta["val"].shape, second.meta["val"].shape)
 
 
 def _shares(node: fx.Node) -> bool:
@@ -324,8 +343,8 @@ def _annotate(plan: _Plan, reduce_range: bool, is_qat: bool) -> None:
         values = [slot if isinstance(slot, fx.Node) else slot[0] for slot in members]
         bits[root] = 7 if reduce_range and all(plan.clips(value) for value in values) else 8
         for slot in members:
-            spec = _activation_spec(bits[root], is_qat) if slot == root else torchao.SharedQuantizationSpec(root)
-            _set(slot, spec)
+            own = _dynamic_spec(bits[root]) if plan.dynamic else _activation_spec(bits[root], is_qat)
+            _set(slot, own if slot == root else torchao.SharedQuantizationSpec(root))
     for node, (activation, weight) in plan.compute.items():
         axis = weight.meta["val"].dim() - 1 if node.target in PRODUCTS else 0
         slot = next(s for s in plan.slots(activation) if s in (activation, (activation, node)))

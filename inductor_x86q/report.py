@@ -435,9 +435,10 @@ def _grouped(misses: Sequence[Miss]) -> list[str]:
 _PRODUCTS: dict[Any, str] = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
-    torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
+    torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
 _ATTENTION = "scaled_dot_product"
+_RECURRENT = "mkldnn_rnn_layer"  # one direction of one layer of an LSTM
 
 
 def collect(graph: fx.Graph) -> Report:
@@ -485,13 +486,13 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "fused"
     if _is_product(node):
         return "product"
-    if qgraph.is_quantize(node):
+    if qgraph.is_quantize(node) or node.target is qgraph.QUANTIZE_TOKEN:
         return "quantize"
-    return "dequantize" if qgraph.is_dequantize(node) else "generated"
+    return "dequantize" if qgraph.is_dequantize(node) or node.target is qgraph.DEQUANTIZE_TOKEN else "generated"
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION)
+    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION) or _operator(node) == _RECURRENT
 
 
 def _operator(node: fx.Node) -> str:
@@ -505,6 +506,7 @@ def _operator(node: fx.Node) -> str:
 
 _PLAIN_NAMES = {
     "_low_memory_max_pool_with_offsets": "max_pool",
+    "quantize_per_token": "quantize", "dequantize_per_token": "dequantize",
     "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
     "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
     "constant_pad_nd": "pad", "_softmax": "softmax",
@@ -514,8 +516,12 @@ _PLAIN_NAMES = {
 def _miss(node: fx.Node) -> Miss:
     from inductor_x86q.passes.fuse import compute
 
-    macs = compute.macs(node) if node.target in _PRODUCTS else _attention_macs(node)
-    operator = _PRODUCTS.get(node.target, "attention")
+    if _operator(node) == _RECURRENT:
+        operator, macs = "lstm", _recurrent_macs(node)
+    elif node.target in _PRODUCTS:
+        operator, macs = _PRODUCTS[node.target], compute.macs(node)
+    else:
+        operator, macs = "attention", _attention_macs(node)
     if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
         operator = "linear"
     return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
@@ -528,7 +534,36 @@ def _attention_macs(node: fx.Node) -> int | None:
     return int(total) if isinstance(total, int) else None
 
 
+def _recurrent_macs(node: fx.Node) -> int | None:
+    """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
+    from inductor_x86q import qgraph
+
+    arguments = qgraph.schema_arguments(node)
+    steps, batch, width = arguments["input"].meta["val"].shape
+    total = steps * batch * 4 * arguments["hidden_size"] * (width + arguments["hidden_size"])
+    return int(total) if isinstance(total, int) else None
+
+
 def _obstacle(node: fx.Node) -> Obstacle:
+    from inductor_x86q import qgraph
+    from inductor_x86q.passes.fuse import compute
+
+    if _is_recurrent(node):
+        return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
+    found = _layer_obstacle(node)
+    is_float_convolution = node.target is compute.CONVOLUTION and found == Obstacle(Reason.NOT_QUANTIZED)
+    if is_float_convolution and any(other.target is qgraph.QUANTIZE_TENSOR for other in node.graph.nodes):
+        return Obstacle(Reason.NOT_QUANTIZED, "dynamic quantization is for linears, convolutions need calibration")
+    return found
+
+
+def _is_recurrent(node: fx.Node) -> bool:
+    """Whether the node is an LSTM's layer or comes from a module of torch.nn.modules.rnn."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return _operator(node) == _RECURRENT or any("torch.nn.modules.rnn." in str(kind) for _, kind in stack.values())
+
+
+def _layer_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import _torch
     from inductor_x86q.passes.fuse import compute
 
@@ -545,6 +580,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import qgraph
 
     x, weight = _operands(node)
+    if node.target is torch.ops.aten._int_mm.default:
+        return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
     source = _moved_from(weight)
     if source.op == "get_attr":
         quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))

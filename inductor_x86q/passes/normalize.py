@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
+from inductor_x86q import _torch, qgraph
 from inductor_x86q.passes.movement import MOVEMENTS, RESHAPES, is_movement
 from inductor_x86q.passes.stage import No, Rule
 
@@ -194,10 +194,10 @@ def _last(node: fx.Node, dimension: Any) -> bool:
     return dimension % rank == rank - 1
 
 
-def _keeps_rows(node: fx.Node) -> bool:
+def keeps_rows(node: fx.Node) -> bool:
     """Whether the node moves whole rows of its first argument: what lies along the last dimension stays together."""
     before, after = qgraph.value(node.args[0]).shape, qgraph.value(node).shape  # type: ignore[arg-type]
-    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
+    if len(before) < 2 or len(after) < 2 or not _torch.known(before[-1] == after[-1]):
         return False
     arguments: Any = node.args
     if node.target in RESHAPES or node.target is aten.clone.default:
@@ -217,7 +217,7 @@ def _find_moved_rows(node: fx.Node) -> Any:
         return No("its input is not a linear of one user")
     if not _dequantized_matrix(linear.args[1]):
         return No("the linear is not quantized")
-    return linear if _keeps_rows(node) else No("it takes rows apart")
+    return linear if keeps_rows(node) else No("it takes rows apart")
 
 
 def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> None:
@@ -237,7 +237,7 @@ def _find_view_of_view(node: fx.Node) -> Any:
     source: Any = node.args[0]
     if not isinstance(source, fx.Node):
         return No("it views no tensor")
-    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+    if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         return source
     if source.target not in RESHAPES or len(source.users) != 1:
         return No("its input is no view of one user")
@@ -246,7 +246,7 @@ def _find_view_of_view(node: fx.Node) -> Any:
 
 def _rewrite_view_of_view(node: fx.Node, source: fx.Node) -> None:
     """A view of a view is a view; a view to the same shape is nothing."""
-    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+    if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         node.replace_all_uses_with(source)
         qgraph.erase_dead(node)
     else:

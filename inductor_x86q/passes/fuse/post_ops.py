@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
+from inductor_x86q import _torch, qgraph
 from inductor_x86q.passes import aliasing
 from inductor_x86q.passes.fuse.call import Binary, Call, Unary, describe, is_call, read, replace, with_output
 from inductor_x86q.passes.stage import No, Rule
@@ -124,7 +124,7 @@ def _find_addition(node: fx.Node) -> Any:
     operands = [arguments["self"], arguments["other"]]
     if not all(isinstance(operand, fx.Node) for operand in operands) or operands[0] is operands[1]:
         return No("it does not add two different tensors")
-    if qgraph.value(operands[0]).shape != qgraph.value(operands[1]).shape:
+    if not _torch.same_shape(qgraph.value(operands[0]).shape, qgraph.value(operands[1]).shape):
         return No("it broadcasts")
     declined: Any = No("neither operand is a fused call")
     # Of two calls the later one takes the sum: the earlier one's result is the accumulator.
