@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, qgraph
+from inductor_x86q import _cpu, qat, qgraph
 from inductor_x86q import _torchao as torchao
 
 aten = torch.ops.aten
@@ -82,7 +82,8 @@ class X86Quantizer(torchao.Quantizer):
             products in 16 bits. None: where this machine has no VNNI.
         exclude: what stays float: module names ("layer1.0.conv1", and what is below it), glob patterns ("layer1.*")
             or module types (torch.nn.Linear).
-        is_qat: observers that training can go through.
+        is_qat: for a graph exported in train mode: fake quantization that gradients pass, and each batch norm behind a
+            layer becomes part of its weight.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class X86Quantizer(torchao.Quantizer):
         self._weight = _weight_spec(is_qat)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = _Plan(model.graph, self._is_excluded)
+        plan = _Plan(model.graph, self._is_excluded, folds=self.is_qat)
         self.excluded = plan.excluded
         _annotate(plan, self._activation, self._weight)
+        qat.scale_weights(plan.norms)
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -122,7 +124,9 @@ class X86Quantizer(torchao.Quantizer):
 
 def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver)
+        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
+            observer=torchao.MovingAverageMinMaxObserver, eps=2**-12
+        )
     else:
         observer = torchao.HistogramObserver.with_args(eps=2**-12)
     return torchao.QuantizationSpec(torch.uint8, observer, 0, quant_max, torch.per_tensor_affine)
@@ -130,8 +134,9 @@ def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
 
 def _weight_spec(is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
+        # No average over steps: the range that counts is that of the weight as it is.
         observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
-            observer=torchao.MovingAveragePerChannelMinMaxObserver
+            observer=torchao.MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
         )
     else:
         observer = torchao.PerChannelMinMaxObserver.with_args(eps=2**-12)
@@ -152,10 +157,10 @@ class _Plan:
 
     `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
     a fused region, the region's last value, which is the only one of them that may be quantized. `wanted`: the values
-    to quantize.
+    to quantize. `norms`: of each convolution and linear the batch norm that will be folded into it, while training.
     """
 
-    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool]) -> None:
+    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], folds: bool = False) -> None:
         self.nodes = list(graph.nodes)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.excluded: list[fx.Node] = []
@@ -165,6 +170,11 @@ class _Plan:
                 self.excluded.append(node)
             elif operands is not None:
                 self.compute[node] = operands
+        self.norms: dict[fx.Node, fx.Node] = {}
+        for node in self.compute if folds else ():
+            norm = qat.batch_norm_behind(node)
+            if norm is not None:
+                self.norms[node] = norm
         self.ends: dict[fx.Node, fx.Node] = {}
         self._claimed: set[fx.Node] = set()
         for node in reversed(self.compute):  # the later of two convolutions takes the addition, as when fusing
@@ -176,8 +186,8 @@ class _Plan:
 
     def _find_region(self, start: fx.Node) -> None:
         """What one call will compute: the operator, then an activation, or an addition with a relu behind it."""
-        region = [start]
-        user = qgraph.only_user(start)
+        region = [start, self.norms[start]] if start in self.norms else [start]
+        user = qgraph.only_user(region[-1])
         if user is not None and user.target in ACTIVATIONS:
             region.append(user)
         elif user is not None and user not in self._claimed and _is_plain_addition(user):
