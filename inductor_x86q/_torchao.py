@@ -15,7 +15,6 @@ with warnings.catch_warnings():
     try:
         from torchao.quantization.pt2e import (
             FakeQuantize,
-            FusedMovingAvgObsFakeQuantize,
             HistogramObserver,
             MovingAverageMinMaxObserver,
             MovingAveragePerChannelMinMaxObserver,
@@ -51,7 +50,6 @@ ANNOTATION_KEY = "quantization_annotation"
 __all__ = [
     "ANNOTATION_KEY",
     "FakeQuantize",
-    "FusedMovingAvgObsFakeQuantize",
     "HistogramObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",

@@ -3,7 +3,7 @@
 Inference runs a layer with the batch norm behind it as one kernel whose weight is w·s, with s = γ/√(σ² + ε). Training
 must round that weight, and still needs the statistics of the layer's own output:
 
-    batch_norm(layer(x, fake_quantize(w·s)) / s + bias)
+    batch_norm(layer(x, fake_quantize(w·s)) · 1/s + bias)
 
 s is made of the running variance, so that one pass forward is enough. Where s is 0 (γ that starts at 0), 1 stands in.
 """
@@ -64,7 +64,8 @@ def scale_weights(layers: dict[fx.Node, fx.Node]) -> None:
         annotation[scaled] = annotation.pop(weight)
         channels = [1, -1] + [1] * (qgraph.value(layer).dim() - 2)
         with graph.inserting_before(norm):
-            result = call(aten.div.Tensor, layer, call(aten.reshape.default, scale, channels))
+            inverse = call(aten.reciprocal.default, scale)  # a product's gradient is cheaper than a quotient's
+            result = call(aten.mul.Tensor, layer, call(aten.reshape.default, inverse, channels))
             if bias is not None:
                 result = call(aten.add.Tensor, result, call(aten.reshape.default, bias, channels))
         norm.replace_input_with(layer, result)
@@ -165,23 +166,29 @@ def fold(module: fx.GraphModule) -> None:
 
 def _trained_layer(norm: fx.Node) -> fx.Node | None:
     """The layer that `scale_weights` rewrote in front of this batch norm."""
-    quotient: Any = norm.args[0]
-    if quotient.target is aten.add.Tensor:
-        quotient = quotient.args[0]
-    if not isinstance(quotient, fx.Node) or quotient.target is not aten.div.Tensor:
+    unscaled: Any = norm.args[0]
+    if unscaled.target is aten.add.Tensor:
+        unscaled = unscaled.args[0]
+    if not _multiplies(unscaled) or len(unscaled.args[0].args) < 3:
         return None
-    layer, divisor = quotient.args
-    if not isinstance(layer, fx.Node) or not isinstance(divisor, fx.Node) or len(layer.args) < 3:
+    layer, inverse = unscaled.args
+    scaled = _behind_fake_quantize(layer.args[1])
+    if not _multiplies(scaled) or layer.args[2] is not None:
         return None
-    scaled = _behind_fake_quantize(layer, layer.args[1])
-    if not isinstance(scaled, fx.Node) or scaled.target is not aten.mul.Tensor:
-        return None
-    factor: Any = scaled.args[1]
-    same = isinstance(factor, fx.Node) and factor.args[:1] == divisor.args[:1]
-    return layer if same and layer.args[2] is None else None
+    # Both factors are views, of the scale and of its reciprocal.
+    scale, source = scaled.args[1].args[0], inverse.args[0]
+    is_inverse = isinstance(source, fx.Node) and source.target is aten.reciprocal.default and source.args[0] is scale
+    return layer if is_inverse else None
 
 
-def _behind_fake_quantize(layer: fx.Node, weight: Any) -> Any:
+def _multiplies(node: Any) -> bool:
+    """Whether the node multiplies a tensor by a view of another."""
+    if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
+        return False
+    return all(isinstance(x, fx.Node) for x in node.args) and node.args[1].target is aten.reshape.default  # type: ignore[union-attr]
+
+
+def _behind_fake_quantize(weight: Any) -> Any:
     if isinstance(weight, fx.Node) and weight.op == "call_module":
         return weight.args[0]
     return weight
@@ -197,7 +204,7 @@ def _fold(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
     before: Any = norm.args[0]
     bias = before.args[1].args[0] if before.target is aten.add.Tensor else None
     quantized: Any = layer.args[1]
-    scaled: Any = _behind_fake_quantize(layer, quantized)
+    scaled: Any = _behind_fake_quantize(quantized)
     weight = scaled.args[0]
     tensor: Any = qgraph.constant(weight).detach()  # type: ignore[union-attr]
 

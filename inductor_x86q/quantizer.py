@@ -122,11 +122,11 @@ class X86Quantizer(torchao.Quantizer):
         return False
 
 
+# Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
+# its kernel takes another scale for symmetric ranges than its observer.
 def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
-            observer=torchao.MovingAverageMinMaxObserver, eps=2**-12
-        )
+        observer = torchao.FakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver, eps=2**-12)
     else:
         observer = torchao.HistogramObserver.with_args(eps=2**-12)
     return torchao.QuantizationSpec(torch.uint8, observer, 0, quant_max, torch.per_tensor_affine)
@@ -135,7 +135,7 @@ def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
 def _weight_spec(is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
         # No average over steps: the range that counts is that of the weight as it is.
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
+        observer = torchao.FakeQuantize.with_args(
             observer=torchao.MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
         )
     else:

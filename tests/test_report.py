@@ -283,7 +283,8 @@ def test_debug_dump(net: torch.fx.GraphModule, tmp_path: Path, monkeypatch: pyte
         "2 after propagate.txt",
         "3 after fuse compute.txt",
         "4 after fuse post-ops.txt",
-        "5 after finish.txt",
+        "5 after fuse output types.txt",
+        "6 after finish.txt",
     ]
     assert "onednn.qconv_pointwise.default" in (tmp_path / "graph0" / "4 after fuse post-ops.txt").read_text()
     assert "onednn" not in (tmp_path / "graph0" / "2 after propagate.txt").read_text()
