@@ -111,9 +111,11 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     if isinstance(prepared, qat.TrainingGraph):
         prepared = copy.deepcopy(prepared)
     qat.fold(prepared)
+    qat.hide_batch_norms(prepared.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torchao.convert_pt2e(prepared, fold_quantize=False)
+    qat.show_batch_norms(converted.graph)
     _fold_weights(converted)
     _freeze_parameters(converted)
     _log_left_out(converted)

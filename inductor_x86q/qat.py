@@ -181,6 +181,31 @@ def _trained_layer(norm: fx.Node) -> fx.Node | None:
     return layer if is_inverse else None
 
 
+def batch_norm(*arguments: Any) -> torch.Tensor:
+    """Stands in for a batch norm that torchao shall leave alone."""
+    return BATCH_NORM(*arguments)
+
+
+def hide_batch_norms(graph: fx.Graph) -> None:
+    """Renames the batch norms that stay, until `show_batch_norms`.
+
+    Where there is one at all, torchao's converting looks for its own training form in every spelling, which takes it
+    half a minute. That form divides in front of the batch norm; such ones keep their name.
+    """
+    for norm in graph.nodes:
+        if norm.target is BATCH_NORM:
+            source: Any = norm.args[0]
+            before = [source, *source.all_input_nodes]
+            if not any(node.target is aten.div.Tensor for node in before):
+                norm.target = batch_norm
+
+
+def show_batch_norms(graph: fx.Graph) -> None:
+    for norm in graph.nodes:
+        if norm.target is batch_norm:
+            norm.target = BATCH_NORM
+
+
 def _multiplies(node: Any) -> bool:
     """Whether the node multiplies a tensor by a view of another."""
     if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
