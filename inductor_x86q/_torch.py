@@ -275,12 +275,15 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
     """Within this context Inductor's freezing runs `pipeline(graph)` first, and no other quantization passes.
 
     Relies on: `freezing_patterns.pass_patterns` and `post_grad.pass_patterns` being the lists that freezing and
-    post-grad lowering walk, looked up at each call; `compile_fx` looking up `select_decomp_table` in its own module.
+    post-grad lowering walk, looked up at each call; `freezing_patterns.lazy_init` registering all that freezing does;
+    `compile_fx` looking up `select_decomp_table` in its own module.
     """
     from torch._inductor import compile_fx as compile_fx_module
     from torch._inductor.fx_passes import freezing_patterns, post_grad
 
     with _scope_lock, contextlib.ExitStack() as stack:
+        # What freezing registers at its first use may lengthen the list; that must be Inductor's own, and filtered.
+        freezing_patterns.lazy_init()
         first, *rest = freezing_patterns.pass_patterns
         freezing = [_filtered(first, before=pipeline), *map(_filtered, rest)]
         stack.enter_context(_replaced(freezing_patterns, "pass_patterns", freezing))

@@ -115,7 +115,7 @@ def run_passes(
 
     def between(stage: str, graph: fx.Graph) -> None:
         nonlocal report
-        if stage == "fuse: post-ops":
+        if stage == "fuse: output types":
             report = collect(graph)
         dump.after(stage, graph)
         observe(stage, graph)

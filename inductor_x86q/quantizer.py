@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, _torch, qgraph
+from inductor_x86q import _cpu, _torch, qat, qgraph
 from inductor_x86q import _torchao as torchao
 
 aten = torch.ops.aten
@@ -88,7 +88,8 @@ class X86Quantizer(torchao.Quantizer):
             where this machine has no VNNI.
         exclude: what stays float: module names ("layer1.0.conv1", and what is below it), glob patterns ("layer1.*")
             or module types (torch.nn.Linear).
-        is_qat: observers that training can go through.
+        is_qat: for a graph exported in train mode: fake quantization that gradients pass, and each batch norm behind a
+            layer becomes part of its weight.
         dynamic: linears only, each input's scale and zero point computed from its values at every call.
     """
 
@@ -110,9 +111,10 @@ class X86Quantizer(torchao.Quantizer):
         self.excluded: list[fx.Node] = []
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = _Plan(model.graph, self._is_excluded, self.dynamic)
+        plan = _Plan(model.graph, self._is_excluded, dynamic=self.dynamic, folds=self.is_qat)
         self.excluded = plan.excluded
         _annotate(plan, self.reduce_range, self.is_qat)
+        qat.scale_weights(plan.norms)
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -129,9 +131,11 @@ class X86Quantizer(torchao.Quantizer):
         return False
 
 
+# Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
+# its kernel takes another scale for symmetric ranges than its observer.
 def _activation_spec(bits: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver)
+        observer = torchao.FakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver, eps=2**-12)
     else:
         observer = torchao.HistogramObserver.with_args(eps=2**-12)
     return torchao.QuantizationSpec(torch.uint8, observer, 0, 2**bits - 1, torch.per_tensor_affine)
@@ -145,8 +149,9 @@ def _dynamic_spec(bits: int) -> torchao.QuantizationSpec:
 
 def _weight_spec(bits: int, axis: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
-            observer=torchao.MovingAveragePerChannelMinMaxObserver
+        # No average over steps: the range that counts is that of the weight as it is.
+        observer = torchao.FakeQuantize.with_args(
+            observer=torchao.MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
         )
     else:
         observer = torchao.PerChannelMinMaxObserver.with_args(eps=2**-12)
@@ -168,13 +173,16 @@ class _Plan:
 
     `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
     a fused region, the region's last value, which is the only one of them that may be quantized; `starts` is the way
-    back. `wanted`: the values to quantize.
+    back. `wanted`: the values to quantize. `norms`: of each convolution and linear the batch norm that will be folded
+    into it, while training.
 
     A `dynamic` plan has linears only, and quantizes what they read and nothing else: to know the range of a value, all
     of it has to be there, so that no kernel could write it in int8.
     """
 
-    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], dynamic: bool = False) -> None:
+    def __init__(
+        self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], *, dynamic: bool = False, folds: bool = False
+    ) -> None:
         self.nodes = list(graph.nodes)
         self.dynamic = dynamic
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -185,6 +193,11 @@ class _Plan:
                 self.excluded.append(node)
             elif operands is not None:
                 self.compute[node] = operands
+        self.norms: dict[fx.Node, fx.Node] = {}
+        for node in self.compute if folds else ():
+            norm = qat.batch_norm_behind(node)
+            if norm is not None:
+                self.norms[node] = norm
         self.ends: dict[fx.Node, fx.Node] = {}
         self.starts: dict[fx.Node, list[fx.Node]] = {}
         self._claimed: set[fx.Node] = set()
@@ -197,8 +210,8 @@ class _Plan:
 
     def _find_region(self, start: fx.Node) -> None:
         """What one call will compute: the operator, then an activation, or an addition with a relu behind it."""
-        region = [start]
-        user = qgraph.only_user(start)
+        region = [start, self.norms[start]] if start in self.norms else [start]
+        user = qgraph.only_user(region[-1])
         if user is not None and user.target in ACTIVATIONS:
             region.append(user)
         elif user is not None and user not in self._claimed and _is_plain_addition(user):
@@ -258,7 +271,9 @@ class _Plan:
         start, *rest = self.starts.get(value, [None])
         if start is None:
             return True
-        return start.target in CLIPPING and all(node.target in CLIPS for node in rest)
+        return start.target in CLIPPING and all(
+            node.target in CLIPS for node in rest if node is not self.norms.get(start)
+        )
 
     def slots(self, value: fx.Node) -> list[Any]:
         """Where to quantize the value: at the node, for all its users, or only on the edges that lead to int8."""

@@ -15,6 +15,7 @@
     passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+    notes     what else is to be said, a line each
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
 """
@@ -170,6 +171,7 @@ class Report:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def extend(self, other: Report) -> None:
         """Adds what another graph of the same model became; its nodes get new names where both use one."""
@@ -248,7 +250,7 @@ class Report:
         ):
             if misses:
                 parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
-        return "\n\n".join([*parts, self.summary()])
+        return "\n\n".join([*parts, *dict.fromkeys(self.notes), self.summary()])
 
     # --- files ---
 
@@ -273,7 +275,7 @@ class Report:
             raise ValueError(
                 f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
             )
-        lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
+        lists = {name: [_read(kind, item) for item in content.get(name, ())] for name, kind in _KINDS.items()}
         return cls(**lists)
 
     def to_html(self, title: str = "int8 report") -> str:
@@ -285,7 +287,7 @@ class Report:
 
 _KINDS: dict[str, Any] = {
     "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
-    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "notes": str,
 }  # fmt: skip
 
 
@@ -464,7 +466,18 @@ def collect(graph: fx.Graph) -> Report:
             report.generated.append(_operation(node))
         report.nodes.append(_described(node, kind, shown))
     report.kept_float += _weights_read_elsewhere(graph)
+    report.notes = _notes(graph)
     return report
+
+
+def _notes(graph: fx.Graph) -> list[str]:
+    widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for_bf16")]
+    if not widened:
+        return []
+    return [
+        f"this CPU has no bf16 instructions: {', '.join(widened)} give float32 under autocast, which is then rounded "
+        "to bfloat16"
+    ]
 
 
 # What is float for one of these reasons is so by design; for any other, it should have been int8.

@@ -51,9 +51,16 @@ STAGES = (
         after="Every call has absorbed what it can of the activation, addition and quantize behind it.",
     ),
     Stage(
+        "fuse: output types",
+        fuse.OUTPUT_TYPE_RULES,
+        before="fuse: post-ops",
+        after="Every call gives a type that this CPU has a fast kernel for.",
+        check=fuse.output_types.check,
+    ),
+    Stage(
         "finish",
         finish.RULES,
-        before="fuse: post-ops",
+        before="fuse: output types",
         after="The graph is legal for Inductor.",
         check=finish.check,
     ),
@@ -66,8 +73,8 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
     The report, the debug dump and `x86q why` list it by its name as they list ours.
 
     Args:
-        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops" or "finish"; what holds before
-            and after each is said in STAGES, and the rule has to keep it so.
+        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types" or
+            "finish"; what holds before and after each is said in STAGES, and the rule has to keep it so.
 
     Returns:
         A function that takes the rule out again.

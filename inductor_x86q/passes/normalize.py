@@ -335,10 +335,12 @@ ROW_MOVEMENTS = (
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 
+CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast)
+
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
     Rule("weight with one scale", (qgraph.DEQUANTIZE,), _find_per_tensor_weight, _rewrite_per_tensor_weight),
-    Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast),
+    CAST,
     Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),

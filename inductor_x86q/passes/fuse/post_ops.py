@@ -159,6 +159,8 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
     dtype = qgraph.value(other).dtype
     if qgraph.is_dequantize(other):
         return No("its other operand is int8 and its own result is not: left to one generated kernel")
+    if call.output_dtype == torch.bfloat16 and dtype == qgraph.value(node).dtype == torch.float32:
+        call = dataclasses.replace(call, output_dtype=dtype)  # the sum would be widened, so its terms need no rounding
     if dtype != call.output_dtype or qgraph.value(node).dtype != dtype:
         return No(f"it adds {dtype} to {call.output_dtype}")
     if aliasing.may_overwrite(other, after=node) and quantized is None:
