@@ -395,9 +395,15 @@ def run_uncompiled(graph_module: fx.GraphModule, example_inputs: list[Any], **ke
 
 
 class _EagerInterpreter(fx.Interpreter):
-    """Runs a graph eagerly, integer max pools in float: eager mode's integer pool counts its indices in 8 bits."""
+    """Runs a graph eagerly, except for what eager mode refuses and Inductor does not.
+
+    Integer max pools run in float: eager mode's integer pool counts its indices in 8 bits. Views may copy: a kernel's
+    real result has other strides than the fake one for which the view was made, and Inductor lays it out as needed.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is aten.view.default:
+            target = aten.reshape.default
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets

@@ -544,6 +544,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     """Of a matrix product that the normalize stage did not turn into a linear."""
     from inductor_x86q import qgraph
 
+    if any(isinstance(size, int) and size == 0 for size in _shape(node)):
+        return Obstacle(Reason.NO_KERNEL, "an empty result")
     x, weight = _operands(node)
     source = _moved_from(weight)
     if source.op == "get_attr":

@@ -101,6 +101,8 @@ def _find_constant_view(node: fx.Node) -> Any:
     shape = [1] * tensor.dim()
     shape[parameters.axis] = -1
     moved_channel = node.target(channel.view(shape).expand(tensor.shape), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    if not moved_channel.numel():
+        return No("it leaves no element")
     axis = _varying_axis(moved_channel)
     if axis is None:
         return No("its channels do not stay along one dimension")

@@ -231,7 +231,8 @@ def _quantize(
 def _dequantize(target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, **kwargs: Any) -> Interval:
     x = _interval(x)
     result = Interval((x.low - float(zero_point)) * float(scale), (x.high - float(zero_point)) * float(scale))
-    return result.widened(1e-7 * result.magnitude)
+    # The scale is rounded to float32, then the product.
+    return result.widened(POINTWISE_ERROR * result.magnitude)
 
 
 _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
