@@ -399,6 +399,7 @@ class _EagerInterpreter(fx.Interpreter):
 
     Integer max pools run in float: eager mode's integer pool counts its indices in 8 bits. Views may copy: a kernel's
     real result has other strides than the fake one for which the view was made, and Inductor lays it out as needed.
+    A sum always takes the accumulator's memory, which Inductor may make it do, whatever the kernel does by itself.
     """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -407,7 +408,20 @@ class _EagerInterpreter(fx.Interpreter):
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
+        if str(target).startswith("onednn.") and "sum" in args:
+            return _sum_in_place(target, args)
         return super().call_function(target, args, kwargs)
+
+
+def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload."""
+    accumulator: torch.Tensor = args[6]
+    layout = torch.channels_last if accumulator.dim() == 4 else torch.contiguous_format
+    packed = accumulator.clone(memory_format=layout)
+    result = target(*args[:6], packed, *args[7:])
+    if result.dtype != accumulator.dtype:
+        return result
+    return accumulator.copy_(result)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -551,7 +551,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     if source.op == "get_attr":
         quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))
         return Obstacle(Reason.WEIGHT_NOT_QUANTIZED if quantized else Reason.NOT_QUANTIZED)
-    if source.op == "placeholder" and qgraph.is_dequantize(_moved_from(weight, through_qdq=False)):
+    dequantize = _moved_from(weight, through_qdq=False)
+    if qgraph.is_dequantize(dequantize) and _moved_from(dequantize.args[0], through_qdq=False).op == "placeholder":
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
 

@@ -21,6 +21,7 @@ from inductor_x86q import _cpu
 
 PREAMBLE = '''\
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
 import torch.nn.functional as F
 
 q = torch.ops.quantized_decomposed
@@ -309,6 +310,11 @@ class _Draft:
             if 2 * largest * int(limit) > 32767:
                 self.defects.add("SATURATES")
 
+    def note_small(self, rows: int, width: int, outputs: int) -> None:
+        """Products so small that Inductor takes them apart before freezing."""
+        if width == 1 or (rows == 1 and (outputs == 1 or (width <= 16 and outputs <= 16))):
+            self.defects.add("NO_KERNEL")
+
     def bias(self, width: int) -> str:
         return self.constant(f"reals({self.seed()}, ({width},), -1.0, 1.0)") if self.chance(60) else "None"
 
@@ -357,6 +363,7 @@ class _Draft:
         name, grid = self.activation(name)
         width = self.values[name].shape[-1]
         outputs = width if same_shape else self.pick(1, 2, 3, 8, 16, 17, 32)
+        self.note_small(self.values[name].numel() // width, width, outputs)
         weight = self.weight((outputs, width), grid)
         self.note(f"linear {self.values[name].dim()}d")
         return self.emit(f"F.linear({name}, {weight}, {self.bias(outputs)})", name)
@@ -369,6 +376,7 @@ class _Draft:
         *rows, width = self.values[name].shape
         outputs = self.pick(1, 2, 5, 16)
         operator = self.pick(*(("mm", "addmm") if len(rows) == 1 else ("bmm", "baddbmm")), "matmul")
+        self.note_small(rows[-1], width, outputs)
         weight = self.weight((width, outputs), grid, axis=1)
         if operator in ("bmm", "baddbmm"):
             weight = f"{weight}.expand({name}.shape[0], {width}, {outputs})"
@@ -394,7 +402,7 @@ class _Draft:
         if name is None:
             return None
         name, other = self.quantized(name), self.quantized(name)
-        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED"}
+        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED", "WEIGHT_NOT_CONSTANT"}
         self.note("bmm of two activations")
         return self.emit(f"torch.bmm({name}, {other}.transpose(1, 2))", name, other)
 
