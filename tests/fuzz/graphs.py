@@ -255,9 +255,9 @@ class _Draft:
         """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
         if self.chance(5):
             grid = self.grids.get(name)
-            if grid is None:
-                self.defects |= {"ACTIVATION_NOT_QUANTIZED", "NOT_QUANTIZED"}
-            elif convolved and grid[1].dtype == torch.int8:
+            if grid is None:  # though a dequantize may reach it from further up
+                self.defects |= {"ACTIVATION_NOT_QUANTIZED", "NOT_QUANTIZED", "SATURATES"}
+            if convolved and (grid is None or grid[1].dtype == torch.int8):
                 self.defects.add("ACTIVATION_TYPE")
             return name, grid and grid[1]
         if 0 in self.values[name].shape:
