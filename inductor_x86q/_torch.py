@@ -414,9 +414,12 @@ class _EagerInterpreter(fx.Interpreter):
 
 
 def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
-    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload."""
+    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload.
+
+    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous.
+    """
     accumulator: torch.Tensor = args[6]
-    layout = torch.channels_last if accumulator.dim() == 4 else torch.contiguous_format
+    layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
     packed = accumulator.clone(memory_format=layout)
     result = target(*args[:6], packed, *args[7:])
     if result.dtype != accumulator.dtype:

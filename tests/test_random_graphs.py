@@ -1,0 +1,143 @@
+"""A few hundred random graphs, always the same ones, against what they may compute; and every bug that others found.
+
+`python -m tests.fuzz --minutes N --seed S` checks more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tests.fuzz import campaign
+from tests.fuzz.check import Mismatch, check, check_together
+from tests.fuzz.graphs import Graph, graphs
+
+SEEDS, GRAPHS = range(6), 40
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Misses are checked here, so they need not be logged; one thread, since the tensors are tiny."""
+    logger, threads = logging.getLogger("inductor_x86q"), torch.get_num_threads()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+
+
+def failures(seed: int, count: int, *, generate: bool = False) -> str:
+    tally = campaign.Tally()
+    for _ in campaign.run(seed, count, tally, generate=generate):
+        pass
+    assert tally.graphs == count and sum(tally.kernels.values()) > count // 2
+    return "\n\n".join(message for message, _ in tally.failures)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fused_graphs(seed: int) -> None:
+    problems = failures(seed, GRAPHS)
+    assert not problems, problems
+
+
+@pytest.mark.parametrize("seed", [100, 101])
+def test_compiled_graphs(seed: int) -> None:
+    """Through generated and compiled C++, several graphs to a compile."""
+    problems = failures(seed, campaign.TOGETHER, generate=True)
+    assert not problems, problems
+
+
+@given(graph=graphs())
+@settings(max_examples=5, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_graphs_that_hypothesis_draws(graph: Graph) -> None:
+    check(graph)
+
+
+def test_same_seed_same_graphs() -> None:
+    assert campaign.draw(3, 10) == campaign.draw(3, 10) != campaign.draw(4, 10)
+
+
+# --- what random graphs found -----------------------------------------------------------------------------------------
+
+
+def graph(lines: str, constants: dict[str, str], inputs: dict[str, str], *, defects: str = "",
+          dynamic_batch: bool = False) -> Graph:  # fmt: skip
+    written = tuple(line.strip() for line in lines.strip().splitlines())
+    last = written[-1].split(" = ")[0]
+    return Graph(tuple(constants.items()), tuple(inputs.items()), written, (last,), dynamic_batch, (),
+                 frozenset(defects.split()), 0)  # fmt: skip
+
+
+PER_TENSOR = "q.dequantize_per_tensor(self.c0, 0.01, 0, -127, 127, torch.int8)"
+PER_CHANNEL = "q.dequantize_per_channel(self.c0, self.c1, self.c2, {axis}, -127, 127, torch.int8)"
+QUANTIZE = """
+    a = q.quantize_per_tensor(x, 0.02, 60, 0, 127, torch.uint8)
+    b = q.dequantize_per_tensor(a, 0.02, 60, 0, 127, torch.uint8)
+"""
+MATRIX = {
+    "c0": "integers(0, (6, 5), -64, 64, torch.int8)",
+    "c1": "reals(1, (5,), 0.001, 0.01)",
+    "c2": "torch.zeros(5, dtype=torch.int64)",
+}
+ROWS = {"x": "reals(SEED, (3, 6), -2.0, 2.0)"}
+
+FOUND = {
+    "a weight expanded to an empty batch": graph(
+        QUANTIZE + f"y = torch.bmm(b, {PER_CHANNEL.format(axis=1)}.expand(b.shape[0], 6, 5))",
+        MATRIX, {"x": "reals(SEED, (0, 3, 6), -2.0, 2.0)"}, defects="NO_KERNEL"),
+    "a weight expanded to a batch that is not known when compiling": graph(
+        QUANTIZE + f"y = torch.bmm(b, {PER_CHANNEL.format(axis=1)}.expand(b.shape[0], 6, 5))",
+        MATRIX, {"x": "reals(SEED, (2, 3, 6), -2.0, 2.0)"}, dynamic_batch=True),
+    "two quantized activations multiplied": graph(
+        QUANTIZE + "y = torch.bmm(b, b.transpose(1, 2))", {}, {"x": "reals(SEED, (2, 3, 6), -2.0, 2.0)"},
+        defects="NO_KERNEL"),
+    "a bias of one element": graph(
+        QUANTIZE + f"y = torch.addmm(self.c3, b, {PER_CHANNEL.format(axis=1)})", {**MATRIX, "c3": "reals(3, (1,), -1, 1)"},
+        ROWS),
+    "a weight with scales along its inputs": graph(
+        QUANTIZE + f"y = torch.mm(b, {PER_CHANNEL.format(axis=0)})",
+        {**MATRIX, "c1": "reals(1, (6,), 0.001, 0.01)", "c2": "torch.zeros(6, dtype=torch.int64)"}, ROWS,
+        defects="NOT_QUANTIZED WEIGHT_NOT_QUANTIZED WEIGHT_TYPE"),
+    "a signed input of a convolution": graph(
+        f"""a = q.quantize_per_tensor(x, 0.02, 5, -60, 61, torch.int8)
+        b = q.dequantize_per_tensor(a, 0.02, 5, -60, 61, torch.int8)
+        y = F.conv2d(b, {PER_TENSOR}, None, 1, 1)""",
+        {"c0": "integers(0, (5, 2, 3, 3), -60, 60, torch.int8)"}, {"x": "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)"},
+        defects="ACTIVATION_TYPE"),
+    "a zero point above the range, in the padding": graph(
+        f"""a = q.quantize_per_tensor(x, 0.02, 200, 0, 127, torch.uint8)
+        b = q.dequantize_per_tensor(a, 0.02, 200, 0, 127, torch.uint8)
+        y = F.conv2d(b, {PER_TENSOR}, None, 1, 1)""",
+        {"c0": "integers(0, (5, 2, 3, 3), -127, 127, torch.int8)"}, {"x": "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)"},
+        defects="SATURATES"),
+    "an empty image": graph(
+        QUANTIZE + f"y = F.conv2d(b, {PER_TENSOR}, None, 1, 1)",
+        {"c0": "integers(0, (5, 2, 3, 3), -127, 127, torch.int8)"}, {"x": "reals(SEED, (0, 2, 4, 3), -2.0, 2.0)"},
+        defects="NO_KERNEL"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name: str) -> None:
+    check(FOUND[name])
+
+
+def test_a_failure_is_made_small_and_printed_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check itself is checked: with relu forgotten it fails, and the message can be run."""
+    from inductor_x86q.passes.fuse import post_ops
+
+    monkeypatch.setitem(post_ops.UNARIES, torch.ops.aten.relu.default, lambda arguments: post_ops.Unary("none"))
+    wrong = graph(QUANTIZE + f"c = F.linear(b, {PER_TENSOR})\n d = torch.relu(c)\n e = b * 2.0\n y = d + 1.0",
+                  {"c0": "integers(0, (7, 6), -127, 127, torch.int8)"}, ROWS)  # fmt: skip
+    with pytest.raises(Mismatch, match="outside what the graph allows") as caught:
+        check_together([wrong], generate=False)
+    message, smaller = campaign.explained(wrong, caught.value)
+    assert len(smaller.lines) < len(wrong.lines) and any("torch.relu" in line for line in smaller.lines)
+    program = message[message.index("import torch") :]
+    compile(program, "program", "exec")
+    assert 'backend="inductor_x86q"' in program
