@@ -201,6 +201,10 @@ def _find_quantize(node: fx.Node) -> Any:
     parameters = qgraph.qparams(node)
     if parameters.dtype not in qgraph.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
+    input_dtype = qgraph.value(call.x).dtype
+    if parameters.dtype != input_dtype:
+        # The kernel would do it, but Inductor gives an int8 output the type of the input.
+        return No(f"the call reads {input_dtype}, and Inductor knows no other int8 type for its output")
     if not (math.isfinite(parameters.scale) and parameters.scale > 0):
         return No(f"its scale is {parameters.scale}")
     if call.binary and call.binary.kind == "sum":
