@@ -249,6 +249,24 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         lowering = [_filtered(p) for p in post_grad.pass_patterns]
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
+        stack.enter_context(_channels_last_pools())
+        yield
+
+
+@contextlib.contextmanager
+def _channels_last_pools() -> Iterator[None]:
+    """Within this context the library's int8 max pool gets its images with channels innermost.
+
+    Its fake kernel says that its result lies so, which holds where its input does; generated code asserts it. Relies
+    on lowering looking the constraints of an operator's inputs up in `lowering._maybe_layout_constraints`.
+    """
+    from torch._inductor import ir, lowering
+
+    def constrained(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+        return (ir.ExternKernel.require_channels_last(x), *arguments), keywords
+
+    constraints = {**lowering._maybe_layout_constraints, torch.ops.quantized.max_pool2d.default: constrained}
+    with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
 
 
@@ -419,6 +437,8 @@ def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
     Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous.
     """
     accumulator: torch.Tensor = args[6]
+    if args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr():
+        raise RuntimeError(f"{target} is asked to add its result to its own input")
     layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
     packed = accumulator.clone(memory_format=layout)
     result = target(*args[:6], packed, *args[7:])
