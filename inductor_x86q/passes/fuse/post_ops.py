@@ -149,7 +149,8 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
     quantized = _quantized_output(node)
     if qgraph.is_dequantize(other) and quantized is not None:
         parameters = qgraph.qparams(other)
-        if parameters.is_static and parameters.axis is None and parameters.dtype == quantized.dtype:
+        dtypes = {parameters.dtype, quantized.dtype, qgraph.value(call.x).dtype}  # one only: see _find_quantize
+        if parameters.is_static and parameters.axis is None and len(dtypes) == 1:
             integers = other.args[0]
             binary = Binary("sum", integers, parameters.scale, parameters.zero_point)  # type: ignore[arg-type]
             # A kernel that reads its input while it overwrites it would read its own results.
