@@ -10,7 +10,8 @@ import dataclasses
 import linecache
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,24 @@ class Graph:
             "for e, a in zip(expected, actual, strict=True):\n"
             "    print(tuple(e.shape), e.dtype, (e.double() - a.double()).abs().max().item() if e.numel() else 0)\n"
         )
+
+
+def written(lines: str, constants: Mapping[str, str], inputs: Mapping[str, str], *, defects: str = "",
+            dynamic_batch: bool = False) -> Graph:  # fmt: skip
+    """A graph written by hand: assignments, one a line, whose last one is the output (or several, with commas).
+
+    Args:
+        constants: name and expression of buffers; those that no line reads are left out.
+        defects: names of the reasons for which something in it may stay float.
+    """
+    rows = [line.strip() for line in lines.strip().splitlines()]
+    outputs = rows.pop().removeprefix("return ").split(", ") if rows[-1].startswith("return ") else [
+        rows[-1].split(" = ")[0]]  # fmt: skip
+    read = {name: text for name, text in constants.items() if re.search(rf"\bself\.{name}\b", lines)}
+    return Graph(
+        tuple(read.items()), tuple(inputs.items()), tuple(rows), tuple(outputs), dynamic_batch, (),
+        frozenset(defects.split()), 0,
+    )  # fmt: skip
 
 
 # How each activation is written; the kernels take the first group, or some of them do.
