@@ -15,6 +15,7 @@
     passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+    drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
 """
@@ -27,10 +28,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from inductor_x86q.drift import Drift
 
 
 class Reason(enum.Enum):
@@ -170,12 +174,13 @@ class Report:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    drift: Drift | None = None  # where it was asked for
 
     def extend(self, other: Report) -> None:
         """Adds what another graph of the same model became; its nodes get new names where both use one."""
         other = _renamed(other, {node.name for node in self.nodes})
-        for field in dataclasses.fields(self):
-            getattr(self, field.name).extend(getattr(other, field.name))
+        for name in _KINDS:
+            getattr(self, name).extend(getattr(other, name))
 
     # --- totals ---
 
@@ -248,6 +253,8 @@ class Report:
         ):
             if misses:
                 parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
+        if self.drift is not None:
+            parts.append(str(self.drift))
         return "\n\n".join([*parts, self.summary()])
 
     # --- files ---
@@ -255,8 +262,9 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON; the module's documentation has the schema."""
         content = {"schema": SCHEMA, "version": VERSION, "totals": self.totals()}
-        for field in dataclasses.fields(self):
-            content[field.name] = [_plain(item) for item in getattr(self, field.name)]
+        for name in _KINDS:
+            content[name] = [_plain(item) for item in getattr(self, name)]
+        content["drift"] = _plain(self.drift)
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -274,7 +282,7 @@ class Report:
                 f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
             )
         lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
-        return cls(**lists)
+        return cls(**lists, drift=_read_drift(content.get("drift")))
 
     def to_html(self, title: str = "int8 report") -> str:
         """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
@@ -312,6 +320,15 @@ def _read(kind: Any, item: Any) -> Any:
     return kind(**values)
 
 
+def _read_drift(content: Any) -> Drift | None:
+    from inductor_x86q.drift import Drift, LayerDrift
+
+    if content is None:
+        return None
+    found = _read(Drift, content)
+    return dataclasses.replace(found, layers=tuple(_read(LayerDrift, x) for x in content["layers"]))
+
+
 def _renamed(report: Report, taken: set[str]) -> Report:
     clashes = {node.name for node in report.nodes} & taken
     if not clashes:
@@ -332,7 +349,7 @@ def _renamed(report: Report, taken: set[str]) -> Report:
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
-    return Report(**{f.name: [changed(item) for item in getattr(report, f.name)] for f in dataclasses.fields(report)})
+    return Report(**{kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS})
 
 
 def _total(items: Iterable[Fusion | Miss]) -> int:

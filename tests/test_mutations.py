@@ -57,9 +57,7 @@ NARROW = "0.02, 60, 40, 90, torch.uint8"
 
 def qd(name: str, source: str, grid: str = U8) -> str:
     """`name` is `source` quantized and dequantized; its integers are called `name_i`."""
-    return (
-        f"{name}_i = q.quantize_per_tensor({source}, {grid})\n{name} = q.dequantize_per_tensor({name}_i, {grid})"
-    )
+    return f"{name}_i = q.quantize_per_tensor({source}, {grid})\n{name} = q.dequantize_per_tensor({name}_i, {grid})"
 
 
 def rows(*lines: str, inputs: dict[str, str] = ROWS, defects: str = "") -> Graph:
@@ -267,7 +265,7 @@ BROKEN = {
         Broken("exchange the scales of sum and result", post_ops._find_accumulator,
                "integers, parameters.scale, parameters.zero_point",
                "integers, quantized.scale, parameters.zero_point", "residual"),
-        Broken("add the other int8 type", post_ops._find_accumulator, "parameters.dtype == quantized.dtype", "True",
+        Broken("add the other int8 type", post_ops._find_accumulator, "len(dtypes) == 1", "True",
                "residual of the other int8"),
         Broken("ignore a narrow range", post_ops._rewrite_quantize, "parameters.is_full_range", "True",
                "linear to a narrow range"),
