@@ -16,6 +16,7 @@
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
     notes     what else is to be said, a line each
+    drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
 """
@@ -28,10 +29,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from inductor_x86q.drift import Drift
 
 
 class Reason(enum.Enum):
@@ -172,12 +176,13 @@ class Report:
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    drift: Drift | None = None  # where it was asked for
 
     def extend(self, other: Report) -> None:
         """Adds what another graph of the same model became; its nodes get new names where both use one."""
         other = _renamed(other, {node.name for node in self.nodes})
-        for field in dataclasses.fields(self):
-            getattr(self, field.name).extend(getattr(other, field.name))
+        for name in _KINDS:
+            getattr(self, name).extend(getattr(other, name))
 
     # --- totals ---
 
@@ -250,6 +255,8 @@ class Report:
         ):
             if misses:
                 parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
+        if self.drift is not None:
+            parts.append(str(self.drift))
         return "\n\n".join([*parts, *dict.fromkeys(self.notes), self.summary()])
 
     # --- files ---
@@ -257,8 +264,9 @@ class Report:
     def to_json(self) -> str:
         """The report as JSON; the module's documentation has the schema."""
         content = {"schema": SCHEMA, "version": VERSION, "totals": self.totals()}
-        for field in dataclasses.fields(self):
-            content[field.name] = [_plain(item) for item in getattr(self, field.name)]
+        for name in _KINDS:
+            content[name] = [_plain(item) for item in getattr(self, name)]
+        content["drift"] = _plain(self.drift)
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -276,7 +284,7 @@ class Report:
                 f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
             )
         lists = {name: [_read(kind, item) for item in content.get(name, ())] for name, kind in _KINDS.items()}
-        return cls(**lists)
+        return cls(**lists, drift=_read_drift(content.get("drift")))
 
     def to_html(self, title: str = "int8 report") -> str:
         """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
@@ -314,6 +322,15 @@ def _read(kind: Any, item: Any) -> Any:
     return kind(**values)
 
 
+def _read_drift(content: Any) -> Drift | None:
+    from inductor_x86q.drift import Drift, LayerDrift
+
+    if content is None:
+        return None
+    found = _read(Drift, content)
+    return dataclasses.replace(found, layers=tuple(_read(LayerDrift, x) for x in content["layers"]))
+
+
 def _renamed(report: Report, taken: set[str]) -> Report:
     clashes = {node.name for node in report.nodes} & taken
     if not clashes:
@@ -334,7 +351,7 @@ def _renamed(report: Report, taken: set[str]) -> Report:
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
-    return Report(**{f.name: [changed(item) for item in getattr(report, f.name)] for f in dataclasses.fields(report)})
+    return Report(**{kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS})
 
 
 def _total(items: Iterable[Fusion | Miss]) -> int:
@@ -592,6 +609,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     """Of a matrix product that the normalize stage did not turn into a linear."""
     from inductor_x86q import qgraph
 
+    if any(isinstance(size, int) and size == 0 for size in _shape(node)):
+        return Obstacle(Reason.NO_KERNEL, "an empty result")
     x, weight = _operands(node)
     if node.target is torch.ops.aten._int_mm.default:
         return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
@@ -599,7 +618,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     if source.op == "get_attr":
         quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))
         return Obstacle(Reason.WEIGHT_NOT_QUANTIZED if quantized else Reason.NOT_QUANTIZED)
-    if source.op == "placeholder" and qgraph.is_dequantize(_moved_from(weight, through_qdq=False)):
+    dequantize = _moved_from(weight, through_qdq=False)
+    if qgraph.is_dequantize(dequantize) and _moved_from(dequantize.args[0], through_qdq=False).op == "placeholder":
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
 
