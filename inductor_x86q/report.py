@@ -351,7 +351,8 @@ def _renamed(report: Report, taken: set[str]) -> Report:
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
-    return Report(**{kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS})
+    lists: dict[str, Any] = {kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS}
+    return Report(**lists)
 
 
 def _total(items: Iterable[Fusion | Miss]) -> int:
@@ -618,7 +619,7 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     if source.op == "get_attr":
         quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))
         return Obstacle(Reason.WEIGHT_NOT_QUANTIZED if quantized else Reason.NOT_QUANTIZED)
-    dequantize = _moved_from(weight, through_qdq=False)
+    dequantize: Any = _moved_from(weight, through_qdq=False)
     if qgraph.is_dequantize(dequantize) and _moved_from(dequantize.args[0], through_qdq=False).op == "placeholder":
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
