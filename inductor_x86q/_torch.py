@@ -275,18 +275,39 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
     """Within this context Inductor's freezing runs `pipeline(graph)` first, and no other quantization passes.
 
     Relies on: `freezing_patterns.pass_patterns` and `post_grad.pass_patterns` being the lists that freezing and
-    post-grad lowering walk, looked up at each call; `compile_fx` looking up `select_decomp_table` in its own module.
+    post-grad lowering walk, looked up at each call; `freezing_patterns.lazy_init` registering all that freezing does;
+    `compile_fx` looking up `select_decomp_table` in its own module.
     """
     from torch._inductor import compile_fx as compile_fx_module
     from torch._inductor.fx_passes import freezing_patterns, post_grad
 
     with _scope_lock, contextlib.ExitStack() as stack:
+        # What freezing registers at its first use may lengthen the list; that must be Inductor's own, and filtered.
+        freezing_patterns.lazy_init()
         first, *rest = freezing_patterns.pass_patterns
         freezing = [_filtered(first, before=pipeline), *map(_filtered, rest)]
         stack.enter_context(_replaced(freezing_patterns, "pass_patterns", freezing))
         lowering = [_filtered(p) for p in post_grad.pass_patterns]
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
+        stack.enter_context(_channels_last_pools())
+        yield
+
+
+@contextlib.contextmanager
+def _channels_last_pools() -> Iterator[None]:
+    """Within this context the library's int8 max pool gets its images with channels innermost.
+
+    Its fake kernel says that its result lies so, which holds where its input does; generated code asserts it. Relies
+    on lowering looking the constraints of an operator's inputs up in `lowering._maybe_layout_constraints`.
+    """
+    from torch._inductor import ir, lowering
+
+    def constrained(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+        return (ir.ExternKernel.require_channels_last(x), *arguments), keywords
+
+    constraints = {**lowering._maybe_layout_constraints, torch.ops.quantized.max_pool2d.default: constrained}
+    with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
 
 
@@ -433,13 +454,38 @@ def run_uncompiled(graph_module: fx.GraphModule, example_inputs: list[Any], **ke
 
 
 class _EagerInterpreter(fx.Interpreter):
-    """Runs a graph eagerly, integer max pools in float: eager mode's integer pool counts its indices in 8 bits."""
+    """Runs a graph eagerly, except for what eager mode refuses and Inductor does not.
+
+    Integer max pools run in float: eager mode's integer pool counts its indices in 8 bits. Views may copy: a kernel's
+    real result has other strides than the fake one for which the view was made, and Inductor lays it out as needed.
+    A sum always takes the accumulator's memory, which Inductor may make it do, whatever the kernel does by itself.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is aten.view.default:
+            target = aten.reshape.default
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
+        if str(target).startswith("onednn.") and "sum" in args:
+            return _sum_in_place(target, args)
         return super().call_function(target, args, kwargs)
+
+
+def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload.
+
+    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous.
+    """
+    accumulator: torch.Tensor = args[6]
+    if args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr():
+        raise RuntimeError(f"{target} is asked to add its result to its own input")
+    layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
+    packed = accumulator.clone(memory_format=layout)
+    result = target(*args[:6], packed, *args[7:])
+    if result.dtype != accumulator.dtype:
+        return result
+    return accumulator.copy_(result)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from inductor_x86q import _torchao as torchao
-from inductor_x86q import qgraph
+from inductor_x86q import qat, qgraph
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.quantizer import X86Quantizer
 from inductor_x86q.report import layer
@@ -49,7 +50,8 @@ def quantize(
             row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
             "per_tensor".
         exclude: what stays float: module names, glob patterns of them, or module types.
-        reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
+        reduce_range: 7 bits for each layer's input, or for its weight where that costs no kernel; CPUs without VNNI
+            need it. None decides by this machine.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it. Examples of
             size 1 are fine; a warning names each dimension that the model fixes.
 
@@ -83,14 +85,56 @@ def quantize(
     return converted
 
 
+def prepare_qat(
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    exclude: Iterable[str | type] = (),
+    reduce_range: bool | None = None,
+    dynamic_shapes: Any = None,
+) -> qat.TrainingGraph:
+    """Prepares a model for quantization-aware training: a graph that rounds as the int8 net will, to train as usual.
+
+    Train the result in place of the model, then `convert()` it. It has parameters of its own, under the names they have
+    in the model, in train mode; `train()` and `eval()` switch it. Batch norms behind convolutions and linears are
+    folded into weights that training sees quantized. In eval mode the ranges of activations stay as they are.
+
+    Args:
+        model: a float32 module in train mode, on the CPU; batch norms in eval mode stay frozen. It is not changed.
+        example_inputs: the positional arguments of one call, a tuple.
+        exclude: what stays float: module names, glob patterns of them, or module types.
+        reduce_range: as of `quantize`.
+        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
+
+    Raises:
+        QuantizationError: the model is in eval mode or has nothing to quantize, or the inputs are no tuple.
+    """
+    _check_model(model, training=True)
+    _check_inputs(example_inputs)
+    # Exported graphs share the parameters and statistics of what they were exported from.
+    exported, _ = _export(copy.deepcopy(model), example_inputs, dynamic_shapes)
+    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, is_qat=True)
+    prepared = _prepare(exported, quantizer, torchao.prepare_for_training)
+    qat.drop_counters(prepared.graph)
+    trainable = qat.TrainingGraph(prepared, prepared.graph)
+    trainable.meta.update(prepared.meta)  # by which torchao knows it again when converting
+    return trainable.train()
+
+
 def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     """Turns a prepared and calibrated (or trained) graph into the q/dq graph that the backend compiles.
 
-    Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad.
+    Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad. What
+    `prepare_qat` returned is not changed, and can be trained further.
     """
+    if isinstance(prepared, qat.TrainingGraph):
+        prepared = copy.deepcopy(prepared)
+    qat.fold(prepared)
+    qat.hide_batch_norms(prepared.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torchao.convert_pt2e(prepared, fold_quantize=False)
+    qat.show_batch_norms(converted.graph)
     _fold_weights(converted)
     _freeze_parameters(converted)
     _log_left_out(converted)
@@ -100,11 +144,13 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, training: bool = False) -> None:
     if not isinstance(model, torch.nn.Module):
         raise QuantizationError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if training and not model.training:
+        raise QuantizationError("the model is in eval mode: call model.train() before prepare_qat()")
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and not training:
             raise QuantizationError(
                 f"{f'module {name!r}' if name else 'the model'} is in train mode: call model.eval() before quantizing, "
                 "or prepare_qat() to train"
@@ -129,7 +175,8 @@ def _export(
     model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
 ) -> tuple[fx.GraphModule, bool]:
     """The model's graph, and whether it takes any batch size."""
-    with torch.no_grad():
+    # Training goes through the graph: grad mode is part of what is exported.
+    with torch.set_grad_enabled(model.training):
         if dynamic_shapes is not None:
             return _export_as_asked(model, example_inputs, dynamic_shapes), True
         for inputs, shapes in _any_batch(example_inputs):
@@ -196,7 +243,7 @@ def _takes_other_batches(exported: Any, example_inputs: tuple[Any, ...]) -> bool
 
     Export leaves a size open and guards it where a shape is written out in the model: view(4, 2, 8) of a batch of four.
     """
-    module = exported.module()
+    module = copy.deepcopy(exported.module())  # in train mode a call changes the statistics of batch norms
     more = tuple(torch.cat([x, x[:1]]) for x in example_inputs)
     try:
         module(*example_inputs)
@@ -228,10 +275,12 @@ def _batch_size(inputs: Sequence[Any]) -> int | None:
 # --- prepare and calibrate --------------------------------------------------------------------------------------------
 
 
-def _prepare(exported: fx.GraphModule, quantizer: X86Quantizer) -> fx.GraphModule:
+def _prepare(
+    exported: fx.GraphModule, quantizer: X86Quantizer, prepare: Callable[..., fx.GraphModule] = torchao.prepare_pt2e
+) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepared = torchao.prepare_pt2e(exported, quantizer)
+        prepared = prepare(exported, quantizer)
     if not any(_is_observer(module) for module in prepared.modules()):
         excluded = ", ".join(layer(node) for node in quantizer.excluded)
         raise QuantizationError(
@@ -321,7 +370,7 @@ def _fold_weights(converted: fx.GraphModule) -> None:
         for suffix, value in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
             if isinstance(value, fx.Node):
                 stored[f"{name}_{suffix}"] = values[value]
-        nodes = {key: _store(converted, key, tensor, node) for key, tensor in stored.items()}
+        nodes = {key: qgraph.store(converted, key, tensor, node) for key, tensor in stored.items()}
         for dequantize in list(node.users):
             for old, suffix in ((parameters.scale, "scale"), (parameters.zero_point, "zero_point")):
                 if isinstance(old, fx.Node):
@@ -388,22 +437,6 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any])
             arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, values))
             values[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
     return values[node]
-
-
-def _store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
-    """A buffer under a dotted name, with a number appended where that is taken, and the node that reads it."""
-    *path, last = name.split(".")
-    owner: Any = module
-    for part in path:
-        owner = getattr(owner, part)
-    number, unique = 1, last
-    while hasattr(owner, unique):
-        number, unique = number + 1, f"{last}{number}"
-    owner.register_buffer(unique, tensor.detach().clone())
-    with module.graph.inserting_before(before):
-        node = module.graph.get_attr(".".join([*path, unique]))
-    qgraph.copy_origin(node, before)
-    return node
 
 
 def _drop_unused(module: fx.GraphModule) -> None:

@@ -152,6 +152,22 @@ def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Nod
     return node
 
 
+def store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+    """A buffer under a dotted name, with a number appended where that is taken, and the node that reads it."""
+    *path, last = name.split(".")
+    owner: Any = module
+    for part in path:
+        owner = getattr(owner, part)
+    number, unique = 1, last
+    while hasattr(owner, unique):
+        number, unique = number + 1, f"{last}{number}"
+    owner.register_buffer(unique, tensor.detach().clone())
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(".".join([*path, unique]))
+    copy_origin(node, before)
+    return node
+
+
 def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None,
          *, like: fx.Node) -> fx.Node:  # fmt: skip
     """A new node at the graph's insertion point, with its value's description, said to come from `like`."""

@@ -15,6 +15,8 @@
     passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+    notes     what else is to be said, a line each
+    drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
 """
@@ -27,10 +29,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from inductor_x86q.drift import Drift
 
 
 class Reason(enum.Enum):
@@ -170,12 +175,14 @@ class Report:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    drift: Drift | None = None  # where it was asked for
 
     def extend(self, other: Report) -> None:
         """Adds what another graph of the same model became; its nodes get new names where both use one."""
         other = _renamed(other, {node.name for node in self.nodes})
-        for field in dataclasses.fields(self):
-            getattr(self, field.name).extend(getattr(other, field.name))
+        for name in _KINDS:
+            getattr(self, name).extend(getattr(other, name))
 
     # --- totals ---
 
@@ -248,15 +255,18 @@ class Report:
         ):
             if misses:
                 parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
-        return "\n\n".join([*parts, self.summary()])
+        if self.drift is not None:
+            parts.append(str(self.drift))
+        return "\n\n".join([*parts, *dict.fromkeys(self.notes), self.summary()])
 
     # --- files ---
 
     def to_json(self) -> str:
         """The report as JSON; the module's documentation has the schema."""
         content = {"schema": SCHEMA, "version": VERSION, "totals": self.totals()}
-        for field in dataclasses.fields(self):
-            content[field.name] = [_plain(item) for item in getattr(self, field.name)]
+        for name in _KINDS:
+            content[name] = [_plain(item) for item in getattr(self, name)]
+        content["drift"] = _plain(self.drift)
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -273,8 +283,8 @@ class Report:
             raise ValueError(
                 f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
             )
-        lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
-        return cls(**lists)
+        lists = {name: [_read(kind, item) for item in content.get(name, ())] for name, kind in _KINDS.items()}
+        return cls(**lists, drift=_read_drift(content.get("drift")))
 
     def to_html(self, title: str = "int8 report") -> str:
         """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
@@ -285,7 +295,7 @@ class Report:
 
 _KINDS: dict[str, Any] = {
     "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
-    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "notes": str,
 }  # fmt: skip
 
 
@@ -312,6 +322,15 @@ def _read(kind: Any, item: Any) -> Any:
     return kind(**values)
 
 
+def _read_drift(content: Any) -> Drift | None:
+    from inductor_x86q.drift import Drift, LayerDrift
+
+    if content is None:
+        return None
+    found = _read(Drift, content)
+    return dataclasses.replace(found, layers=tuple(_read(LayerDrift, x) for x in content["layers"]))
+
+
 def _renamed(report: Report, taken: set[str]) -> Report:
     clashes = {node.name for node in report.nodes} & taken
     if not clashes:
@@ -332,7 +351,7 @@ def _renamed(report: Report, taken: set[str]) -> Report:
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
-    return Report(**{f.name: [changed(item) for item in getattr(report, f.name)] for f in dataclasses.fields(report)})
+    return Report(**{kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS})
 
 
 def _total(items: Iterable[Fusion | Miss]) -> int:
@@ -464,7 +483,18 @@ def collect(graph: fx.Graph) -> Report:
             report.generated.append(_operation(node))
         report.nodes.append(_described(node, kind, shown))
     report.kept_float += _weights_read_elsewhere(graph)
+    report.notes = _notes(graph)
     return report
+
+
+def _notes(graph: fx.Graph) -> list[str]:
+    widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for_bf16")]
+    if not widened:
+        return []
+    return [
+        f"this CPU has no bf16 instructions: {', '.join(widened)} give float32 under autocast, which is then rounded "
+        "to bfloat16"
+    ]
 
 
 # What is float for one of these reasons is so by design; for any other, it should have been int8.
@@ -579,6 +609,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     """Of a matrix product that the normalize stage did not turn into a linear."""
     from inductor_x86q import qgraph
 
+    if any(isinstance(size, int) and size == 0 for size in _shape(node)):
+        return Obstacle(Reason.NO_KERNEL, "an empty result")
     x, weight = _operands(node)
     if node.target is torch.ops.aten._int_mm.default:
         return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
@@ -589,7 +621,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
         if _holds_int8(qgraph.constant(source)):
             return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
         return Obstacle(Reason.NOT_QUANTIZED)
-    if source.op == "placeholder" and qgraph.is_dequantize(_moved_from(weight, through_qdq=False)):
+    dequantize = _moved_from(weight, through_qdq=False)
+    if qgraph.is_dequantize(dequantize) and _moved_from(dequantize.args[0], through_qdq=False).op == "placeholder":
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import _torch, qgraph
-from inductor_x86q.passes.movement import MOVEMENTS, is_movement
+from inductor_x86q.passes.movement import MOVEMENTS, RESHAPES, is_movement
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -97,10 +97,14 @@ def _find_constant_view(node: fx.Node) -> Any:
     scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
     if scale is None or zero_point is None or not is_movement(node):
         return No("its scales are computed at run time")
+    if len(node.all_input_nodes) > 1:
+        return No("its size is not known when compiling")
     channel = torch.arange(tensor.shape[parameters.axis])
     shape = [1] * tensor.dim()
     shape[parameters.axis] = -1
     moved_channel = node.target(channel.view(shape).expand(tensor.shape), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    if not moved_channel.numel():
+        return No("it leaves no element")
     axis = _varying_axis(moved_channel)
     if axis is None:
         return No("its channels do not stay along one dimension")
@@ -136,6 +140,16 @@ def _dequantized_matrix(node: Any) -> bool:
     return qgraph.is_dequantize(node) and qgraph.constant(node.args[0]) is not None
 
 
+def _without_batch(weight: Any) -> Any:
+    """The one matrix that is expanded to a batch, where it is; else `weight` itself."""
+    if not isinstance(weight, fx.Node) or weight.target is not aten.expand.default:
+        return weight
+    source: Any = weight.args[0]
+    *batch, rows, columns = qgraph.value(source).shape
+    one = list(batch) in ([], [1]) and [rows, columns] == list(qgraph.value(weight).shape[-2:])
+    return source if one else weight
+
+
 def _find_matrix_product(node: fx.Node) -> Any:
     arguments = qgraph.schema_arguments(node)
     x, weight = (
@@ -143,6 +157,7 @@ def _find_matrix_product(node: fx.Node) -> Any:
         arguments.get("mat2", arguments.get("batch2")),
     )
     bias = arguments["self"] if "beta" in arguments else None
+    weight = _without_batch(weight)
     if not _dequantized_matrix(weight):
         return No("its second operand is not a dequantized constant")
     if arguments.get("alpha", 1) != 1 or arguments.get("beta", 1) != 1:
@@ -324,7 +339,6 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = No
     qgraph.erase_dead(node)
 
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ROW_MOVEMENTS = (
     *RESHAPES,
     aten.clone.default,
@@ -336,10 +350,12 @@ ROW_MOVEMENTS = (
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 
+CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast)
+
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
     Rule("weight with one scale", (qgraph.DEQUANTIZE,), _find_per_tensor_weight, _rewrite_per_tensor_weight),
-    Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast),
+    CAST,
     Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
