@@ -27,13 +27,15 @@ import inductor_x86q
 
 LEAST_COSINE = 0.99
 PAIRS = [
-    ("A man is playing a guitar on stage.", "Someone performs music on a stringed instrument."),
-    ("The stock market fell sharply today.", "Shares lost a lot of their value in Wednesday's trading."),
-    ("How do I bake sourdough bread?", "A recipe for a loaf with natural yeast."),
+    ("A woman is slicing tomatoes.", "A woman is cutting tomatoes into slices."),
+    ("How do I bake sourdough bread?", "What is a good recipe for a sourdough loaf?"),
     ("The cat sleeps on the windowsill.", "A kitten is napping by the window."),
+    ("A man is playing a guitar on stage.", "A guitarist performs in front of an audience."),
+    ("She was awarded a prize for her work on black holes.", "An astrophysicist received an honour."),
     ("The train to Berlin is delayed by forty minutes because of a signal failure near Hanover.",
      "Rail passengers have to wait."),
-    ("She was awarded a prize for her work on black holes.", "An astrophysicist received an honour."),
+    ("The children are building a sandcastle on the beach.", "Two dogs are running along the shore."),
+    ("He fixed the leaking kitchen tap himself.", "The mountain is covered in snow all year."),
 ]  # fmt: skip
 SENTENCES = [sentence for pair in PAIRS for sentence in pair]
 Engine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
