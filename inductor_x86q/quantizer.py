@@ -268,6 +268,8 @@ class _Plan:
         """Whether whatever makes the value clips it to any range on the way: a generated kernel does, and a call that
         ends in nothing else than a clip. It need not where data is only moved: that shares its range with the source.
         """
+        if self.dynamic:  # every input is quantized by a generated kernel, and loses more by a bit than a weight does
+            return False
         if value not in self.starts:
             return True
         start, *rest = self.starts[value]
