@@ -76,7 +76,7 @@ def test_excluding_gives_what_is_promised(bad: tuple[nn.Module, torch.fx.GraphMo
 
 
 def test_without_the_float_model_it_says_what_is_missing(bad: tuple[nn.Module, torch.fx.GraphModule, Drift]) -> None:
-    net, quantized, with_weights = bad
+    _net, quantized, with_weights = bad
     report = inductor_x86q.explain(quantized, INPUTS, drift=True)
     assert report.drift is not None and report.drift.layers[0].layer == "second" and not report.drift.weights
     assert "rounding of weights costs is not in it" in str(report) and with_weights.weights

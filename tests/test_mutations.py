@@ -5,8 +5,8 @@ second. A breakage whose line is no longer in the source fails with a request to
 """
 
 from __future__ import annotations
-
 import __future__
+
 import dataclasses
 import inspect
 import logging
@@ -94,7 +94,7 @@ GRAPHS = {
 
     "cat of two grids": rows(qd("b", "x", OTHER), "y = torch.cat([a, b], 0)"),
     "cat of two ranges": rows(qd("b", "x * 0.5", NARROW), "c = torch.cat([b, a], 0)", qd("y", "c", NARROW), "return y, c"),
-    "pad": rows(f"b = F.pad(a, (1, 2))", qd("y", "b")),
+    "pad": rows("b = F.pad(a, (1, 2))", qd("y", "b")),
     "relu of integers": rows("y = torch.relu(a)"),
     "narrower range": rows(qd("y", "a", NARROW)),
     "requantized": rows(qd("y", "a", OTHER)),
@@ -102,7 +102,7 @@ GRAPHS = {
         "\n".join(["s = torch.split(x, [3, 5], 0)", "a = s[0]", "b = s[1]", qd("c", "a"), qd("d", "b", OTHER),
                    "return c, d"]), CONSTANTS, ROWS),
     "rounded to bf16": written(
-        f"i = q.quantize_per_tensor(x, 0.013, 5, 0, 255, torch.uint8)\n"
+        "i = q.quantize_per_tensor(x, 0.013, 5, 0, 255, torch.uint8)\n"
         "a = q.dequantize_per_tensor(i, 0.013, 5, 0, 255, torch.uint8, out_dtype=torch.bfloat16)\n" + qd("y", "a", "0.013, 5, 0, 255, torch.uint8"),
         CONSTANTS, {"x": "reals(SEED, (8, 8), -0.1, 3.3)"}),
 
