@@ -52,8 +52,26 @@ def register_primitives() -> None:
     import torch._inductor.inductor_prims  # noqa: F401
 
 
+def _choose_qparams(x: torch.Tensor, quant_min: int, quant_max: int, eps: float, dtype: torch.dtype) -> Any:
+    """The operator's own arithmetic. Inductor's decomposition forgets that the range has to include 0."""
+    low, high = torch.aminmax(x)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / float(quant_max - quant_min)).to(torch.float32).clamp(min=eps)
+    zero_point = (quant_min - torch.round(low / scale).to(torch.int32)).clamp(quant_min, quant_max)
+    return scale.to(torch.float64).reshape(1), zero_point.to(torch.int64).reshape(1)
+
+
+def _choose_qparams_symmetric(x: torch.Tensor, quant_min: int, quant_max: int, eps: float, dtype: torch.dtype) -> Any:
+    """The same with the zero point in the middle; Inductor has no decomposition of it."""
+    low, high = torch.aminmax(x)
+    largest = torch.maximum(-low, high).clamp(min=0)
+    scale = (largest / (float(quant_max - quant_min) / 2)).to(torch.float32).clamp(min=eps)
+    zero_point = torch.full((1,), 128 if dtype == torch.uint8 else 0, dtype=torch.int64)
+    return scale.to(torch.float64).reshape(1), zero_point
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decomposition table without KEPT_WHOLE.
+    """Inductor's decomposition table without KEPT_WHOLE, with the operators that choose scales corrected.
 
     Relies on `torch._inductor.decomposition.select_decomp_table()` returning the table that compile_fx would use.
     Module level (no closure) because Inductor pickles a reference to it into its cache key.
@@ -63,6 +81,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table = dict(select_decomp_table())
     for target in KEPT_WHOLE:
         table.pop(target, None)
+    register_quantized_decomposed()
+    table[torch.ops.quantized_decomposed.choose_qparams.tensor] = _choose_qparams
+    table[torch.ops.quantized_decomposed.choose_qparams_symmetric.tensor] = _choose_qparams_symmetric
     return table
 
 
@@ -122,6 +143,23 @@ def fake_mode(graph: fx.Graph) -> Any:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def known(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for all sizes that the graph is compiled for; false where it depends.
+
+    Asking by `if` instead would answer for the example at hand and fix the sizes to that answer. Relies on
+    `statically_known_true`, which never adds a guard.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def same_shape(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Whether two shapes are known to be equal."""
+    left, right = list(first), list(second)
+    return len(left) == len(right) and all(known(a == b) for a, b in zip(left, right, strict=True))
 
 
 def disable_modes() -> contextlib.AbstractContextManager[Any]:
@@ -240,12 +278,15 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
     """Within this context Inductor's freezing runs `pipeline(graph)` first, and no other quantization passes.
 
     Relies on: `freezing_patterns.pass_patterns` and `post_grad.pass_patterns` being the lists that freezing and
-    post-grad lowering walk, looked up at each call; `compile_fx` looking up `select_decomp_table` in its own module.
+    post-grad lowering walk, looked up at each call; `freezing_patterns.lazy_init` registering all that freezing does;
+    `compile_fx` looking up `select_decomp_table` in its own module.
     """
     from torch._inductor import compile_fx as compile_fx_module
     from torch._inductor.fx_passes import freezing_patterns, post_grad
 
     with _scope_lock, contextlib.ExitStack() as stack:
+        # What freezing registers at its first use may lengthen the list; that must be Inductor's own, and filtered.
+        freezing_patterns.lazy_init()
         first, *rest = freezing_patterns.pass_patterns
         freezing = [_filtered(first, before=pipeline), *map(_filtered, rest)]
         stack.enter_context(_replaced(freezing_patterns, "pass_patterns", freezing))

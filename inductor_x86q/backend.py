@@ -64,7 +64,10 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
         chosen = _torch.mode_options(mode) if mode else {}
     except RuntimeError as error:
         raise CompileError(str(error)) from error
-    inductor = {"freezing": True, "cpp_wrapper": True, **chosen, **given}
+    if not given.get("freezing", True):
+        raise CompileError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
+    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
+    inductor = {"freezing": True, "cpp_wrapper": True, "always_keep_tensor_constants": True, **chosen, **given}
     if _torch.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
         inductor["pre_grad_custom_pass"] = None
     return Settings(inductor, own.get("strict", False))
@@ -113,7 +116,7 @@ def run_passes(
 
     def between(stage: str, graph: fx.Graph) -> None:
         nonlocal report
-        if stage == "fuse: post-ops":
+        if stage == "fuse: output types":
             report = collect(graph)
         dump.after(stage, graph)
         observe(stage, graph)

@@ -229,9 +229,8 @@ def _advice(cpu: Any) -> list[str]:
         kernels = "VNNI dot products: int8 runs at full speed, with 8-bit activations"
     else:
         kernels = (
-            "int8 without VNNI: pairs of products are added in 16 bits, which 8-bit activations can overflow. "
-            "quantize() keeps activations to 7 bits here (reduce_range); a graph with 8-bit activations from elsewhere "
-            "stays float"
+            "int8 without VNNI: pairs of products are added in 16 bits, which can overflow. quantize() keeps each "
+            "layer's input or weight to 7 bits here (reduce_range); layers of 8-bit inputs and 8-bit weights stay float"
         )
     return [kernels] + ([] if cpu.has_bf16() else ["no bf16 kernels: int8 layers produce int8 or fp32 here"])
 

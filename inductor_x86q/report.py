@@ -15,6 +15,7 @@
     passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+    notes     what else is to be said, a line each
     drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
@@ -174,6 +175,7 @@ class Report:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     drift: Drift | None = None  # where it was asked for
 
     def extend(self, other: Report) -> None:
@@ -255,7 +257,7 @@ class Report:
                 parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
         if self.drift is not None:
             parts.append(str(self.drift))
-        return "\n\n".join([*parts, self.summary()])
+        return "\n\n".join([*parts, *dict.fromkeys(self.notes), self.summary()])
 
     # --- files ---
 
@@ -281,7 +283,7 @@ class Report:
             raise ValueError(
                 f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
             )
-        lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
+        lists = {name: [_read(kind, item) for item in content.get(name, ())] for name, kind in _KINDS.items()}
         return cls(**lists, drift=_read_drift(content.get("drift")))
 
     def to_html(self, title: str = "int8 report") -> str:
@@ -293,7 +295,7 @@ class Report:
 
 _KINDS: dict[str, Any] = {
     "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
-    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "notes": str,
 }  # fmt: skip
 
 
@@ -452,9 +454,10 @@ def _grouped(misses: Sequence[Miss]) -> list[str]:
 _PRODUCTS: dict[Any, str] = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
-    torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
+    torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
 _ATTENTION = "scaled_dot_product"
+_RECURRENT = "mkldnn_rnn_layer"  # one direction of one layer of an LSTM
 
 
 def collect(graph: fx.Graph) -> Report:
@@ -480,7 +483,18 @@ def collect(graph: fx.Graph) -> Report:
             report.generated.append(_operation(node))
         report.nodes.append(_described(node, kind, shown))
     report.kept_float += _weights_read_elsewhere(graph)
+    report.notes = _notes(graph)
     return report
+
+
+def _notes(graph: fx.Graph) -> list[str]:
+    widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for_bf16")]
+    if not widened:
+        return []
+    return [
+        f"this CPU has no bf16 instructions: {', '.join(widened)} give float32 under autocast, which is then rounded "
+        "to bfloat16"
+    ]
 
 
 # What is float for one of these reasons is so by design; for any other, it should have been int8.
@@ -502,13 +516,13 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "fused"
     if _is_product(node):
         return "product"
-    if qgraph.is_quantize(node):
+    if qgraph.is_quantize(node) or node.target is qgraph.QUANTIZE_TOKEN:
         return "quantize"
-    return "dequantize" if qgraph.is_dequantize(node) else "generated"
+    return "dequantize" if qgraph.is_dequantize(node) or node.target is qgraph.DEQUANTIZE_TOKEN else "generated"
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION)
+    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION) or _operator(node) == _RECURRENT
 
 
 def _operator(node: fx.Node) -> str:
@@ -522,6 +536,7 @@ def _operator(node: fx.Node) -> str:
 
 _PLAIN_NAMES = {
     "_low_memory_max_pool_with_offsets": "max_pool",
+    "quantize_per_token": "quantize", "dequantize_per_token": "dequantize",
     "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
     "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
     "constant_pad_nd": "pad", "_softmax": "softmax",
@@ -531,8 +546,12 @@ _PLAIN_NAMES = {
 def _miss(node: fx.Node) -> Miss:
     from inductor_x86q.passes.fuse import compute
 
-    macs = compute.macs(node) if node.target in _PRODUCTS else _attention_macs(node)
-    operator = _PRODUCTS.get(node.target, "attention")
+    if _operator(node) == _RECURRENT:
+        operator, macs = "lstm", _recurrent_macs(node)
+    elif node.target in _PRODUCTS:
+        operator, macs = _PRODUCTS[node.target], compute.macs(node)
+    else:
+        operator, macs = "attention", _attention_macs(node)
     if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
         operator = "linear"
     return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
@@ -545,7 +564,36 @@ def _attention_macs(node: fx.Node) -> int | None:
     return int(total) if isinstance(total, int) else None
 
 
+def _recurrent_macs(node: fx.Node) -> int | None:
+    """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
+    from inductor_x86q import qgraph
+
+    arguments = qgraph.schema_arguments(node)
+    steps, batch, width = arguments["input"].meta["val"].shape
+    total = steps * batch * 4 * arguments["hidden_size"] * (width + arguments["hidden_size"])
+    return int(total) if isinstance(total, int) else None
+
+
 def _obstacle(node: fx.Node) -> Obstacle:
+    from inductor_x86q import qgraph
+    from inductor_x86q.passes.fuse import compute
+
+    if _is_recurrent(node):
+        return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
+    found = _layer_obstacle(node)
+    is_float_convolution = node.target is compute.CONVOLUTION and found == Obstacle(Reason.NOT_QUANTIZED)
+    if is_float_convolution and any(other.target is qgraph.QUANTIZE_TENSOR for other in node.graph.nodes):
+        return Obstacle(Reason.NOT_QUANTIZED, "dynamic quantization is for linears, convolutions need calibration")
+    return found
+
+
+def _is_recurrent(node: fx.Node) -> bool:
+    """Whether the node is an LSTM's layer or comes from a module of torch.nn.modules.rnn."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return _operator(node) == _RECURRENT or any("torch.nn.modules.rnn." in str(kind) for _, kind in stack.values())
+
+
+def _layer_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import _torch
     from inductor_x86q.passes.fuse import compute
 
@@ -564,6 +612,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     if any(isinstance(size, int) and size == 0 for size in _shape(node)):
         return Obstacle(Reason.NO_KERNEL, "an empty result")
     x, weight = _operands(node)
+    if node.target is torch.ops.aten._int_mm.default:
+        return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
     source = _moved_from(weight)
     if source.op == "get_attr":
         quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))

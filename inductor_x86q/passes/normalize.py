@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
-from inductor_x86q.passes.movement import MOVEMENTS, is_movement
+from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes.movement import MOVEMENTS, RESHAPES, is_movement
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -223,10 +223,10 @@ def _last(node: fx.Node, dimension: Any) -> bool:
     return dimension % rank == rank - 1
 
 
-def _keeps_rows(node: fx.Node) -> bool:
+def keeps_rows(node: fx.Node) -> bool:
     """Whether the node moves whole rows of its first argument: what lies along the last dimension stays together."""
     before, after = qgraph.value(node.args[0]).shape, qgraph.value(node).shape  # type: ignore[arg-type]
-    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
+    if len(before) < 2 or len(after) < 2 or not _torch.known(before[-1] == after[-1]):
         return False
     arguments: Any = node.args
     if node.target in RESHAPES or node.target is aten.clone.default:
@@ -246,7 +246,7 @@ def _find_moved_rows(node: fx.Node) -> Any:
         return No("its input is not a linear of one user")
     if not _dequantized_matrix(linear.args[1]):
         return No("the linear is not quantized")
-    return linear if _keeps_rows(node) else No("it takes rows apart")
+    return linear if keeps_rows(node) else No("it takes rows apart")
 
 
 def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> None:
@@ -266,7 +266,7 @@ def _find_view_of_view(node: fx.Node) -> Any:
     source: Any = node.args[0]
     if not isinstance(source, fx.Node):
         return No("it views no tensor")
-    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+    if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         return source
     if source.target not in RESHAPES or len(source.users) != 1:
         return No("its input is no view of one user")
@@ -275,7 +275,7 @@ def _find_view_of_view(node: fx.Node) -> Any:
 
 def _rewrite_view_of_view(node: fx.Node, source: fx.Node) -> None:
     """A view of a view is a view; a view to the same shape is nothing."""
-    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+    if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         node.replace_all_uses_with(source)
         qgraph.erase_dead(node)
     else:
@@ -353,7 +353,6 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = No
     qgraph.erase_dead(node)
 
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ROW_MOVEMENTS = (
     *RESHAPES,
     aten.clone.default,
@@ -365,6 +364,8 @@ ROW_MOVEMENTS = (
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 
+CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast)
+
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
     Rule("weight with one scale", (qgraph.DEQUANTIZE,), _find_per_tensor_weight, _rewrite_per_tensor_weight),
@@ -374,7 +375,7 @@ RULES = (
         _find_missing_zero_points,
         _rewrite_missing_zero_points,
     ),
-    Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast),
+    CAST,
     Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
