@@ -176,16 +176,19 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
     """Turns the parameters that Dynamo lifted to inputs into attributes of `graph_module`, so that freezing sees them.
 
     Returns the positions of the inputs that remain. Relies on `is_lifted_parameter`, on the example inputs of
-    parameters being real tensors, and on AOTAutograd telling parameters by `_param_name_to_source`.
+    parameters being real tensors, on AOTAutograd telling parameters by `_param_name_to_source`, and on the name of a
+    source's `guard_source` saying whether it goes through a module: a tensor that some module holds keeps its mark
+    where it is passed as an argument, and there it is no constant.
     """
     sources = dict(getattr(graph_module, "_param_name_to_source", None) or {})
     kept: list[int] = []
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        if not is_lifted_parameter(value):
+        source = getattr(node, "_dynamo_source", None)
+        is_argument = source is not None and "NN_MODULE" not in source.guard_source.name
+        if is_argument or not is_lifted_parameter(value):
             kept.append(position)
             continue
-        source = getattr(node, "_dynamo_source", None)
         if isinstance(value, torch.nn.Parameter):
             graph_module.register_parameter(node.name, value)
         else:

@@ -63,6 +63,20 @@ def _rewrite_per_tensor_weight(node: fx.Node, tensor: torch.Tensor) -> None:
     _replace(node, qgraph.DEQUANTIZE_CHANNEL, arguments, node.kwargs)
 
 
+def _find_missing_zero_points(node: fx.Node) -> Any:
+    parameters = qgraph.qparams(node)
+    scale = qgraph.constant(parameters.scale)
+    if parameters.zero_point is not None or scale is None:
+        return No("it has zero points, or its scales are computed at run time")
+    return torch.zeros(scale.shape, dtype=torch.int64)
+
+
+def _rewrite_missing_zero_points(node: fx.Node, zero_points: torch.Tensor) -> None:
+    """A weight without zero points has zeros."""
+    with node.graph.inserting_before(node):
+        node.update_arg(2, qgraph.new_constant(node.graph, zero_points, node))
+
+
 def _find_cast(node: fx.Node) -> Any:
     source, dtype = node.args[0], node.args[1]
     if qgraph.is_dequantize(source) and dtype in FLOATS:
@@ -355,6 +369,12 @@ CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
     Rule("weight with one scale", (qgraph.DEQUANTIZE,), _find_per_tensor_weight, _rewrite_per_tensor_weight),
+    Rule(
+        "weight without zero points",
+        (qgraph.DEQUANTIZE_CHANNEL,),
+        _find_missing_zero_points,
+        _rewrite_missing_zero_points,
+    ),
     CAST,
     Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
