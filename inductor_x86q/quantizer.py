@@ -18,6 +18,7 @@ from torch import fx
 
 from inductor_x86q import _cpu, _torch, qat, qgraph
 from inductor_x86q import _torchao as torchao
+from inductor_x86q.errors import QuantizationError
 
 aten = torch.ops.aten
 
@@ -105,7 +106,7 @@ class X86Quantizer(torchao.Quantizer):
         if dynamic and is_qat:
             raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not _cpu.has_vnni() if reduce_range is None else reduce_range
-        self.exclude = tuple(exclude)
+        self.exclude = _rules(exclude)
         self.is_qat = is_qat
         self.dynamic = dynamic
         self.excluded: list[fx.Node] = []
@@ -133,6 +134,13 @@ class X86Quantizer(torchao.Quantizer):
 
 # Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
 # its kernel takes another scale for symmetric ranges than its observer.
+def _rules(exclude: Any) -> tuple[str | type, ...]:
+    rules = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude) if isinstance(exclude, Iterable) else None
+    if rules is None or not all(isinstance(rule, (str, type)) for rule in rules):
+        raise QuantizationError(f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types")
+    return rules
+
+
 def _activation_spec(bits: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
         observer = torchao.FakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver, eps=2**-12)
