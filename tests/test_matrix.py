@@ -1,7 +1,8 @@
 """Every kind of fused call: its kernel and output type in the generated C++, and its numbers, in one table.
 
 {conv, conv + post-op, conv + add, linear, linear + post-op, linear + add} × {float32, bfloat16} × {int8, float output}
-× {static, dynamic quantization (linears)} × {fixed, dynamic batch}. The cases of one type and batch share a compile.
+× {static, dynamic quantization (linears)} × {fixed, dynamic batch}. The cases of one type and batch share a graph. Those
+of a dynamic batch are compiled; of a fixed one the code is generated, and the fused graph run without compiling it.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ class Block(nn.Module):
         self.post, self.to_int8, self.dynamic = post, to_int8, dynamic
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.post == "add" and self.to_int8:
+            other = QD(x[..., : self.other_features] * 0.5, 0.03, 50)  # an accumulator of integers
+        elif self.post == "add":
+            other = self.first(QD(x * 2, 0.03, 50))
         y = self.layer(dynamically_quantized(x) if self.dynamic else QD(x))
         if self.post == "relu":
             y = torch.relu(y)
-        elif self.post == "add" and self.to_int8:
-            y = y + QD(x[..., : self.other_features] * 0.5, 0.03, 50)  # an accumulator of integers
         elif self.post == "add":
-            y = y + self.first(QD(x * 2, 0.03, 50))
+            y = y + other
         if not self.to_int8:
             return y
         return torch.ops.quantized_decomposed.quantize_per_tensor.default(y, *OUTPUT.values())
@@ -117,7 +120,9 @@ def autocast(enabled: bool) -> contextlib.AbstractContextManager[Any]:
 
 def inputs_of(shapes: tuple[tuple[int, ...], ...]) -> tuple[torch.Tensor, ...]:
     random = torch.Generator().manual_seed(len(shapes[0]) + shapes[0][0])
-    return tuple(torch.rand(shape, generator=random) * 2 - 1 for shape in shapes)
+    image, rows = (torch.rand(shape, generator=random) * 2 - 1 for shape in shapes)
+    # The layout that the kernels write: run without Inductor, which would convert, they take no other accumulator.
+    return image.contiguous(memory_format=torch.channels_last), rows
 
 
 @functools.cache
@@ -129,7 +134,7 @@ def graph(any_batch: bool) -> torch.fx.GraphModule:
 
 @dataclasses.dataclass
 class Results:
-    """Of one compile: the code, the report, and for each batch size called with what came and what should have."""
+    """Of one graph: the code, the report, and for each batch size called with what came and what should have."""
 
     code: str
     report: Report
@@ -138,30 +143,36 @@ class Results:
 
 
 @functools.cache
-def compiled(in_bf16: bool, any_batch: bool) -> Results:
+def results_of(in_bf16: bool, any_batch: bool) -> Results:
     q, inputs = graph(any_batch), inputs_of(SHAPES)
     with autocast(in_bf16), torch.no_grad():
-        if any_batch:
-            for x in inputs:
-                torch._dynamo.mark_dynamic(x, 0)
-        result = testing.compile_once(q, inputs)
-        layers = len(result.report.fused)
-        calls = [(result.outputs, q(*inputs))]
-        if any_batch:
-            more = inputs_of(MORE)
-            calls.append((result.run(*more), q(*more)))
+        return compiled(q, inputs) if any_batch else uncompiled(q, inputs)
+
+
+def compiled(q: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Results:
+    for x in inputs:
+        torch._dynamo.mark_dynamic(x, 0)
+    result = testing.compile_once(q, inputs)
+    layers = len(result.report.fused)
+    more = inputs_of(MORE)
+    calls = [(result.outputs, q(*inputs)), (result.run(*more), q(*more))]
     return Results(result.code, result.report, len(result.report.fused) // layers, calls)
+
+
+def uncompiled(q: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Results:
+    outputs, report = inspection.run_fused(q, inputs)
+    return Results(inspection.cpp_code(q, inputs), report, 1, [(outputs, q(*inputs))])
 
 
 def output_types(code: str, layer: str) -> dict[str, str]:
     """The onednn kernels that serve a layer, with the type of what each writes."""
     types = dict(re.findall(r"int32_t (var_\d+) = cached_torch_dtype_(\w+);", code))
     found = {}
-    for line in codegen.only_layer(code, layer).splitlines():
+    calls = codegen.only_layer(code, layer).split("\n\n")[0]  # then follow the generated kernels
+    for line in calls.splitlines():
         for name in codegen.kernel_calls(f"inductor_entry_impl(\n    {line}\n"):
             if name in testing.INT8_KERNELS:
-                (variable,) = re.findall(r"&(var_\d+)", line)
-                found[name] = types[variable]
+                (found[name],) = (types[variable] for variable in re.findall(r"&(var_\d+)", line) if variable in types)
     return found
 
 
@@ -178,7 +189,7 @@ def check_numbers(case: Case, actual: torch.Tensor, reference: torch.Tensor) -> 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused(case: Case) -> None:
-    results = compiled(case.autocast, case.any_batch)
+    results = results_of(case.autocast, case.any_batch)
     layer = f"blocks.{case.number}.layer"
     assert output_types(results.code, layer) == {case.kernel: case.output_type(_cpu.has_bf16())}
     for actual, reference in results.calls:
@@ -189,7 +200,7 @@ def test_fused(case: Case) -> None:
 @pytest.mark.parametrize("in_bf16", [False, True], ids=["fp32", "bf16"])
 def test_nothing_else(in_bf16: bool, any_batch: bool) -> None:
     """All layers are int8 calls, in one compile for all batch sizes, and float additions write in place."""
-    results = compiled(in_bf16, any_batch)
+    results = results_of(in_bf16, any_batch)
     assert not results.report.missed and not results.report.kept_float
     assert not testing.float_calls(results.code)
     assert results.compiles == 1
@@ -214,18 +225,17 @@ def bf16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def with_bf16_kernels(any_batch: bool) -> tuple[str, list[torch.Tensor], list[torch.Tensor]]:
-    """Generated code, what the fused graph computes when run eagerly, and the reference."""
-    q, inputs = graph(any_batch), inputs_of(SHAPES)
-    if any_batch:
-        for x in inputs:
-            torch._dynamo.mark_dynamic(x, 0)
+def with_bf16_kernels(any_batch: bool) -> Results:
+    inputs = inputs_of(SHAPES)
+    for x in inputs if any_batch else ():
+        torch._dynamo.mark_dynamic(x, 0)
     with autocast(True), torch.no_grad():
-        return inspection.cpp_code(q, inputs), inspection.run_fused(q, inputs)[0], q(*inputs)
+        return uncompiled(graph(any_batch), inputs)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.autocast], ids=str)
 def test_fused_with_bf16_kernels(case: Case, bf16_kernels: None) -> None:
-    code, actual, reference = with_bf16_kernels(case.any_batch)
-    assert output_types(code, f"blocks.{case.number}.layer") == {case.kernel: case.output_type(True)}
+    results = with_bf16_kernels(case.any_batch)
+    ((actual, reference),) = results.calls
+    assert output_types(results.code, f"blocks.{case.number}.layer") == {case.kernel: case.output_type(True)}
     check_numbers(case, actual[case.number], reference[case.number])
