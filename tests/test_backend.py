@@ -143,6 +143,12 @@ def test_inputs_may_come_after_parameters(net: fx.GraphModule, image: torch.Tens
         assert_close(compiled(model)(x, image), model(x, image))
 
 
+def test_freezing_cannot_be_switched_off(net: fx.GraphModule, image: torch.Tensor) -> None:
+    compiled = torch.compile(net, backend="inductor_x86q", options={"freezing": False})
+    with pytest.raises(Exception, match="option `freezing` is False: the int8 passes run on frozen weights only"):
+        compiled(image)
+
+
 @pytest.mark.parametrize("freezing", [True, False])
 def test_global_freezing_makes_no_difference(net: fx.GraphModule, image: torch.Tensor, freezing: bool) -> None:
     with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
