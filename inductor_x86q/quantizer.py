@@ -132,8 +132,6 @@ class X86Quantizer(torchao.Quantizer):
         return False
 
 
-# Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
-# its kernel takes another scale for symmetric ranges than its observer.
 def _rules(exclude: Any) -> tuple[str | type, ...]:
     rules = (
         (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude) if isinstance(exclude, Iterable) else None
@@ -145,6 +143,8 @@ def _rules(exclude: Any) -> tuple[str | type, ...]:
     return rules
 
 
+# Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
+# its kernel takes another scale for symmetric ranges than its observer.
 def _activation_spec(bits: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
         observer = torchao.FakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver, eps=2**-12)
