@@ -101,7 +101,7 @@ def decompose_node(graph_module: fx.GraphModule, node: fx.Node) -> None:
     def call(*values: torch.Tensor) -> torch.Tensor:
         pending = iter(values)
         arguments = [next(pending) if isinstance(a, fx.Node) else a for a in node.args]
-        return node.target(*arguments, **node.kwargs)
+        return node.target(*arguments, **node.kwargs)  # type: ignore[operator]
 
     fakes = [t.meta["val"] for t in tensors]
     with fakes[0].fake_mode:
@@ -199,7 +199,7 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
         attribute.meta.update(node.meta)
         node.replace_all_uses_with(attribute)
         graph_module.graph.erase_node(node)
-    graph_module._param_name_to_source = sources
+    graph_module._param_name_to_source = sources  # type: ignore[assignment]
     graph_module.recompile()
     return kept
 

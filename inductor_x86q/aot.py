@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -16,11 +15,9 @@ import inductor_x86q
 from inductor_x86q import _torch
 from inductor_x86q.backend import require_compilable, run_passes, settings
 from inductor_x86q.errors import CompileError
-from inductor_x86q.report import Fusion, Miss, Obstacle, Reason, Report
+from inductor_x86q.report import Report
 
 REPORT_FILE = "inductor_x86q_report.json"
-# Raised when a reader of the old layout could misread the new one.
-REPORT_FORMAT = 1
 
 # What differs from Inductor's defaults, where this torch has the option: line tables make a tenth of a small package
 # and name directories of the machine that built it.
@@ -41,7 +38,8 @@ def package(
     Load it with `torch._inductor.aoti_load_package(path)`, or in C++ with `torch::inductor::AOTIModelPackageLoader`.
     It holds machine code and weights packed for this CPU, so it runs on machines with the same instruction sets. It
     takes inputs of the example's shapes, types and strides; set AOTI_RUNTIME_CHECK_INPUTS=1 to have them checked at
-    each call.
+    each call. Generated kernels keep the number of threads that torch has while packaging: call
+    `torch.set_num_threads` first, or pass the option `cpp.dynamic_threads`, where that is not what will serve.
 
     Args:
         model: what `quantize`, `convert` or `convert_pt2e` returned, or such a model after `torch.export.load`.
@@ -99,6 +97,14 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     return _from_json(text, name)
 
 
+def is_package(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a package made by `package` at the path; False for any other file and for none."""
+    try:
+        return _torch.read_extra_file(os.fspath(path), REPORT_FILE) is not None
+    except RuntimeError:
+        return False
+
+
 def _check_arguments(model: Any, example_inputs: Any, path: str | os.PathLike[str]) -> str:
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"model is a {type(model).__name__}: expected what quantize() or convert_pt2e() returned")
@@ -121,40 +127,14 @@ def _defaults() -> dict[str, Any]:
 
 
 def _to_json(report: Report) -> str:
-    def encode(value: Any) -> Any:
-        if isinstance(value, Reason):
-            return value.name
-        raise TypeError(f"{type(value).__name__} has no JSON form")
-
-    head = {"format": REPORT_FORMAT, "inductor_x86q": inductor_x86q.__version__, "torch": torch.__version__}
-    return json.dumps({**head, "report": dataclasses.asdict(report)}, default=encode, indent=1)
+    """The report in its own schema, and beside it what made the package."""
+    made_by = {"inductor_x86q": inductor_x86q.__version__, "torch": torch.__version__}
+    return json.dumps({**made_by, "report": json.loads(report.to_json())}, indent=1)
 
 
 def _from_json(text: str, name: str) -> Report:
     stored = json.loads(text)
-    if stored["format"] != REPORT_FORMAT:
-        raise CompileError(
-            f"the report in {name!r} has format {stored['format']}, this version reads {REPORT_FORMAT}: it was written "
-            f"by inductor_x86q {stored['inductor_x86q']}"
-        )
-    report = _known(Report, stored["report"])
-    report["fused"] = [Fusion(**_tuples(_known(Fusion, row))) for row in report["fused"]]
-    for column in ("missed", "kept_float"):
-        report[column] = [_miss(row) for row in report[column]]
-    return Report(**report)
-
-
-def _miss(row: dict[str, Any]) -> Miss:
-    obstacle = _known(Obstacle, row["obstacle"])
-    obstacle["reason"] = Reason[obstacle["reason"]]
-    return Miss(**_tuples({**_known(Miss, row), "obstacle": Obstacle(**obstacle)}))
-
-
-def _known(kind: type, row: dict[str, Any]) -> dict[str, Any]:
-    """The fields that this version knows; a later one may have added some."""
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {key: value for key, value in row.items() if key in names}
-
-
-def _tuples(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    try:
+        return Report.from_json(json.dumps(stored["report"]))
+    except ValueError as error:
+        raise CompileError(f"{name!r}, made by inductor_x86q {stored['inductor_x86q']}: {error}") from error

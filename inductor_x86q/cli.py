@@ -25,13 +25,15 @@ from inductor_x86q import bench, coverage
 if TYPE_CHECKING:
     import torch
 
+    from inductor_x86q.report import Report
+
 DONE, FAILED, UNUSABLE = 0, 1, 2
 
 _MODELS = """\
 MODEL is one of
   torchvision:resnet18       a torchvision model with random weights (needs torchvision)
   package.module:factory     what factory() returns: a torch.nn.Module; the current directory is searched first
-  model.pt2                  a program saved by torch.export.save
+  model.pt2                  a program saved by torch.export.save, or for `explain` a package made by `package`
 
 A model that is quantized already (its graph has quantize/dequantize nodes) is taken as it is. A float model is
 quantized with random calibration data: kernels and times are those of real data, results are not.
@@ -132,18 +134,35 @@ def _quiet() -> None:
 
 
 def _explain(parsed: Any) -> int:
-    from inductor_x86q import inspection
-
-    model, inputs, original = _loaded(parsed)
-    drift = parsed.drift and (original or True)
-    with _step("compiling and measuring" if parsed.timing else "running the passes"):
-        report = inspection.explain(model, inputs, timing=parsed.timing, drift=drift, **_compile_arguments(parsed))
+    report = _stored_report(parsed) or _computed_report(parsed)
     if parsed.json != Path("-"):
         print(report)
     for path, content in ((parsed.json, report.to_json), (parsed.html, lambda: report.to_html(parsed.model))):
         if path is not None:
             _write(path, content() + "\n")
     return FAILED if parsed.strict and report.missed else DONE
+
+
+def _stored_report(parsed: Any) -> Report | None:
+    """The report inside MODEL where that is a package; None for any other MODEL."""
+    from inductor_x86q import aot
+
+    if not parsed.model.endswith(".pt2") or not aot.is_package(parsed.model):
+        return None
+    given = [name for name in ("input", "mode", "option", "timing") if getattr(parsed, name)]
+    if given:
+        raise Unusable(f"{parsed.model!r} is a package, compiled already: --{given[0]} needs the model it was made of")
+    with _step("reading the package"):
+        return aot.read_report(parsed.model)
+
+
+def _computed_report(parsed: Any) -> Report:
+    from inductor_x86q import inspection
+
+    model, inputs, original = _loaded(parsed)
+    drift = parsed.drift and (original or True)
+    with _step("compiling and measuring" if parsed.timing else "running the passes"):
+        return inspection.explain(model, inputs, timing=parsed.timing, drift=drift, **_compile_arguments(parsed))
 
 
 def _code(parsed: Any) -> int:

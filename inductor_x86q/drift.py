@@ -144,7 +144,7 @@ class _Run(fx.Interpreter):
         if value.is_floating_point():
             return value.to(qgraph.out_dtype(node))
         name = _weight_name(node)
-        return self.weights[name] if name in self.weights else super().run_node(node)
+        return self.weights[name] if name is not None and name in self.weights else super().run_node(node)
 
     def _rounded(self, node: fx.Node) -> Any:
         quantize: Any = node.args[0]

@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -362,7 +362,7 @@ def _progress(calls: Iterable[Any]) -> Iterator[Any]:
     """A progress bar on a terminal, nothing elsewhere (tqdm where it is installed, else the one in torch.hub)."""
     from torch.hub import tqdm
 
-    total = len(calls) if hasattr(calls, "__len__") else None
+    total = len(calls) if isinstance(calls, Sized) else None
     with tqdm(total=total, desc="calibrating", unit="batch", disable=total is None or not sys.stderr.isatty()) as bar:
         for call in calls:
             yield call

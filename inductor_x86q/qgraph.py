@@ -140,8 +140,8 @@ def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Nod
     """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
     module = graph.owning_module
     assert module is not None
-    number = getattr(module, "_x86q_constants", 0)
-    module._x86q_constants = number + 1
+    number: int = getattr(module, "_x86q_constants", 0)  # type: ignore[assignment]
+    module._x86q_constants = number + 1  # type: ignore[assignment]
     name = f"_x86q_constant{number}"
     _torch.mark_frozen(tensor)
     module.register_buffer(name, tensor)

@@ -276,9 +276,11 @@ class _Plan:
         """Whether whatever makes the value clips it to any range on the way: a generated kernel does, and a call that
         ends in nothing else than a clip. It need not where data is only moved: that shares its range with the source.
         """
-        start, *rest = self.starts.get(value, [None])
-        if start is None:
+        if self.dynamic:  # every input is quantized by a generated kernel, and loses more by a bit than a weight does
+            return False
+        if value not in self.starts:
             return True
+        start, *rest = self.starts[value]
         return start.target in CLIPPING and all(
             node.target in CLIPS for node in rest if node is not self.norms.get(start)
         )
@@ -322,10 +324,10 @@ def _compute_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def _repeats_one_matrix(weight: fx.Node) -> bool:
     """Whether a batch of matrices is one matrix, expanded."""
-    return (
-        weight.target is aten.expand.default
-        and weight.args[0].meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
-    )  # type: ignore[union-attr]
+    if weight.target is not aten.expand.default:
+        return False
+    source: Any = weight.args[0]
+    return source.meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -354,8 +356,8 @@ def _shares(node: fx.Node) -> bool:
     if node.target in PADS:
         arguments = dict(zip(("mode", "value"), node.args[2:], strict=False)) | node.kwargs
         if node.target is aten.constant_pad_nd.default:
-            return not (node.args[2] if len(node.args) > 2 else 0)
-        return arguments.get("mode", "constant") != "constant" or not arguments.get("value")
+            return not (node.args[2] if len(node.args) > 2 else 0)  # type: ignore[return-value]
+        return bool(arguments.get("mode", "constant") != "constant" or not arguments.get("value"))
     return node.target in SHARING
 
 

@@ -351,7 +351,8 @@ def _renamed(report: Report, taken: set[str]) -> Report:
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
-    return Report(**{kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS})
+    lists: dict[str, Any] = {kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS}
+    return Report(**lists)
 
 
 def _total(items: Iterable[Fusion | Miss]) -> int:
@@ -597,12 +598,12 @@ def _layer_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import _torch
     from inductor_x86q.passes.fuse import compute
 
-    if node.target in (compute.CONVOLUTION, compute.LINEAR):
-        with _torch.disable_modes():  # it looks at the weights' numbers
-            found = compute.obstacle(node)
-        assert found is not None, f"{node} is eligible and was not fused"
-        return found
-    return _product_obstacle(node)
+    with _torch.disable_modes():  # it looks at the weights' numbers
+        if node.target not in (compute.CONVOLUTION, compute.LINEAR):
+            return _product_obstacle(node)
+        found = compute.obstacle(node)
+    assert found is not None, f"{node} is eligible and was not fused"
+    return found
 
 
 def _product_obstacle(node: fx.Node) -> Obstacle:
@@ -616,18 +617,34 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
         return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
     source = _moved_from(weight)
     if source.op == "get_attr":
-        quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))
-        return Obstacle(Reason.WEIGHT_NOT_QUANTIZED if quantized else Reason.NOT_QUANTIZED)
-    dequantize = _moved_from(weight, through_qdq=False)
-    if qgraph.is_dequantize(dequantize) and _moved_from(dequantize.args[0], through_qdq=False).op == "placeholder":
+        if qgraph.is_dequantize(_moved_from(x, through_qdq=False)):
+            return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
+        if _holds_int8(qgraph.constant(source)):
+            return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
+        return Obstacle(Reason.NOT_QUANTIZED)
+    dequantize: Any = _moved_from(weight, through_qdq=False)
+    # An input of the graph that is quantized as weights are is taken for one, any other for an activation.
+    if source.op == "placeholder" and qgraph.is_dequantize(dequantize) and _is_symmetric(qgraph.qparams(dequantize)):
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
+
+
+def _holds_int8(weight: torch.Tensor | None) -> bool:
+    """Whether a float matrix holds 8-bit integers: what constant folding leaves of a weight that is scaled behind."""
+    if weight is None or not weight.is_floating_point() or weight.is_mkldnn or weight.numel() < 2:
+        return False
+    low, high = weight.aminmax()
+    return bool(-128 <= low < 0 < high <= 127) and bool((weight == weight.round()).all())
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two factors of a product; of attention, queries and keys."""
     position = 1 if _operator(node) in ("addmm", "baddbmm") else 0
     return node.args[position], node.args[position + 1]  # type: ignore[return-value]
+
+
+def _is_symmetric(parameters: Any) -> bool:
+    return parameters.dtype == torch.int8 and isinstance(parameters.zero_point, int) and parameters.zero_point == 0
 
 
 def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:

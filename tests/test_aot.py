@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q import aot
+from inductor_x86q import aot, cli
 from inductor_x86q.errors import CompileError, StrictError
-from inductor_x86q.report import Fusion, Miss, Obstacle, Reason, Report
+from inductor_x86q.report import Operation, Reason, Report, RuleCount
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,22 +109,33 @@ def test_the_report_inside_is_read_back(static, any_batch):
 
 def test_the_report_is_where_torch_puts_extra_files(static):
     contents = torch.export.pt2_archive._package.load_pt2(static)
-    assert '"format": 1' in contents.extra_files[aot.REPORT_FILE]
+    assert '"schema": "inductor_x86q.report"' in contents.extra_files[aot.REPORT_FILE]
     assert "model" in contents.aoti_runners
 
 
-def test_every_field_of_a_report_survives():
-    fusion = Fusion("a.b", "onednn.qconv", "conv", ("relu",), "uint8", "int8", "float32", ("s0", 3), None, "model.py:3")
-    miss = Miss("c", "linear", Obstacle(Reason.WEIGHT_TYPE, "why"), (1, 2), 7, "model.py:4")
-    report = Report([fusion], [miss], [miss], ["quantize"], ["dequantize"])
-    assert aot._from_json(aot._to_json(report), "x.pt2") == report
+def test_a_report_from_a_package_can_be_shown_as_the_one_of_explain(model, static):
+    """All of it comes back typed: nodes, generated operations and passes too."""
+    q, x = model
+    stored, explained = aot.read_report(static), inductor_x86q.explain(q, (x,))
+    assert stored.summary() == explained.summary()
+    assert stored.table(120) == explained.table(120)
+    assert [n.kind for n in stored.nodes] == [n.kind for n in explained.nodes]
+    assert [n.shape for n in stored.nodes if n.kind == "input"] == [(4, 3, 16, 16)]
+    assert {type(item) for item in stored.generated} == {Operation} and {type(i) for i in stored.passes} == {RuleCount}
 
 
-def test_the_report_of_a_later_version_is_read_and_of_another_format_refused():
+def test_the_command_line_explains_a_package(static, tmp_path, capsys):
+    assert cli.main(["explain", static, "--strict"]) == cli.DONE
+    assert "4 of 4 layers in int8" in capsys.readouterr().out
+    assert cli.main(["explain", static, "--timing"]) == cli.UNUSABLE
+    assert "is a package, compiled already: --timing needs the model" in capsys.readouterr().err
+
+
+def test_the_report_of_a_later_version_is_read_and_of_a_later_schema_refused():
     text = aot._to_json(Report([], [], []))
     assert aot._from_json(text.replace('"missed"', '"unheard_of": 1, "missed"'), "x.pt2") == Report([], [], [])
-    with pytest.raises(CompileError, match=r"'x.pt2' has format 2, this version reads 1"):
-        aot._from_json(text.replace('"format": 1', '"format": 2'), "x.pt2")
+    with pytest.raises(CompileError, match=r"'x.pt2', made by inductor_x86q .*: the report has version 99"):
+        aot._from_json(text.replace('"version": 1', '"version": 99'), "x.pt2")
 
 
 def test_weights_are_stored_once_in_int8(static):

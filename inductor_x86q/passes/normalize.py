@@ -252,7 +252,7 @@ def _find_moved_rows(node: fx.Node) -> Any:
 def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> None:
     """move(linear(x)) → linear(move(x)) where whole rows move: what follows then stands next to the linear."""
     x: Any = linear.args[0]
-    arguments = list(node.args[1:])
+    arguments: list[Any] = list(node.args[1:])
     if node.target in RESHAPES:
         arguments = [[*list(arguments[0])[:-1], qgraph.value(x).shape[-1]]]
     with node.graph.inserting_before(node):

@@ -42,7 +42,7 @@ def _uniform_value(node: Any) -> float | None:
 
 def _find_row_scales(node: fx.Node) -> Any:
     x: Any = node.args[0]
-    moves = []
+    moves: list[fx.Node] = []
     while isinstance(x, fx.Node) and x.target in ROW_MOVEMENTS and keeps_rows(x):
         moves.insert(0, x)
         x = x.args[0]
@@ -86,8 +86,9 @@ def _moved(x: fx.Node, move: fx.Node, arguments: tuple[Any, ...]) -> fx.Node:
 
 def _arguments_for_scales(move: fx.Node) -> tuple[Any, ...]:
     """A movement's arguments for a tensor whose last dimension is 1."""
+    shape: Any = move.args[1]
     if move.target in RESHAPES:
-        return ([*list(move.args[1])[:-1], 1],)  # type: ignore[call-overload]
+        return ([*shape[:-1], 1],)
     return tuple(move.args[1:])
 
 
@@ -149,7 +150,8 @@ def _find_channel_scales(node: fx.Node) -> Any:
         scales = qgraph.constant(factor)
         if scales is None or not isinstance(source, fx.Node):
             continue
-        linear, rows = source, None
+        linear: Any = source
+        rows: Any = None
         if source.target is aten.mul.Tensor and len(source.users) == 1:
             linear, rows = next((pair for pair in _operands(source) if _unscaled(pair[0])), (None, None))
         if not _unscaled(linear) or qgraph.value(node).dtype != torch.float32:

@@ -46,7 +46,7 @@ def _find_there_and_back(node: fx.Node) -> Any:
     rounded: Any = node.args[0]
     if node.args[1] != torch.float32 or not isinstance(rounded, fx.Node) or rounded.target is not CONVERT:
         return No("it widens no rounded value")
-    call = rounded.args[0]
+    call: Any = rounded.args[0]
     return call if is_call(call) and qgraph.value(call).dtype == torch.float32 else No("what was rounded is no call")
 
 
