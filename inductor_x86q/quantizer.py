@@ -135,9 +135,13 @@ class X86Quantizer(torchao.Quantizer):
 # Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
 # its kernel takes another scale for symmetric ranges than its observer.
 def _rules(exclude: Any) -> tuple[str | type, ...]:
-    rules = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude) if isinstance(exclude, Iterable) else None
+    rules = (
+        (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude) if isinstance(exclude, Iterable) else None
+    )
     if rules is None or not all(isinstance(rule, (str, type)) for rule in rules):
-        raise QuantizationError(f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types")
+        raise QuantizationError(
+            f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types"
+        )
     return rules
 
 

@@ -65,7 +65,9 @@ def test_drift_finds_the_layer_made_bad(quantized: tuple[torch.nn.Module, Any, t
     from inductor_x86q import qgraph
 
     network, q, photos = quantized
-    depthwise = [n for n in q.graph.nodes if str(n.target).startswith("aten.conv2d") and qgraph.is_dequantize(n.args[0])]
+    depthwise = [
+        n for n in q.graph.nodes if str(n.target).startswith("aten.conv2d") and qgraph.is_dequantize(n.args[0])
+    ]
     bad = depthwise[len(depthwise) // 2]
     dequantize = bad.args[0]
     quantize = dequantize.args[0]
