@@ -50,6 +50,8 @@ class Settings:
 
 def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     """Checks and merges what `torch.compile` passed on; raises CompileError for what is not known."""
+    if options is not None and not isinstance(options, Mapping):
+        raise CompileError(f"options is a {type(options).__name__}: expected a dictionary of names and values")
     given = dict(options or {})
     own = {name: given.pop(name) for name in OWN_OPTIONS if name in given}
     known = _torch.config_keys()

@@ -127,6 +127,10 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad. What
     `prepare_qat` returned is not changed, and can be trained further.
     """
+    if not isinstance(prepared, fx.GraphModule):
+        raise QuantizationError(
+            f"prepared is a {type(prepared).__name__}: expected what prepare_qat() or prepare_pt2e() returned"
+        )
     if isinstance(prepared, qat.TrainingGraph):
         prepared = copy.deepcopy(prepared)
     qat.fold(prepared)
@@ -319,11 +323,24 @@ def _finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
 
 def _calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:
     """Runs all calls; where the graph takes one batch size only, cuts and pads batches to it."""
+    if not isinstance(calibration, Iterable):
+        raise QuantizationError(
+            f"calibration is a {type(calibration).__name__}: expected an iterable of calls, each a tuple of arguments"
+        )
     count = 0
     for call in _progress(calibration):
         inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
-        for part in _fitted(inputs, fixed_batch):
-            prepared(*part)
+        try:
+            for part in _fitted(inputs, fixed_batch):
+                prepared(*part)
+        except QuantizationError:
+            raise
+        except Exception as error:  # whatever the model, or the guards of its export, raise
+            got = ", ".join(str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs)
+            reason = next(iter(str(error).splitlines()), "")
+            raise QuantizationError(
+                f"calibration call {count} does not fit the model: ({got}): {type(error).__name__}: {reason[:300]}"
+            ) from error
         count += 1
     if not count:
         raise QuantizationError("no calibration data: the iterable was empty")

@@ -18,6 +18,7 @@ from torch import fx
 
 from inductor_x86q import _cpu, _torch, qat, qgraph
 from inductor_x86q import _torchao as torchao
+from inductor_x86q.errors import QuantizationError
 
 aten = torch.ops.aten
 
@@ -105,7 +106,7 @@ class X86Quantizer(torchao.Quantizer):
         if dynamic and is_qat:
             raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not _cpu.has_vnni() if reduce_range is None else reduce_range
-        self.exclude = tuple(exclude)
+        self.exclude = _rules(exclude)
         self.is_qat = is_qat
         self.dynamic = dynamic
         self.excluded: list[fx.Node] = []
@@ -129,6 +130,17 @@ class X86Quantizer(torchao.Quantizer):
                 elif kind in (f"{rule.__module__}.{rule.__qualname__}", rule):
                     return True
         return False
+
+
+def _rules(exclude: Any) -> tuple[str | type, ...]:
+    rules = (
+        (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude) if isinstance(exclude, Iterable) else None
+    )
+    if rules is None or not all(isinstance(rule, (str, type)) for rule in rules):
+        raise QuantizationError(
+            f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types"
+        )
+    return rules
 
 
 # Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
@@ -172,8 +184,8 @@ class _Plan:
     """What to quantize.
 
     `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
-    a fused region, the region's last value, which is the only one of them that may be quantized; `starts` is the way
-    back. `wanted`: the values to quantize. `norms`: of each convolution and linear the batch norm that will be folded
+    a fused region, the region's last value, which is the only one of them that may be quantized; `starts` has for that
+    one the operator and what the call does behind it. `wanted`: the values to quantize. `norms`: of each convolution and linear the batch norm that will be folded
     into it, while training.
 
     A `dynamic` plan has linears only, and quantizes what they read and nothing else: to know the range of a value, all
@@ -209,20 +221,25 @@ class _Plan:
                 self.wanted.add(node)
 
     def _find_region(self, start: fx.Node) -> None:
-        """What one call will compute: the operator, then an activation, or an addition with a relu behind it."""
-        region = [start, self.norms[start]] if start in self.norms else [start]
-        user = qgraph.only_user(region[-1])
+        """What one call will compute: the operator with what its weight takes up, a batch norm or a constant factor;
+        then an activation, or an addition with a relu behind it."""
+        layer = [start, self.norms[start]] if start in self.norms else [start]
+        user = qgraph.only_user(layer[-1])
+        if user is not None and _is_factor(user):
+            layer.append(user)
+            user = qgraph.only_user(user)
+        behind = []
         if user is not None and user.target in ACTIVATIONS:
-            region.append(user)
+            behind.append(user)
         elif user is not None and user not in self._claimed and _is_plain_addition(user):
             self._claimed.add(user)
-            region.append(user)
+            behind.append(user)
             user = qgraph.only_user(user)
             if user is not None and user.target in RELUS:
-                region.append(user)
-        for node in region:
-            self.ends[node] = region[-1]
-        self.starts[region[-1]] = region
+                behind.append(user)
+        for node in (*layer, *behind):
+            self.ends[node] = (*layer, *behind)[-1]
+        self.starts[self.ends[start]] = [start, *behind]
 
     def _is_wanted(self, node: fx.Node) -> bool:
         if not _is_float(node) or self.ends.get(node, node) is not node or qgraph.is_constant(node):
@@ -273,9 +290,7 @@ class _Plan:
         if value not in self.starts:
             return True
         start, *rest = self.starts[value]
-        return start.target in CLIPPING and all(
-            node.target in CLIPS for node in rest if node is not self.norms.get(start)
-        )
+        return start.target in CLIPPING and all(node.target in CLIPS for node in rest)
 
     def slots(self, value: fx.Node) -> list[Any]:
         """Where to quantize the value: at the node, for all its users, or only on the edges that lead to int8."""
@@ -329,6 +344,11 @@ def _is_float(node: fx.Node) -> bool:
 
 def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def _is_factor(node: fx.Node) -> bool:
+    """Whether the node multiplies by a constant."""
+    return node.target is aten.mul.Tensor and any(isinstance(x, fx.Node) and qgraph.is_constant(x) for x in node.args)
 
 
 def _is_plain_addition(node: fx.Node) -> bool:

@@ -623,7 +623,8 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
             return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
         return Obstacle(Reason.NOT_QUANTIZED)
     dequantize: Any = _moved_from(weight, through_qdq=False)
-    if qgraph.is_dequantize(dequantize) and _moved_from(dequantize.args[0], through_qdq=False).op == "placeholder":
+    # An input of the graph that is quantized as weights are is taken for one, any other for an activation.
+    if source.op == "placeholder" and qgraph.is_dequantize(dequantize) and _is_symmetric(qgraph.qparams(dequantize)):
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
 
@@ -640,6 +641,10 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two factors of a product; of attention, queries and keys."""
     position = 1 if _operator(node) in ("addmm", "baddbmm") else 0
     return node.args[position], node.args[position + 1]  # type: ignore[return-value]
+
+
+def _is_symmetric(parameters: Any) -> bool:
+    return parameters.dtype == torch.int8 and isinstance(parameters.zero_point, int) and parameters.zero_point == 0
 
 
 def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:

@@ -201,7 +201,7 @@ BROKEN = {
         Broken("take any lower bound for relu", normalize._find_clamp, "high is None and low == 0", "high is None",
                "clamp on one side"),
         Broken("take any gate for its own", normalize._find_gated, "gate.args[0] is x", "True", "gate of another"),
-        Broken("move a transpose before a linear", normalize._keeps_rows, "_last(node, arguments[1][-1])", "True",
+        Broken("move a transpose before a linear", normalize.keeps_rows, "_last(node, arguments[1][-1])", "True",
                "transposed linear"),
     ],
     "propagate": [

@@ -196,6 +196,23 @@ def bits_of_layers(graph_module: torch.fx.GraphModule) -> dict[str, tuple[int, .
     return found
 
 
+def test_a_constant_factor_belongs_to_its_convolution() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.gamma = nn.Parameter(torch.linspace(-1, 2, 8).view(8, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x) * self.gamma))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    report = inductor_x86q.explain(quantized(Scaled().eval(), (x,)), (x,))
+    assert [fusion.absorbed for fusion in report.fused] == [("relu", "quantize"), ()]
+    assert len(report.quantizes_left) == 1
+
+
 def test_weights_are_stored_in_int8_under_their_own_names_and_nothing_else() -> None:
     stored = {name: tensor.dtype for name, tensor in quantized(residual(), (image(),)).state_dict().items()}
     for name in ("first", "second", "head"):

@@ -114,6 +114,11 @@ FOUND = {
 }  # fmt: skip
 
 
+FOUND["a convolution of an int8 input of the graph"] = written(
+    f"""a = q.dequantize_per_tensor(x, 0.02, 60, 0, 127, torch.uint8)
+    y = F.conv2d(a, {PER_TENSOR}, None, 1, 1)""",
+    {"c0": "integers(0, (2, 2, 3, 3), -60, 60, torch.int8)"},
+    {"x": "integers(SEED, (1, 2, 4, 3), 0, 127, torch.uint8)"})  # fmt: skip
 FOUND["a uint8 product added to int8"] = written(
     f"""i = q.quantize_per_tensor(x, 0.02, 60, 0, 127, torch.uint8)
     a = q.dequantize_per_tensor(i, 0.02, 60, 0, 127, torch.uint8)

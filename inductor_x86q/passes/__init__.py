@@ -10,7 +10,7 @@ from torch import fx
 
 import inductor_x86q
 from inductor_x86q import _torch
-from inductor_x86q.passes import channels, finish, fuse, normalize, propagate, row_scales
+from inductor_x86q.passes import channel_factors, channels, finish, fuse, normalize, propagate, row_scales
 from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
 
 __all__ = ["STAGES", "No", "Rule", "register_pass", "run"]
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 STAGES = (
     Stage(
         "normalize",
-        (*normalize.RULES, *row_scales.RULES),
+        (*normalize.RULES, *channel_factors.RULES, *row_scales.RULES),
         before="The graph is as AOTAutograd leaves it, parameters are constants.",
         after="Each thing has one spelling: constant scales are numbers, weights are per channel, a linear is `linear`.",
         check=normalize.check,

@@ -36,9 +36,9 @@ def _channels(node: fx.Node) -> int:
 
 def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
     """What the node is a channel shuffle of, and by how many groups: view, transposition, (clone,) view."""
-    chain: Any = node.args[0]
     if node.target not in RESHAPES:
         return None
+    chain: Any = node.args[0]
     if chain.target is aten.clone.default:
         chain = chain.args[0]
     if chain.target not in (aten.permute.default, aten.transpose.int) or chain.args[0].target not in RESHAPES:

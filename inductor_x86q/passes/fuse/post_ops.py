@@ -210,6 +210,8 @@ def _find_quantize(node: fx.Node) -> Any:
         return No(f"the call reads {input_dtype}, and Inductor knows no other int8 type for its output")
     if not (math.isfinite(parameters.scale) and parameters.scale > 0):
         return No(f"its scale is {parameters.scale}")
+    if parameters.quant_min > parameters.quant_max:
+        return No(f"its range is empty: {parameters.quant_min} to {parameters.quant_max}")
     if call.binary and call.binary.kind == "sum":
         dtype = qgraph.value(call.binary.other).dtype
         if dtype != parameters.dtype:
