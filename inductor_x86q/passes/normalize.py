@@ -97,6 +97,8 @@ def _find_constant_view(node: fx.Node) -> Any:
     scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
     if scale is None or zero_point is None or not is_movement(node):
         return No("its scales are computed at run time")
+    if node.target is aten.clone.default:  # moves nothing: what is left of a change of layout
+        return tensor.contiguous(), scale, zero_point, parameters.axis
     channel = torch.arange(tensor.shape[parameters.axis])
     shape = [1] * tensor.dim()
     shape[parameters.axis] = -1
