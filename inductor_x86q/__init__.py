@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
-    from inductor_x86q.pt2e import convert, quantize
+    from inductor_x86q.pt2e import convert, prepare_qat, quantize
     from inductor_x86q.quantizer import X86Quantizer
     from inductor_x86q.report import Report
 
@@ -33,6 +33,7 @@ _HOME = {
     "cpp_code": "inspection",
     "explain": "inspection",
     "package": "aot",
+    "prepare_qat": "pt2e",
     "quantize": "pt2e",
     "register_pass": "passes",
     "why": "inspection",
@@ -40,7 +41,7 @@ _HOME = {
 
 __all__ = [
     "CompileError", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer", "convert", "cpp_code",
-    "explain", "package", "quantize", "register_pass", "why",
+    "explain", "package", "prepare_qat", "quantize", "register_pass", "why",
 ]  # fmt: skip
 
 

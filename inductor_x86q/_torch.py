@@ -52,8 +52,26 @@ def register_primitives() -> None:
     import torch._inductor.inductor_prims  # noqa: F401
 
 
+def _choose_qparams(x: torch.Tensor, quant_min: int, quant_max: int, eps: float, dtype: torch.dtype) -> Any:
+    """The operator's own arithmetic. Inductor's decomposition forgets that the range has to include 0."""
+    low, high = torch.aminmax(x)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / float(quant_max - quant_min)).to(torch.float32).clamp(min=eps)
+    zero_point = (quant_min - torch.round(low / scale).to(torch.int32)).clamp(quant_min, quant_max)
+    return scale.to(torch.float64).reshape(1), zero_point.to(torch.int64).reshape(1)
+
+
+def _choose_qparams_symmetric(x: torch.Tensor, quant_min: int, quant_max: int, eps: float, dtype: torch.dtype) -> Any:
+    """The same with the zero point in the middle; Inductor has no decomposition of it."""
+    low, high = torch.aminmax(x)
+    largest = torch.maximum(-low, high).clamp(min=0)
+    scale = (largest / (float(quant_max - quant_min) / 2)).to(torch.float32).clamp(min=eps)
+    zero_point = torch.full((1,), 128 if dtype == torch.uint8 else 0, dtype=torch.int64)
+    return scale.to(torch.float64).reshape(1), zero_point
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decomposition table without KEPT_WHOLE.
+    """Inductor's decomposition table without KEPT_WHOLE, with the operators that choose scales corrected.
 
     Relies on `torch._inductor.decomposition.select_decomp_table()` returning the table that compile_fx would use.
     Module level (no closure) because Inductor pickles a reference to it into its cache key.
@@ -63,6 +81,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table = dict(select_decomp_table())
     for target in KEPT_WHOLE:
         table.pop(target, None)
+    register_quantized_decomposed()
+    table[torch.ops.quantized_decomposed.choose_qparams.tensor] = _choose_qparams
+    table[torch.ops.quantized_decomposed.choose_qparams_symmetric.tensor] = _choose_qparams_symmetric
     return table
 
 
@@ -80,7 +101,7 @@ def decompose_node(graph_module: fx.GraphModule, node: fx.Node) -> None:
     def call(*values: torch.Tensor) -> torch.Tensor:
         pending = iter(values)
         arguments = [next(pending) if isinstance(a, fx.Node) else a for a in node.args]
-        return node.target(*arguments, **node.kwargs)
+        return node.target(*arguments, **node.kwargs)  # type: ignore[operator]
 
     fakes = [t.meta["val"] for t in tensors]
     with fakes[0].fake_mode:
@@ -124,6 +145,23 @@ def fake_mode(graph: fx.Graph) -> Any:
     return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def known(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for all sizes that the graph is compiled for; false where it depends.
+
+    Asking by `if` instead would answer for the example at hand and fix the sizes to that answer. Relies on
+    `statically_known_true`, which never adds a guard.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def same_shape(first: Iterable[Any], second: Iterable[Any]) -> bool:
+    """Whether two shapes are known to be equal."""
+    left, right = list(first), list(second)
+    return len(left) == len(right) and all(known(a == b) for a, b in zip(left, right, strict=True))
+
+
 def disable_modes() -> contextlib.AbstractContextManager[Any]:
     """Runs real tensors inside a pass, where fake and functional modes are active (as Inductor's constant folding)."""
     return torch.utils._python_dispatch._disable_current_modes()
@@ -138,16 +176,19 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
     """Turns the parameters that Dynamo lifted to inputs into attributes of `graph_module`, so that freezing sees them.
 
     Returns the positions of the inputs that remain. Relies on `is_lifted_parameter`, on the example inputs of
-    parameters being real tensors, and on AOTAutograd telling parameters by `_param_name_to_source`.
+    parameters being real tensors, on AOTAutograd telling parameters by `_param_name_to_source`, and on the name of a
+    source's `guard_source` saying whether it goes through a module: a tensor that some module holds keeps its mark
+    where it is passed as an argument, and there it is no constant.
     """
     sources = dict(getattr(graph_module, "_param_name_to_source", None) or {})
     kept: list[int] = []
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        if not is_lifted_parameter(value):
+        source = getattr(node, "_dynamo_source", None)
+        is_argument = source is not None and "NN_MODULE" not in source.guard_source.name
+        if is_argument or not is_lifted_parameter(value):
             kept.append(position)
             continue
-        source = getattr(node, "_dynamo_source", None)
         if isinstance(value, torch.nn.Parameter):
             graph_module.register_parameter(node.name, value)
         else:
@@ -158,7 +199,7 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
         attribute.meta.update(node.meta)
         node.replace_all_uses_with(attribute)
         graph_module.graph.erase_node(node)
-    graph_module._param_name_to_source = sources
+    graph_module._param_name_to_source = sources  # type: ignore[assignment]
     graph_module.recompile()
     return kept
 
@@ -237,13 +278,15 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
     """Within this context Inductor's freezing runs `pipeline(graph)` first, and no other quantization passes.
 
     Relies on: `freezing_patterns.pass_patterns` and `post_grad.pass_patterns` being the lists that freezing and
-    post-grad lowering walk, looked up at each call; `compile_fx` looking up `select_decomp_table` in its own module;
-    both modules looking up `fake_tensor_prop` in their own.
+    post-grad lowering walk, looked up at each call; `freezing_patterns.lazy_init` registering all that freezing does;
+    `compile_fx` looking up `select_decomp_table` in its own module; both modules looking up `fake_tensor_prop` in theirs.
     """
     from torch._inductor import compile_fx as compile_fx_module
     from torch._inductor.fx_passes import freezing_patterns, post_grad
 
     with _scope_lock, contextlib.ExitStack() as stack:
+        # What freezing registers at its first use may lengthen the list; that must be Inductor's own, and filtered.
+        freezing_patterns.lazy_init()
         first, *rest = freezing_patterns.pass_patterns
         freezing = [_filtered(first, before=pipeline), *map(_filtered, rest)]
         stack.enter_context(_replaced(freezing_patterns, "pass_patterns", freezing))
@@ -253,6 +296,24 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         propagate = _remembering_fake_tensor_prop(compile_fx_module.fake_tensor_prop)
         stack.enter_context(_replaced(compile_fx_module, "fake_tensor_prop", propagate))
         stack.enter_context(_replaced(freezing_patterns, "fake_tensor_prop", propagate))
+        stack.enter_context(_channels_last_pools())
+        yield
+
+
+@contextlib.contextmanager
+def _channels_last_pools() -> Iterator[None]:
+    """Within this context the library's int8 max pool gets its images with channels innermost.
+
+    Its fake kernel says that its result lies so, which holds where its input does; generated code asserts it. Relies
+    on lowering looking the constraints of an operator's inputs up in `lowering._maybe_layout_constraints`.
+    """
+    from torch._inductor import ir, lowering
+
+    def constrained(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+        return (ir.ExternKernel.require_channels_last(x), *arguments), keywords
+
+    constraints = {**lowering._maybe_layout_constraints, torch.ops.quantized.max_pool2d.default: constrained}
+    with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
 
 
@@ -470,13 +531,38 @@ def run_uncompiled(graph_module: fx.GraphModule, example_inputs: list[Any], **ke
 
 
 class _EagerInterpreter(fx.Interpreter):
-    """Runs a graph eagerly, integer max pools in float: eager mode's integer pool counts its indices in 8 bits."""
+    """Runs a graph eagerly, except for what eager mode refuses and Inductor does not.
+
+    Integer max pools run in float: eager mode's integer pool counts its indices in 8 bits. Views may copy: a kernel's
+    real result has other strides than the fake one for which the view was made, and Inductor lays it out as needed.
+    A sum always takes the accumulator's memory, which Inductor may make it do, whatever the kernel does by itself.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is aten.view.default:
+            target = aten.reshape.default
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
+        if str(target).startswith("onednn.") and "sum" in args:
+            return _sum_in_place(target, args)
         return super().call_function(target, args, kwargs)
+
+
+def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload.
+
+    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous.
+    """
+    accumulator: torch.Tensor = args[6]
+    if args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr():
+        raise RuntimeError(f"{target} is asked to add its result to its own input")
+    layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
+    packed = accumulator.clone(memory_format=layout)
+    result = target(*args[:6], packed, *args[7:])
+    if result.dtype != accumulator.dtype:
+        return result
+    return accumulator.copy_(result)
 
 
 @dataclasses.dataclass(frozen=True)

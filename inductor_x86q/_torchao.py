@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from torch import fx
+
 with warnings.catch_warnings():
     # torchao reports on import each of its CUDA libraries that cannot be loaded; none of them matters here.
     warnings.simplefilter("ignore")
@@ -13,7 +15,6 @@ with warnings.catch_warnings():
     try:
         from torchao.quantization.pt2e import (
             FakeQuantize,
-            FusedMovingAvgObsFakeQuantize,
             HistogramObserver,
             MovingAverageMinMaxObserver,
             MovingAveragePerChannelMinMaxObserver,
@@ -30,12 +31,25 @@ with warnings.catch_warnings():
     finally:
         logging.disable(_level)
 
+
+def prepare_for_training(graph_module: fx.GraphModule, quantizer: Quantizer) -> fx.GraphModule:
+    """What `prepare_qat_pt2e` does, less its rewriting of convolutions with batch norms.
+
+    That one takes every batch norm to have ε = 1e-5 and the default momentum, divides by a γ of 0, and rewrites
+    excluded layers too. Relies on `prepare(..., is_qat=True)` inserting fake quantization as annotated.
+    """
+    from torchao.quantization.pt2e.prepare import prepare
+    from torchao.quantization.pt2e.utils import _get_node_name_to_scope
+
+    quantizer.annotate(graph_module)
+    return prepare(graph_module, _get_node_name_to_scope(graph_module), is_qat=True)
+
+
 ANNOTATION_KEY = "quantization_annotation"
 
 __all__ = [
     "ANNOTATION_KEY",
     "FakeQuantize",
-    "FusedMovingAvgObsFakeQuantize",
     "HistogramObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
@@ -46,6 +60,7 @@ __all__ = [
     "Quantizer",
     "SharedQuantizationSpec",
     "convert_pt2e",
+    "prepare_for_training",
     "prepare_pt2e",
     "prepare_qat_pt2e",
 ]

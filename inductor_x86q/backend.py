@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, debug, passes
+from inductor_x86q import _torch, debug, passes, qgraph
 from inductor_x86q.errors import CompileError, StrictError
-from inductor_x86q.report import Report, RuleCount, collect
+from inductor_x86q.report import Report, RuleCount, collect, layer
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class Settings:
 
 def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     """Checks and merges what `torch.compile` passed on; raises CompileError for what is not known."""
+    if options is not None and not isinstance(options, Mapping):
+        raise CompileError(f"options is a {type(options).__name__}: expected a dictionary of names and values")
     given = dict(options or {})
     own = {name: given.pop(name) for name in OWN_OPTIONS if name in given}
     known = _torch.config_keys()
@@ -64,7 +66,10 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
         chosen = _torch.mode_options(mode) if mode else {}
     except RuntimeError as error:
         raise CompileError(str(error)) from error
-    inductor = {"freezing": True, "cpp_wrapper": True, **chosen, **given}
+    if not given.get("freezing", True):
+        raise CompileError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
+    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
+    inductor = {"freezing": True, "cpp_wrapper": True, "always_keep_tensor_constants": True, **chosen, **given}
     if _torch.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
         inductor["pre_grad_custom_pass"] = None
     return Settings(inductor, own.get("strict", False))
@@ -107,12 +112,13 @@ def run_passes(
     observe: Callable[[str, fx.Graph], None] = lambda stage, graph: None,
 ) -> Report:
     """Runs the pipeline and returns its report; raises StrictError under `strict` when something was missed."""
+    require_usable_parameters(graph)
     report: Report | None = None
     dump = debug.Dump.from_environment(graph)
 
     def between(stage: str, graph: fx.Graph) -> None:
         nonlocal report
-        if stage == "fuse: post-ops":
+        if stage == "fuse: output types":
             report = collect(graph)
         dump.after(stage, graph)
         observe(stage, graph)
@@ -128,6 +134,25 @@ def run_passes(
             )
         log.warning("%d layers that should run in int8 do not:\n%s", len(report.missed), report.missed_text())
     return report
+
+
+def require_usable_parameters(graph: fx.Graph) -> None:
+    """Raises CompileError for q/dq nodes that have no meaning: the eager graph raises too, generated code would not."""
+    for node in graph.nodes:
+        if not (qgraph.is_quantize(node) or qgraph.is_dequantize(node)):
+            continue
+        parameters = qgraph.qparams(node)
+        where = f"{node.target.__name__.split('.')[0]} in layer {layer(node)}"
+        if parameters.scale == 0:
+            raise CompileError(f"{where} has a scale of 0: calibrate again, with data that reaches this layer")
+        if parameters.dtype not in qgraph.INT8_TYPES:
+            continue
+        info = torch.iinfo(parameters.dtype)
+        if parameters.quant_min < info.min or parameters.quant_max > info.max:
+            raise CompileError(
+                f"{where} has the range {parameters.quant_min} to {parameters.quant_max}, which {parameters.dtype} does "
+                f"not hold: give it one within {info.min} to {info.max}"
+            )
 
 
 def _dropping(compiled: Callable[..., Any], kept: list[int], total: int) -> Callable[..., Any]:

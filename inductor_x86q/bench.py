@@ -192,7 +192,7 @@ def worker() -> None:
     answer(**values)
     for line in sys.stdin:
         deadline = time.perf_counter() + float(line)
-        times = []
+        times: list[float] = []
         with torch.inference_mode():
             run()  # caches are cold after a stop
             while time.perf_counter() < deadline or len(times) < 3:

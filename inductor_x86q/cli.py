@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = _on_model(commands, "explain", _explain, "which kernel each layer becomes, and why not where it does not")
     explain.add_argument("--strict", action="store_true", help="exit with 1 when a layer that should be int8 is not")
     explain.add_argument("--timing", action="store_true", help="compile, and measure each kernel")
+    explain.add_argument("--drift", action="store_true", help="measure how far each layer is from float32")
     explain.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON ('-': to standard output)")
     explain.add_argument("--html", metavar="FILE", type=Path, help="write the report as one self-contained page")
 
@@ -158,9 +159,10 @@ def _stored_report(parsed: Any) -> Report | None:
 def _computed_report(parsed: Any) -> Report:
     from inductor_x86q import inspection
 
-    model, inputs = _quantized(parsed)
+    model, inputs, original = _loaded(parsed)
+    drift = parsed.drift and (original or True)
     with _step("compiling and measuring" if parsed.timing else "running the passes"):
-        return inspection.explain(model, inputs, timing=parsed.timing, **_compile_arguments(parsed))
+        return inspection.explain(model, inputs, timing=parsed.timing, drift=drift, **_compile_arguments(parsed))
 
 
 def _code(parsed: Any) -> int:
@@ -246,9 +248,8 @@ def _advice(cpu: Any) -> list[str]:
         kernels = "VNNI dot products: int8 runs at full speed, with 8-bit activations"
     else:
         kernels = (
-            "int8 without VNNI: pairs of products are added in 16 bits, which 8-bit activations can overflow. "
-            "quantize() keeps activations to 7 bits here (reduce_range); a graph with 8-bit activations from elsewhere "
-            "stays float"
+            "int8 without VNNI: pairs of products are added in 16 bits, which can overflow. quantize() keeps each "
+            "layer's input or weight to 7 bits here (reduce_range); layers of 8-bit inputs and 8-bit weights stay float"
         )
     return [kernels] + ([] if cpu.has_bf16() else ["no bf16 kernels: int8 layers produce int8 or fp32 here"])
 
@@ -273,6 +274,11 @@ def _version(package: str) -> str:
 
 def _quantized(parsed: Any) -> tuple[Any, tuple[Any, ...]]:
     """The quantized model of the command line, and inputs for it."""
+    return _loaded(parsed)[:2]
+
+
+def _loaded(parsed: Any) -> tuple[Any, tuple[Any, ...], Any]:
+    """The same, and the float model that was quantized here; None where it was quantized before."""
     import torch
 
     from inductor_x86q.errors import QuantizationError
@@ -283,11 +289,11 @@ def _quantized(parsed: Any) -> tuple[Any, tuple[Any, ...]]:
         model, own_inputs = load(parsed.model)
     inputs = tuple(map(_input, parsed.input)) or own_inputs or (_input("1x3x224x224"),)
     if _is_quantized(model):
-        return model, inputs
+        return model, inputs, None
     print(f"{parsed.model} is a float model: quantized here with random calibration data", file=sys.stderr)
     with _step("quantizing"):
         try:
-            return quantize(model, inputs, calibration=[inputs]), inputs
+            return quantize(model, inputs, calibration=[inputs]), inputs, model
         except QuantizationError as error:
             raise Unusable(str(error)) from error
         except Exception as error:  # whatever export or the model itself raises

@@ -60,7 +60,7 @@ def row(network: str, *, code: bool = False) -> Row:
 def count_kernels(calls: Counter[str]) -> tuple[int, int]:
     """Calls of int8 kernels of the library, and of everything else that computes."""
     int8 = sum(calls[name] for name in INT8_CALLS)
-    float_calls = ("convolution", "linear", "bmm", "mm", "addmm")
+    float_calls = ("convolution", "linear", "bmm", "mm", "addmm", "cat")
     others = sum(n for name, n in calls.items() if name.startswith(("cpp_", *float_calls)) or "mkl" in name)
     return int8, others
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import _torch, codegen, debug
+from inductor_x86q import drift as drift_module
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.debug import Answer
 from inductor_x86q.errors import CompileError
@@ -26,6 +27,7 @@ def explain(
     example_inputs: tuple[Any, ...],
     *,
     timing: bool = False,
+    drift: bool | torch.nn.Module = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -36,13 +38,26 @@ def explain(
 
     Args:
         timing: compile it all the same, and measure each kernel: the median of RUNS calls, in microseconds.
+        drift: measure how far int8 is from float32 on these inputs, layer by layer, the worst first, and what excluding
+            the worst would give. True: what rounding the activations costs, since the quantized graph holds no float
+            weights; the float model it was made from: what rounding the weights costs too. Runs the graph once a layer.
 
     Raises:
-        CompileError: as the backend does; or timing is asked for without the C++ wrapper.
+        CompileError: as the backend does; or timing is asked for without the C++ wrapper; or drift of a model that is
+            no graph of quantize(), or against another float model.
         StrictError: with `options={"strict": True}`, when something was missed.
     """
     if timing:
-        return _timed(model, example_inputs, mode, options)
+        report = _timed(model, example_inputs, mode, options)
+    else:
+        report = _explained(model, example_inputs, mode, options)
+    if drift is not False:
+        original = None if drift is True else drift
+        report.drift = drift_module.measure(model, example_inputs, original)  # type: ignore[arg-type]
+    return report
+
+
+def _explained(model: Any, example_inputs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
     report = Report([], [], [])
     chosen = settings(mode, options)
 

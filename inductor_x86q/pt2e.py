@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import fx
 
 from inductor_x86q import _torchao as torchao
-from inductor_x86q import qgraph
+from inductor_x86q import qat, qgraph
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.quantizer import X86Quantizer
 from inductor_x86q.report import layer
+
+aten = torch.ops.aten
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,7 @@ def quantize(
     example_inputs: tuple[Any, ...],
     *,
     calibration: Iterable[Any] | None = None,
-    dynamic: bool = False,
+    dynamic: bool | str = False,
     exclude: Iterable[str | type] = (),
     reduce_range: bool | None = None,
     dynamic_shapes: Any = None,
@@ -40,10 +44,16 @@ def quantize(
         model: a float32 module in eval mode, on the CPU. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
-            tensor counting as one argument. Batches may differ in size from the example's.
+            tensor counting as one argument. Batches may differ in size from the example's. Required unless `dynamic`.
+        dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
+            every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
+            row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
+            "per_tensor".
         exclude: what stays float: module names, glob patterns of them, or module types.
-        reduce_range: 7-bit activations, which CPUs without VNNI need; None decides by this machine.
-        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
+        reduce_range: 7 bits for each layer's input, or for its weight where that costs no kernel; CPUs without VNNI
+            need it. None decides by this machine.
+        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it. Examples of
+            size 1 are fine; a warning names each dimension that the model fixes.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
@@ -51,28 +61,84 @@ def quantize(
     """
     _check_model(model)
     _check_inputs(example_inputs)
-    if dynamic:
-        raise QuantizationError("dynamic quantization is not available yet: pass calibration data instead")
-    if calibration is None:
+    if dynamic not in (False, True, "per_tensor", "per_token"):
+        raise QuantizationError(f"dynamic is {dynamic!r}: expected False, True, 'per_tensor' or 'per_token'")
+    if dynamic and calibration is not None:
         raise QuantizationError(
-            "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs]"
+            "calibration was given with dynamic=True, which computes the ranges at every call: leave one of them out"
+        )
+    if not dynamic and calibration is None:
+        raise QuantizationError(
+            "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs], "
+            "or dynamic=True to compute the ranges at every call"
         )
     exported, any_batch = _export(model, example_inputs, dynamic_shapes)
-    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude)
+    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=bool(dynamic))
     prepared = _prepare(exported, quantizer)
+    if calibration is None:
+        calibration = [example_inputs]  # one call, in which the weights' observers see the weights
     with torch.no_grad(), _finite_values_only(prepared):
         _calibrate(prepared, calibration, None if any_batch else _batch_size(example_inputs))
-    return convert(prepared)
+    converted = convert(prepared)
+    if dynamic == "per_token":
+        _quantize_per_token(converted)
+    return converted
+
+
+def prepare_qat(
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    exclude: Iterable[str | type] = (),
+    reduce_range: bool | None = None,
+    dynamic_shapes: Any = None,
+) -> qat.TrainingGraph:
+    """Prepares a model for quantization-aware training: a graph that rounds as the int8 net will, to train as usual.
+
+    Train the result in place of the model, then `convert()` it. It has parameters of its own, under the names they have
+    in the model, in train mode; `train()` and `eval()` switch it. Batch norms behind convolutions and linears are
+    folded into weights that training sees quantized. In eval mode the ranges of activations stay as they are.
+
+    Args:
+        model: a float32 module in train mode, on the CPU; batch norms in eval mode stay frozen. It is not changed.
+        example_inputs: the positional arguments of one call, a tuple.
+        exclude: what stays float: module names, glob patterns of them, or module types.
+        reduce_range: as of `quantize`.
+        dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
+
+    Raises:
+        QuantizationError: the model is in eval mode or has nothing to quantize, or the inputs are no tuple.
+    """
+    _check_model(model, training=True)
+    _check_inputs(example_inputs)
+    # Exported graphs share the parameters and statistics of what they were exported from.
+    exported, _ = _export(copy.deepcopy(model), example_inputs, dynamic_shapes)
+    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, is_qat=True)
+    prepared = _prepare(exported, quantizer, torchao.prepare_for_training)
+    qat.drop_counters(prepared.graph)
+    trainable = qat.TrainingGraph(prepared, prepared.graph)
+    trainable.meta.update(prepared.meta)  # by which torchao knows it again when converting
+    return trainable.train()
 
 
 def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     """Turns a prepared and calibrated (or trained) graph into the q/dq graph that the backend compiles.
 
-    Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad.
+    Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad. What
+    `prepare_qat` returned is not changed, and can be trained further.
     """
+    if not isinstance(prepared, fx.GraphModule):
+        raise QuantizationError(
+            f"prepared is a {type(prepared).__name__}: expected what prepare_qat() or prepare_pt2e() returned"
+        )
+    if isinstance(prepared, qat.TrainingGraph):
+        prepared = copy.deepcopy(prepared)
+    qat.fold(prepared)
+    qat.hide_batch_norms(prepared.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torchao.convert_pt2e(prepared, fold_quantize=False)
+    qat.show_batch_norms(converted.graph)
     _fold_weights(converted)
     _freeze_parameters(converted)
     _log_left_out(converted)
@@ -82,11 +148,13 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, training: bool = False) -> None:
     if not isinstance(model, torch.nn.Module):
         raise QuantizationError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if training and not model.training:
+        raise QuantizationError("the model is in eval mode: call model.train() before prepare_qat()")
     for name, module in model.named_modules():
-        if module.training:
+        if module.training and not training:
             raise QuantizationError(
                 f"{f'module {name!r}' if name else 'the model'} is in train mode: call model.eval() before quantizing, "
                 "or prepare_qat() to train"
@@ -111,9 +179,10 @@ def _export(
     model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
 ) -> tuple[fx.GraphModule, bool]:
     """The model's graph, and whether it takes any batch size."""
-    with torch.no_grad():
+    # Training goes through the graph: grad mode is part of what is exported.
+    with torch.set_grad_enabled(model.training):
         if dynamic_shapes is not None:
-            return torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes).module(), True  # type: ignore[return-value]
+            return _export_as_asked(model, example_inputs, dynamic_shapes), True
         for inputs, shapes in _any_batch(example_inputs):
             try:
                 exported = torch.export.export(model, inputs, dynamic_shapes=shapes)
@@ -131,12 +200,54 @@ def _export(
         return torch.export.export(model, example_inputs).module(), False  # type: ignore[return-value]
 
 
+def _export_as_asked(model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> fx.GraphModule:
+    """The graph with the dimensions open that `dynamic_shapes` names; warns of those that the model fixes."""
+    asked = _open_dimensions(model, example_inputs, dynamic_shapes)
+    inputs = list(example_inputs)
+    for position, dimension in asked:  # export takes a size of 1 to be fixed
+        x = inputs[position]
+        if x.shape[dimension] == 1:
+            inputs[position] = torch.cat([x, x], dimension)
+    try:
+        exported = torch.export.export(model, tuple(inputs), dynamic_shapes=dynamic_shapes)
+    except Exception as error:  # the example as it was given says better what is wrong
+        log.debug("no export with sizes of 1 doubled: %s", error)
+        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    values = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
+    names = exported.graph_signature.user_inputs
+    for position, dimension in asked if len(names) == len(inputs) else ():
+        size = values[names[position]].shape[dimension]
+        if isinstance(size, int):
+            warnings.warn(
+                f"dimension {dimension} of input {names[position]!r} was asked to be dynamic, and the model fixes it to "
+                f"{size}: the graph takes no other size",
+                stacklevel=4,
+            )
+    return exported.module()  # type: ignore[return-value]
+
+
+def _open_dimensions(model: torch.nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> list[tuple[int, int]]:
+    """The dimensions that `dynamic_shapes` leaves open, as positions of tensors among `inputs` and dimensions of each."""
+    if isinstance(dynamic_shapes, Mapping):
+        parameters = list(inspect.signature(model.forward).parameters)[: len(inputs)]
+        shapes = [dynamic_shapes.get(name) for name in parameters]
+    else:
+        shapes = list(dynamic_shapes) if isinstance(dynamic_shapes, (tuple, list)) else []
+    found = []
+    for position, (x, shape) in enumerate(zip(inputs, shapes, strict=False)):
+        if isinstance(x, torch.Tensor) and shape is not None:
+            sizes = shape.items() if isinstance(shape, Mapping) else enumerate(shape)
+            fixed = (None, torch.export.Dim.STATIC)
+            found += [(position, d) for d, size in sizes if size not in fixed and not isinstance(size, int)]
+    return found
+
+
 def _takes_other_batches(exported: Any, example_inputs: tuple[Any, ...]) -> bool:
     """Whether a program with an open batch runs on the example and on one row more.
 
     Export leaves a size open and guards it where a shape is written out in the model: view(4, 2, 8) of a batch of four.
     """
-    module = exported.module()
+    module = copy.deepcopy(exported.module())  # in train mode a call changes the statistics of batch norms
     more = tuple(torch.cat([x, x[:1]]) for x in example_inputs)
     try:
         module(*example_inputs)
@@ -168,10 +279,12 @@ def _batch_size(inputs: Sequence[Any]) -> int | None:
 # --- prepare and calibrate --------------------------------------------------------------------------------------------
 
 
-def _prepare(exported: fx.GraphModule, quantizer: X86Quantizer) -> fx.GraphModule:
+def _prepare(
+    exported: fx.GraphModule, quantizer: X86Quantizer, prepare: Callable[..., fx.GraphModule] = torchao.prepare_pt2e
+) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        prepared = torchao.prepare_pt2e(exported, quantizer)
+        prepared = prepare(exported, quantizer)
     if not any(_is_observer(module) for module in prepared.modules()):
         excluded = ", ".join(layer(node) for node in quantizer.excluded)
         raise QuantizationError(
@@ -210,11 +323,24 @@ def _finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
 
 def _calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:
     """Runs all calls; where the graph takes one batch size only, cuts and pads batches to it."""
+    if not isinstance(calibration, Iterable):
+        raise QuantizationError(
+            f"calibration is a {type(calibration).__name__}: expected an iterable of calls, each a tuple of arguments"
+        )
     count = 0
     for call in _progress(calibration):
         inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
-        for part in _fitted(inputs, fixed_batch):
-            prepared(*part)
+        try:
+            for part in _fitted(inputs, fixed_batch):
+                prepared(*part)
+        except QuantizationError:
+            raise
+        except Exception as error:  # whatever the model, or the guards of its export, raise
+            got = ", ".join(str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs)
+            reason = next(iter(str(error).splitlines()), "")
+            raise QuantizationError(
+                f"calibration call {count} does not fit the model: ({got}): {type(error).__name__}: {reason[:300]}"
+            ) from error
         count += 1
     if not count:
         raise QuantizationError("no calibration data: the iterable was empty")
@@ -236,7 +362,7 @@ def _progress(calls: Iterable[Any]) -> Iterator[Any]:
     """A progress bar on a terminal, nothing elsewhere (tqdm where it is installed, else the one in torch.hub)."""
     from torch.hub import tqdm
 
-    total = len(calls) if hasattr(calls, "__len__") else None
+    total = len(calls) if isinstance(calls, Sized) else None
     with tqdm(total=total, desc="calibrating", unit="batch", disable=total is None or not sys.stderr.isatty()) as bar:
         for call in calls:
             yield call
@@ -261,7 +387,7 @@ def _fold_weights(converted: fx.GraphModule) -> None:
         for suffix, value in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
             if isinstance(value, fx.Node):
                 stored[f"{name}_{suffix}"] = values[value]
-        nodes = {key: _store(converted, key, tensor, node) for key, tensor in stored.items()}
+        nodes = {key: qgraph.store(converted, key, tensor, node) for key, tensor in stored.items()}
         for dequantize in list(node.users):
             for old, suffix in ((parameters.scale, "scale"), (parameters.zero_point, "zero_point")):
                 if isinstance(old, fx.Node):
@@ -271,6 +397,37 @@ def _fold_weights(converted: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
     _drop_unused(converted)
     converted.recompile()
+
+
+def _quantize_per_token(converted: fx.GraphModule) -> None:
+    """Gives each row of a dynamically quantized input its own scale, symmetric around the middle of the range."""
+    graph = converted.graph
+    for node in list(graph.nodes):
+        if node.target is not qgraph.DEQUANTIZE_TENSOR:
+            continue
+        quantize: Any = node.args[0]
+        parameters = qgraph.qparams(node)
+        x, low, high = quantize.args[0], parameters.quant_min, parameters.quant_max
+        middle = (low + high + 1) // 2
+
+        def call(target: Any, *arguments: Any, like: fx.Node = node, **keywords: Any) -> fx.Node:
+            new = graph.call_function(target, arguments, keywords)
+            qgraph.copy_origin(new, like)
+            return new
+
+        with graph.inserting_before(node):
+            largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
+            scales = call(aten.clamp_min.default, call(aten.div.Tensor, largest, high - middle), _SMALLEST_SCALE)
+            zero_points = call(aten.full_like.default, scales, middle)
+            arguments = (scales, zero_points, low, high, parameters.dtype)
+            integers = call(qgraph.QUANTIZE_TOKEN, x, *arguments)
+            new = call(qgraph.DEQUANTIZE_TOKEN, integers, *arguments, output_dtype=torch.float32)
+        node.replace_all_uses_with(new)
+        qgraph.erase_dead(node)
+    converted.recompile()
+
+
+_SMALLEST_SCALE = 2.0**-24  # of a row of zeros
 
 
 def _freeze_parameters(converted: fx.GraphModule) -> None:
@@ -297,22 +454,6 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any])
             arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, values))
             values[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
     return values[node]
-
-
-def _store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
-    """A buffer under a dotted name, with a number appended where that is taken, and the node that reads it."""
-    *path, last = name.split(".")
-    owner: Any = module
-    for part in path:
-        owner = getattr(owner, part)
-    number, unique = 1, last
-    while hasattr(owner, unique):
-        number, unique = number + 1, f"{last}{number}"
-    owner.register_buffer(unique, tensor.detach().clone())
-    with module.graph.inserting_before(before):
-        node = module.graph.get_attr(".".join([*path, unique]))
-    qgraph.copy_origin(node, before)
-    return node
 
 
 def _drop_unused(module: fx.GraphModule) -> None:

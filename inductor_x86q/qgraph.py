@@ -32,6 +32,10 @@ DEQUANTIZE_CHANNEL = _q.dequantize_per_channel.default
 QUANTIZES = (QUANTIZE, QUANTIZE_TENSOR, _q.quantize_per_tensor.tensor2, QUANTIZE_CHANNEL)
 DEQUANTIZES = (DEQUANTIZE, DEQUANTIZE_TENSOR, _q.dequantize_per_tensor.tensor2, DEQUANTIZE_CHANNEL)
 
+# A scale and a zero point for each row. No kernel takes them: no pass but normalize knows of them.
+QUANTIZE_TOKEN = _q.quantize_per_token.default
+DEQUANTIZE_TOKEN = _q.dequantize_per_token.default
+
 INT8_TYPES = (torch.uint8, torch.int8)
 
 
@@ -136,8 +140,8 @@ def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Nod
     """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
     module = graph.owning_module
     assert module is not None
-    number = getattr(module, "_x86q_constants", 0)
-    module._x86q_constants = number + 1
+    number: int = getattr(module, "_x86q_constants", 0)  # type: ignore[assignment]
+    module._x86q_constants = number + 1  # type: ignore[assignment]
     name = f"_x86q_constant{number}"
     _torch.mark_frozen(tensor)
     module.register_buffer(name, tensor)
@@ -145,6 +149,22 @@ def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Nod
     copy_origin(node, like)
     with _torch.fake_mode(graph) as mode:
         node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    return node
+
+
+def store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
+    """A buffer under a dotted name, with a number appended where that is taken, and the node that reads it."""
+    *path, last = name.split(".")
+    owner: Any = module
+    for part in path:
+        owner = getattr(owner, part)
+    number, unique = 1, last
+    while hasattr(owner, unique):
+        number, unique = number + 1, f"{last}{number}"
+    owner.register_buffer(unique, tensor.detach().clone())
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(".".join([*path, unique]))
+    copy_origin(node, before)
     return node
 
 

@@ -8,7 +8,6 @@ int8, so that a float residual stream stays float.
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import operator
 from collections.abc import Callable, Iterable
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, qgraph
+from inductor_x86q import _cpu, _torch, qat, qgraph
 from inductor_x86q import _torchao as torchao
+from inductor_x86q.errors import QuantizationError
 
 aten = torch.ops.aten
 
@@ -43,6 +43,12 @@ ACTIVATIONS = frozenset({
 })  # fmt: skip
 RELUS = frozenset({aten.relu.default, aten.relu_.default})
 ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+# Operators whose kernels can clip their result to any range (hardtanh), and what is itself such a clip.
+CLIPPING = LINEARS | frozenset(PRODUCTS) | {aten.conv2d.default, aten.conv2d.padding}
+CLIPS = RELUS | {
+    aten.relu6.default, aten.relu6_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default,
+    aten.clamp_.default, aten.clamp_min.default,
+}  # fmt: skip
 
 # Operators through which quantize and dequantize pass exactly: result and tensors share their parameters.
 SHARING = frozenset({
@@ -78,11 +84,14 @@ class X86Quantizer(torchao.Quantizer):
     For torchao's `prepare_pt2e` and `prepare_qat_pt2e`; `quantize()` does all the steps.
 
     Args:
-        reduce_range: keep 7 bits of each activation, so that CPUs without VNNI cannot overflow when they add pairs of
-            products in 16 bits. None: where this machine has no VNNI.
+        reduce_range: keep 7 bits of each layer's input or, where no kernel clips that input to 7 bits at no cost, of
+            its weight, so that CPUs without VNNI cannot overflow when they add pairs of products in 16 bits. None:
+            where this machine has no VNNI.
         exclude: what stays float: module names ("layer1.0.conv1", and what is below it), glob patterns ("layer1.*")
             or module types (torch.nn.Linear).
-        is_qat: observers that training can go through.
+        is_qat: for a graph exported in train mode: fake quantization that gradients pass, and each batch norm behind a
+            layer becomes part of its weight.
+        dynamic: linears only, each input's scale and zero point computed from its values at every call.
     """
 
     def __init__(
@@ -91,19 +100,22 @@ class X86Quantizer(torchao.Quantizer):
         reduce_range: bool | None = None,
         exclude: Iterable[str | type] = (),
         is_qat: bool = False,
+        dynamic: bool = False,
     ) -> None:
         super().__init__()
+        if dynamic and is_qat:
+            raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not _cpu.has_vnni() if reduce_range is None else reduce_range
-        self.exclude = tuple(exclude)
+        self.exclude = _rules(exclude)
         self.is_qat = is_qat
+        self.dynamic = dynamic
         self.excluded: list[fx.Node] = []
-        self._activation = _activation_spec(127 if self.reduce_range else 255, is_qat)
-        self._weight = _weight_spec(is_qat)
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = _Plan(model.graph, self._is_excluded)
+        plan = _Plan(model.graph, self._is_excluded, dynamic=self.dynamic, folds=self.is_qat)
         self.excluded = plan.excluded
-        _annotate(plan, self._activation, self._weight)
+        _annotate(plan, self.reduce_range, self.is_qat)
+        qat.scale_weights(plan.norms)
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
@@ -120,22 +132,43 @@ class X86Quantizer(torchao.Quantizer):
         return False
 
 
-def _activation_spec(quant_max: int, is_qat: bool) -> torchao.QuantizationSpec:
+def _rules(exclude: Any) -> tuple[str | type, ...]:
+    rules = (
+        (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude) if isinstance(exclude, Iterable) else None
+    )
+    if rules is None or not all(isinstance(rule, (str, type)) for rule in rules):
+        raise QuantizationError(
+            f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types"
+        )
+    return rules
+
+
+# Training rounds by the very parameters that converting reads from the observers. FusedMovingAvgObsFakeQuantize does not:
+# its kernel takes another scale for symmetric ranges than its observer.
+def _activation_spec(bits: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver)
+        observer = torchao.FakeQuantize.with_args(observer=torchao.MovingAverageMinMaxObserver, eps=2**-12)
     else:
         observer = torchao.HistogramObserver.with_args(eps=2**-12)
-    return torchao.QuantizationSpec(torch.uint8, observer, 0, quant_max, torch.per_tensor_affine)
+    return torchao.QuantizationSpec(torch.uint8, observer, 0, 2**bits - 1, torch.per_tensor_affine)
 
 
-def _weight_spec(is_qat: bool) -> torchao.QuantizationSpec:
+def _dynamic_spec(bits: int) -> torchao.QuantizationSpec:
+    observer = torchao.PlaceholderObserver.with_args(eps=2**-12)
+    high = 2**bits - 1
+    return torchao.QuantizationSpec(torch.uint8, observer, 0, high, torch.per_tensor_affine, is_dynamic=True)
+
+
+def _weight_spec(bits: int, axis: int, is_qat: bool) -> torchao.QuantizationSpec:
     if is_qat:
-        observer = torchao.FusedMovingAvgObsFakeQuantize.with_args(
-            observer=torchao.MovingAveragePerChannelMinMaxObserver
+        # No average over steps: the range that counts is that of the weight as it is.
+        observer = torchao.FakeQuantize.with_args(
+            observer=torchao.MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
         )
     else:
         observer = torchao.PerChannelMinMaxObserver.with_args(eps=2**-12)
-    return torchao.QuantizationSpec(torch.int8, observer, -128, 127, torch.per_channel_symmetric, ch_axis=0)
+    bound = 2 ** (bits - 1)
+    return torchao.QuantizationSpec(torch.int8, observer, -bound, bound - 1, torch.per_channel_symmetric, ch_axis=axis)
 
 
 def _module_stack(node: fx.Node) -> list[tuple[str, Any]]:
@@ -151,21 +184,34 @@ class _Plan:
     """What to quantize.
 
     `compute`: each convolution and linear to quantize, with its activation and weight. `ends`: for each value inside
-    a fused region, the region's last value, which is the only one of them that may be quantized. `wanted`: the values
-    to quantize.
+    a fused region, the region's last value, which is the only one of them that may be quantized; `starts` has for that
+    one the operator and what the call does behind it. `wanted`: the values to quantize. `norms`: of each convolution and linear the batch norm that will be folded
+    into it, while training.
+
+    A `dynamic` plan has linears only, and quantizes what they read and nothing else: to know the range of a value, all
+    of it has to be there, so that no kernel could write it in int8.
     """
 
-    def __init__(self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool]) -> None:
+    def __init__(
+        self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], *, dynamic: bool = False, folds: bool = False
+    ) -> None:
         self.nodes = list(graph.nodes)
+        self.dynamic = dynamic
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.excluded: list[fx.Node] = []
         for node in self.nodes:
-            operands = _compute_operands(node)
+            operands = None if dynamic and node.target in CONVOLUTIONS else _compute_operands(node)
             if operands is not None and is_excluded(node):
                 self.excluded.append(node)
             elif operands is not None:
                 self.compute[node] = operands
+        self.norms: dict[fx.Node, fx.Node] = {}
+        for node in self.compute if folds else ():
+            norm = qat.batch_norm_behind(node)
+            if norm is not None:
+                self.norms[node] = norm
         self.ends: dict[fx.Node, fx.Node] = {}
+        self.starts: dict[fx.Node, list[fx.Node]] = {}
         self._claimed: set[fx.Node] = set()
         for node in reversed(self.compute):  # the later of two convolutions takes the addition, as when fusing
             self._find_region(node)
@@ -175,19 +221,25 @@ class _Plan:
                 self.wanted.add(node)
 
     def _find_region(self, start: fx.Node) -> None:
-        """What one call will compute: the operator, then an activation, or an addition with a relu behind it."""
-        region = [start]
-        user = qgraph.only_user(start)
+        """What one call will compute: the operator with what its weight takes up, a batch norm or a constant factor;
+        then an activation, or an addition with a relu behind it."""
+        layer = [start, self.norms[start]] if start in self.norms else [start]
+        user = qgraph.only_user(layer[-1])
+        if user is not None and _is_factor(user):
+            layer.append(user)
+            user = qgraph.only_user(user)
+        behind = []
         if user is not None and user.target in ACTIVATIONS:
-            region.append(user)
+            behind.append(user)
         elif user is not None and user not in self._claimed and _is_plain_addition(user):
             self._claimed.add(user)
-            region.append(user)
+            behind.append(user)
             user = qgraph.only_user(user)
             if user is not None and user.target in RELUS:
-                region.append(user)
-        for node in region:
-            self.ends[node] = region[-1]
+                behind.append(user)
+        for node in (*layer, *behind):
+            self.ends[node] = (*layer, *behind)[-1]
+        self.starts[self.ends[start]] = [start, *behind]
 
     def _is_wanted(self, node: fx.Node) -> bool:
         if not _is_float(node) or self.ends.get(node, node) is not node or qgraph.is_constant(node):
@@ -198,6 +250,8 @@ class _Plan:
         """Whether `user` should read `value` in int8."""
         if user in self.compute:
             return self.compute[user][0] is value
+        if self.dynamic:
+            return False
         if _shares(user):
             return self._results_wanted(user)
         if user in self._claimed:
@@ -227,9 +281,22 @@ class _Plan:
             return any(self.is_int8_source(x) for x in value.all_input_nodes)
         return False
 
+    def clips(self, value: fx.Node) -> bool:
+        """Whether whatever makes the value clips it to any range on the way: a generated kernel does, and a call that
+        ends in nothing else than a clip. It need not where data is only moved: that shares its range with the source.
+        """
+        if self.dynamic:  # every input is quantized by a generated kernel, and loses more by a bit than a weight does
+            return False
+        if value not in self.starts:
+            return True
+        start, *rest = self.starts[value]
+        return start.target in CLIPPING and all(node.target in CLIPS for node in rest)
+
     def slots(self, value: fx.Node) -> list[Any]:
         """Where to quantize the value: at the node, for all its users, or only on the edges that lead to int8."""
         edges = [user for user in value.users if self.passes_on(value, user)]
+        if self.dynamic:
+            return [(value, user) for user in edges]
         if len(edges) == len(value.users) or self.is_int8_source(value):
             return [value]
         return [(value, user) for user in edges]
@@ -264,10 +331,10 @@ def _compute_operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def _repeats_one_matrix(weight: fx.Node) -> bool:
     """Whether a batch of matrices is one matrix, expanded."""
-    return (
-        weight.target is aten.expand.default
-        and weight.args[0].meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
-    )  # type: ignore[union-attr]
+    if weight.target is not aten.expand.default:
+        return False
+    source: Any = weight.args[0]
+    return source.meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -279,6 +346,11 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
+def _is_factor(node: fx.Node) -> bool:
+    """Whether the node multiplies by a constant."""
+    return node.target is aten.mul.Tensor and any(isinstance(x, fx.Node) and qgraph.is_constant(x) for x in node.args)
+
+
 def _is_plain_addition(node: fx.Node) -> bool:
     """Whether the node adds two different float tensors of one shape, unscaled."""
     if node.target not in ADDITIONS or node.kwargs.get("alpha", 1) != 1:
@@ -288,7 +360,7 @@ def _is_plain_addition(node: fx.Node) -> bool:
         return False
     if not _is_float(first) or not _is_float(second) or qgraph.is_constant(first) or qgraph.is_constant(second):
         return False
-    return first.meta["val"].shape == second.meta["val"].shape
+    return _torch.same_shape(first.meta["val"].shape, second.meta["val"].shape)
 
 
 def _shares(node: fx.Node) -> bool:
@@ -296,12 +368,29 @@ def _shares(node: fx.Node) -> bool:
     if node.target in PADS:
         arguments = dict(zip(("mode", "value"), node.args[2:], strict=False)) | node.kwargs
         if node.target is aten.constant_pad_nd.default:
-            return not (node.args[2] if len(node.args) > 2 else 0)
-        return arguments.get("mode", "constant") != "constant" or not arguments.get("value")
+            return not (node.args[2] if len(node.args) > 2 else 0)  # type: ignore[return-value]
+        return bool(arguments.get("mode", "constant") != "constant" or not arguments.get("value"))
     return node.target in SHARING
 
 
-def _annotate(plan: _Plan, activation: Any, weight: Any) -> None:
+def _annotate(plan: _Plan, reduce_range: bool, is_qat: bool) -> None:
+    groups = _grouped(plan)
+    bits: dict[Any, int] = {}
+    for root, members in groups.sets().items():
+        values = [slot if isinstance(slot, fx.Node) else slot[0] for slot in members]
+        bits[root] = 7 if reduce_range and all(plan.clips(value) for value in values) else 8
+        for slot in members:
+            own = _dynamic_spec(bits[root]) if plan.dynamic else _activation_spec(bits[root], is_qat)
+            _set(slot, own if slot == root else torchao.SharedQuantizationSpec(root))
+    for node, (activation, weight) in plan.compute.items():
+        axis = weight.meta["val"].dim() - 1 if node.target in PRODUCTS else 0
+        slot = next(s for s in plan.slots(activation) if s in (activation, (activation, node)))
+        weight_bits = 7 if reduce_range and bits[groups.root(slot)] == 8 else 8
+        _annotation(node).input_qspec_map[weight] = _weight_spec(weight_bits, axis, is_qat)
+
+
+def _grouped(plan: _Plan) -> _Groups:
+    """The slots of all wanted values, those joined that only move the same data."""
     groups = _Groups({node: position for position, node in enumerate(plan.nodes)})
     for value in plan.nodes:
         if value not in plan.wanted:
@@ -313,12 +402,7 @@ def _annotate(plan: _Plan, activation: Any, weight: Any) -> None:
             if _shares(user) and plan.passes_on(value, user):
                 for result in [user] if _is_float(user) else [item for item in user.users if item in plan.wanted]:
                     groups.join(slots[0], plan.slots(result)[0])
-    for slot in groups.slots():
-        root = groups.root(slot)
-        _set(slot, activation if root == slot else torchao.SharedQuantizationSpec(root))
-    for node, (_, weight_node) in plan.compute.items():
-        axis = weight_node.meta["val"].dim() - 1 if node.target in PRODUCTS else 0
-        _annotation(node).input_qspec_map[weight_node] = dataclasses.replace(weight, ch_axis=axis)
+    return groups
 
 
 def _annotation(node: fx.Node) -> Any:
@@ -360,5 +444,9 @@ class _Groups:
         first, second = sorted((self.root(first), self.root(second)), key=self._order)
         self._parents[second] = first
 
-    def slots(self) -> list[Any]:
-        return list(self._parents)
+    def sets(self) -> dict[Any, list[Any]]:
+        """The slots of each set by its root."""
+        found: dict[Any, list[Any]] = {}
+        for slot in self._parents:
+            found.setdefault(self.root(slot), []).append(slot)
+        return found

@@ -15,6 +15,8 @@
     passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+    notes     what else is to be said, a line each
+    drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
 """
@@ -27,10 +29,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+if TYPE_CHECKING:
+    from inductor_x86q.drift import Drift
 
 
 class Reason(enum.Enum):
@@ -170,12 +175,14 @@ class Report:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    drift: Drift | None = None  # where it was asked for
 
     def extend(self, other: Report) -> None:
         """Adds what another graph of the same model became; its nodes get new names where both use one."""
         other = _renamed(other, {node.name for node in self.nodes})
-        for field in dataclasses.fields(self):
-            getattr(self, field.name).extend(getattr(other, field.name))
+        for name in _KINDS:
+            getattr(self, name).extend(getattr(other, name))
 
     # --- totals ---
 
@@ -248,15 +255,18 @@ class Report:
         ):
             if misses:
                 parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
-        return "\n\n".join([*parts, self.summary()])
+        if self.drift is not None:
+            parts.append(str(self.drift))
+        return "\n\n".join([*parts, *dict.fromkeys(self.notes), self.summary()])
 
     # --- files ---
 
     def to_json(self) -> str:
         """The report as JSON; the module's documentation has the schema."""
         content = {"schema": SCHEMA, "version": VERSION, "totals": self.totals()}
-        for field in dataclasses.fields(self):
-            content[field.name] = [_plain(item) for item in getattr(self, field.name)]
+        for name in _KINDS:
+            content[name] = [_plain(item) for item in getattr(self, name)]
+        content["drift"] = _plain(self.drift)
         return json.dumps(content, indent=1, allow_nan=False)
 
     @classmethod
@@ -273,8 +283,8 @@ class Report:
             raise ValueError(
                 f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
             )
-        lists = {name: [_read(kind, item) for item in content[name]] for name, kind in _KINDS.items()}
-        return cls(**lists)
+        lists = {name: [_read(kind, item) for item in content.get(name, ())] for name, kind in _KINDS.items()}
+        return cls(**lists, drift=_read_drift(content.get("drift")))
 
     def to_html(self, title: str = "int8 report") -> str:
         """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
@@ -285,7 +295,7 @@ class Report:
 
 _KINDS: dict[str, Any] = {
     "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
-    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "notes": str,
 }  # fmt: skip
 
 
@@ -312,6 +322,15 @@ def _read(kind: Any, item: Any) -> Any:
     return kind(**values)
 
 
+def _read_drift(content: Any) -> Drift | None:
+    from inductor_x86q.drift import Drift, LayerDrift
+
+    if content is None:
+        return None
+    found = _read(Drift, content)
+    return dataclasses.replace(found, layers=tuple(_read(LayerDrift, x) for x in content["layers"]))
+
+
 def _renamed(report: Report, taken: set[str]) -> Report:
     clashes = {node.name for node in report.nodes} & taken
     if not clashes:
@@ -332,7 +351,8 @@ def _renamed(report: Report, taken: set[str]) -> Report:
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
-    return Report(**{f.name: [changed(item) for item in getattr(report, f.name)] for f in dataclasses.fields(report)})
+    lists: dict[str, Any] = {kind: [changed(item) for item in getattr(report, kind)] for kind in _KINDS}
+    return Report(**lists)
 
 
 def _total(items: Iterable[Fusion | Miss]) -> int:
@@ -435,9 +455,10 @@ def _grouped(misses: Sequence[Miss]) -> list[str]:
 _PRODUCTS: dict[Any, str] = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
-    torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
+    torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
 _ATTENTION = "scaled_dot_product"
+_RECURRENT = "mkldnn_rnn_layer"  # one direction of one layer of an LSTM
 
 
 def collect(graph: fx.Graph) -> Report:
@@ -463,7 +484,18 @@ def collect(graph: fx.Graph) -> Report:
             report.generated.append(_operation(node))
         report.nodes.append(_described(node, kind, shown))
     report.kept_float += _weights_read_elsewhere(graph)
+    report.notes = _notes(graph)
     return report
+
+
+def _notes(graph: fx.Graph) -> list[str]:
+    widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for_bf16")]
+    if not widened:
+        return []
+    return [
+        f"this CPU has no bf16 instructions: {', '.join(widened)} give float32 under autocast, which is then rounded "
+        "to bfloat16"
+    ]
 
 
 # What is float for one of these reasons is so by design; for any other, it should have been int8.
@@ -485,13 +517,13 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "fused"
     if _is_product(node):
         return "product"
-    if qgraph.is_quantize(node):
+    if qgraph.is_quantize(node) or node.target is qgraph.QUANTIZE_TOKEN:
         return "quantize"
-    return "dequantize" if qgraph.is_dequantize(node) else "generated"
+    return "dequantize" if qgraph.is_dequantize(node) or node.target is qgraph.DEQUANTIZE_TOKEN else "generated"
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION)
+    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION) or _operator(node) == _RECURRENT
 
 
 def _operator(node: fx.Node) -> str:
@@ -505,6 +537,7 @@ def _operator(node: fx.Node) -> str:
 
 _PLAIN_NAMES = {
     "_low_memory_max_pool_with_offsets": "max_pool",
+    "quantize_per_token": "quantize", "dequantize_per_token": "dequantize",
     "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
     "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
     "constant_pad_nd": "pad", "_softmax": "softmax",
@@ -514,8 +547,12 @@ _PLAIN_NAMES = {
 def _miss(node: fx.Node) -> Miss:
     from inductor_x86q.passes.fuse import compute
 
-    macs = compute.macs(node) if node.target in _PRODUCTS else _attention_macs(node)
-    operator = _PRODUCTS.get(node.target, "attention")
+    if _operator(node) == _RECURRENT:
+        operator, macs = "lstm", _recurrent_macs(node)
+    elif node.target in _PRODUCTS:
+        operator, macs = _PRODUCTS[node.target], compute.macs(node)
+    else:
+        operator, macs = "attention", _attention_macs(node)
     if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
         operator = "linear"
     return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
@@ -528,36 +565,86 @@ def _attention_macs(node: fx.Node) -> int | None:
     return int(total) if isinstance(total, int) else None
 
 
+def _recurrent_macs(node: fx.Node) -> int | None:
+    """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
+    from inductor_x86q import qgraph
+
+    arguments = qgraph.schema_arguments(node)
+    steps, batch, width = arguments["input"].meta["val"].shape
+    total = steps * batch * 4 * arguments["hidden_size"] * (width + arguments["hidden_size"])
+    return int(total) if isinstance(total, int) else None
+
+
 def _obstacle(node: fx.Node) -> Obstacle:
+    from inductor_x86q import qgraph
+    from inductor_x86q.passes.fuse import compute
+
+    if _is_recurrent(node):
+        return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
+    found = _layer_obstacle(node)
+    is_float_convolution = node.target is compute.CONVOLUTION and found == Obstacle(Reason.NOT_QUANTIZED)
+    if is_float_convolution and any(other.target is qgraph.QUANTIZE_TENSOR for other in node.graph.nodes):
+        return Obstacle(Reason.NOT_QUANTIZED, "dynamic quantization is for linears, convolutions need calibration")
+    return found
+
+
+def _is_recurrent(node: fx.Node) -> bool:
+    """Whether the node is an LSTM's layer or comes from a module of torch.nn.modules.rnn."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return _operator(node) == _RECURRENT or any("torch.nn.modules.rnn." in str(kind) for _, kind in stack.values())
+
+
+def _layer_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import _torch
     from inductor_x86q.passes.fuse import compute
 
-    if node.target in (compute.CONVOLUTION, compute.LINEAR):
-        with _torch.disable_modes():  # it looks at the weights' numbers
-            found = compute.obstacle(node)
-        assert found is not None, f"{node} is eligible and was not fused"
-        return found
-    return _product_obstacle(node)
+    with _torch.disable_modes():  # it looks at the weights' numbers
+        if node.target not in (compute.CONVOLUTION, compute.LINEAR):
+            return _product_obstacle(node)
+        found = compute.obstacle(node)
+    assert found is not None, f"{node} is eligible and was not fused"
+    return found
 
 
 def _product_obstacle(node: fx.Node) -> Obstacle:
     """Of a matrix product that the normalize stage did not turn into a linear."""
     from inductor_x86q import qgraph
 
+    if any(isinstance(size, int) and size == 0 for size in _shape(node)):
+        return Obstacle(Reason.NO_KERNEL, "an empty result")
     x, weight = _operands(node)
+    if node.target is torch.ops.aten._int_mm.default:
+        return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
     source = _moved_from(weight)
     if source.op == "get_attr":
-        quantized = qgraph.is_dequantize(_moved_from(x, through_qdq=False))
-        return Obstacle(Reason.WEIGHT_NOT_QUANTIZED if quantized else Reason.NOT_QUANTIZED)
-    if source.op == "placeholder" and qgraph.is_dequantize(_moved_from(weight, through_qdq=False)):
+        if qgraph.is_dequantize(_moved_from(x, through_qdq=False)):
+            return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
+        if _holds_int8(qgraph.constant(source)):
+            return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
+        return Obstacle(Reason.NOT_QUANTIZED)
+    dequantize: Any = _moved_from(weight, through_qdq=False)
+    # An input of the graph that is quantized as weights are is taken for one, any other for an activation.
+    if source.op == "placeholder" and qgraph.is_dequantize(dequantize) and _is_symmetric(qgraph.qparams(dequantize)):
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
+
+
+def _holds_int8(weight: torch.Tensor | None) -> bool:
+    """Whether a float matrix holds 8-bit integers: what constant folding leaves of a weight that is scaled behind."""
+    if weight is None or not weight.is_floating_point() or weight.is_mkldnn or weight.numel() < 2:
+        return False
+    low, high = weight.aminmax()
+    return bool(-128 <= low < 0 < high <= 127) and bool((weight == weight.round()).all())
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The two factors of a product; of attention, queries and keys."""
     position = 1 if _operator(node) in ("addmm", "baddbmm") else 0
     return node.args[position], node.args[position + 1]  # type: ignore[return-value]
+
+
+def _is_symmetric(parameters: Any) -> bool:
+    return parameters.dtype == torch.int8 and isinstance(parameters.zero_point, int) and parameters.zero_point == 0
 
 
 def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:

@@ -143,6 +143,12 @@ def test_inputs_may_come_after_parameters(net: fx.GraphModule, image: torch.Tens
         assert_close(compiled(model)(x, image), model(x, image))
 
 
+def test_freezing_cannot_be_switched_off(net: fx.GraphModule, image: torch.Tensor) -> None:
+    compiled = torch.compile(net, backend="inductor_x86q", options={"freezing": False})
+    with pytest.raises(Exception, match="option `freezing` is False: the int8 passes run on frozen weights only"):
+        compiled(image)
+
+
 @pytest.mark.parametrize("freezing", [True, False])
 def test_global_freezing_makes_no_difference(net: fx.GraphModule, image: torch.Tensor, freezing: bool) -> None:
     with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
@@ -402,3 +408,36 @@ def test_resnets_whole(name: str, layout: str) -> None:
         got, expected = compiled(quantized)(x), quantized(x)
     # 30 dB, or what one rounding in 100,000 does to this random network.
     assert snr(got, expected) >= min(30, rounding_floor(quantized, (x,)) - 6)
+
+
+FIRST_COMPILE = """
+import torch
+from torch._inductor.fx_passes import freezing_patterns
+from inductor_x86q import inspection, testing
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = testing.QConv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return torch.sigmoid(self.conv(testing.quantize_dequantize(x)))
+
+inputs = (torch.randn(1, 8, 6, 6),)
+q = testing.qdq_graph(Block(), inputs)
+lists = [freezing_patterns.pass_patterns]
+report = inspection.explain(q, inputs)
+assert freezing_patterns.pass_patterns is lists[0]
+print(len(report.fused), len(freezing_patterns.pass_patterns))
+"""
+
+WITHOUT_US = """
+from torch._inductor.fx_passes import freezing_patterns
+
+freezing_patterns.lazy_init()
+print(1, len(freezing_patterns.pass_patterns))
+"""
+
+
+def test_what_freezing_registers_at_first_is_filtered_and_kept(run_python: Any) -> None:
+    assert run_python(FIRST_COMPILE).stdout == run_python(WITHOUT_US).stdout

@@ -154,7 +154,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_cpu, "has_amx", lambda: False)
     assert cli.main(["doctor"]) == cli.DONE
     out = capsys.readouterr().out
-    assert "keeps activations to 7 bits here" in out
+    assert "input or weight to 7 bits here" in out
     assert torch.__version__ in out
 
     def no_compiler() -> str:

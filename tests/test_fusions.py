@@ -42,6 +42,17 @@ def signed(x: torch.Tensor, zero_point: int = 5) -> torch.Tensor:
     return QD(x, 0.02, zero_point, dtype=torch.int8, quant_min=-128, quant_max=127)
 
 
+class Factor(nn.Module):
+    """A constant of numbers of both signs."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.linspace(-1.5, 2.0, shape[0]).view(shape))
+
+    def forward(self) -> torch.Tensor:
+        return self.factor
+
+
 IMAGE = (2, 16, 8, 8)
 ROWS = (4, 32)
 TOKENS = (2, 5, 32)
@@ -98,6 +109,10 @@ FUSED = [
         {"qlinear": 1}),
     row("linear, relu, linear", lambda m, x: m.second(QD(torch.relu(m.first(QD(x))), 0.02, 0)),
         {"first": QLinear(32, 48), "second": QLinear(48, 32)}, TOKENS, {"qlinear": 2}, rounds_inside=True),
+    row("conv times a factor of each channel, relu", lambda m, x: torch.relu(m.layer(QD(x)) * m.factor()),
+        {"layer": conv(), "factor": Factor(16, 1, 1)}, IMAGE, {"qconv": 1}, "relu"),
+    row("linear times a factor of each output", lambda m, x: m.factor() * m.layer(QD(x)),
+        {"layer": QLinear(32, 48), "factor": Factor(48)}, TOKENS, {"qlinear": 1, "cpp": 1}),
     row("residual sum of convs", lambda m, x: m.second(QD(x)) + m.first(QD(torch.relu(x), 0.02, 0)),
         {"first": conv(), "second": conv()}, IMAGE, {"qconv": 1, "qconv.binary": 1}),
     row("residual sum of convs, relu", lambda m, x: torch.relu(m.second(QD(x)) + m.first(QD(torch.relu(x), 0.02, 0))),
@@ -116,6 +131,8 @@ LEFT_ALONE = [
     row("the accumulator is read later",
         lambda m, x: (lambda a: (m.second(QD(x)) + a, a * 2))(m.first(QD(x, 0.03, 50))),
         {"first": conv(), "second": conv()}, IMAGE, {"qconv": 2}),
+    row("the factor is a map", lambda m, x: torch.relu(m.layer(QD(x)) * m.factor()),
+        {"layer": conv(), "factor": Factor(8, 1)}, IMAGE, {"qconv": 1}),
     row("the addition broadcasts", lambda m, x, y: m.layer(QD(x)) + y, C, (IMAGE, (1, 16, 1, 1)), {"qconv": 1}),
     row("the addition broadcasts to a linear's result", lambda m, x, y: m.layer(QD(x)) + y, L, (ROWS, (4, 1)),
         {"qlinear": 1}),

@@ -15,6 +15,7 @@ import inductor_x86q
 from inductor_x86q import _torchao as torchao
 from inductor_x86q import qgraph
 from inductor_x86q.pt2e import left_out
+from inductor_x86q.report import layer
 
 
 class Residual(nn.Module):
@@ -173,12 +174,43 @@ def test_stays_close_to_float() -> None:
 # --- ranges and storage -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reduce_range", "largest"), [(True, 127), (False, 255)])
-def test_reduce_range_decides_the_bits_of_activations(reduce_range: bool, largest: int) -> None:
-    x = image()
-    graph_module = inductor_x86q.quantize(residual(), (x,), calibration=[x], reduce_range=reduce_range)
-    parameters = [qgraph.qparams(node) for node in graph_module.graph.nodes if qgraph.is_quantize(node)]
-    assert {(p.quant_min, p.quant_max) for p in parameters} == {(0, largest)}
+def test_full_range_is_8_bits_of_everything() -> None:
+    graph_module = inductor_x86q.quantize(residual(), (image(),), calibration=[image()], reduce_range=False)
+    assert bits_of_layers(graph_module) == {"first": (8, 8), "second": (8, 8), "head": (8, 8)}
+
+
+def test_reduced_range_takes_the_bit_from_the_weight_where_an_addition_makes_the_input() -> None:
+    graph_module = inductor_x86q.quantize(residual(), (image(),), calibration=[image()], reduce_range=True)
+    # A convolution that ends in an addition cannot clip to 7 bits: what reads the sum has 7-bit weights instead.
+    assert bits_of_layers(graph_module) == {"first": (7, 8), "second": (7, 8), "head": (8, 7)}
+
+
+def bits_of_layers(graph_module: torch.fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """The bits of each layer's input and weight."""
+    found = {}
+    for node in graph_module.graph.nodes:
+        if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default):
+            x, weight = (qgraph.qparams(node.args[i]) for i in (0, 1))
+            name = layer(node)
+            found[name] = tuple((p.quant_max - p.quant_min).bit_length() for p in (x, weight))
+    return found
+
+
+def test_a_constant_factor_belongs_to_its_convolution() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.gamma = nn.Parameter(torch.linspace(-1, 2, 8).view(8, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(torch.relu(self.first(x) * self.gamma))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    report = inductor_x86q.explain(quantized(Scaled().eval(), (x,)), (x,))
+    assert [fusion.absorbed for fusion in report.fused] == [("relu", "quantize"), ()]
+    assert len(report.quantizes_left) == 1
 
 
 def test_weights_are_stored_in_int8_under_their_own_names_and_nothing_else() -> None:

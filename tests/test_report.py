@@ -281,11 +281,13 @@ def test_debug_dump(net: torch.fx.GraphModule, tmp_path: Path, monkeypatch: pyte
         "0 before.txt",
         "1 after normalize.txt",
         "2 after propagate.txt",
-        "3 after fuse compute.txt",
-        "4 after fuse post-ops.txt",
-        "5 after finish.txt",
+        "3 after channels.txt",
+        "4 after fuse compute.txt",
+        "5 after fuse post-ops.txt",
+        "6 after fuse output types.txt",
+        "7 after finish.txt",
     ]
-    assert "onednn.qconv_pointwise.default" in (tmp_path / "graph0" / "4 after fuse post-ops.txt").read_text()
+    assert "onednn.qconv_pointwise.default" in (tmp_path / "graph0" / "5 after fuse post-ops.txt").read_text()
     assert "onednn" not in (tmp_path / "graph0" / "2 after propagate.txt").read_text()
     assert "2 × convolution" in (tmp_path / "graph0" / "passes.txt").read_text()
     assert "rule 'addition': " in (tmp_path / "graph0" / "why.txt").read_text()

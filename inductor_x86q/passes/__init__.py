@@ -10,7 +10,7 @@ from torch import fx
 
 import inductor_x86q
 from inductor_x86q import _torch
-from inductor_x86q.passes import finish, fuse, normalize, propagate
+from inductor_x86q.passes import channel_factors, channels, finish, fuse, normalize, propagate, row_scales
 from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
 
 __all__ = ["STAGES", "No", "Rule", "register_pass", "run"]
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 STAGES = (
     Stage(
         "normalize",
-        normalize.RULES,
+        (*normalize.RULES, *channel_factors.RULES, *row_scales.RULES),
         before="The graph is as AOTAutograd leaves it, parameters are constants.",
         after="Each thing has one spelling: constant scales are numbers, weights are per channel, a linear is `linear`.",
         check=normalize.check,
@@ -33,9 +33,15 @@ STAGES = (
         check=propagate.check,
     ),
     Stage(
+        "channels",
+        channels.RULES,
+        before="propagate",
+        after="No channel shuffle stands between convolutions that can do without it.",
+    ),
+    Stage(
         "fuse: compute",
         fuse.COMPUTE_RULES,
-        before="propagate",
+        before="channels",
         after="Every eligible convolution and linear is an onednn call with float output.",
     ),
     Stage(
@@ -45,9 +51,16 @@ STAGES = (
         after="Every call has absorbed what it can of the activation, addition and quantize behind it.",
     ),
     Stage(
+        "fuse: output types",
+        fuse.OUTPUT_TYPE_RULES,
+        before="fuse: post-ops",
+        after="Every call gives a type that this CPU has a fast kernel for.",
+        check=fuse.output_types.check,
+    ),
+    Stage(
         "finish",
         finish.RULES,
-        before="fuse: post-ops",
+        before="fuse: output types",
         after="The graph is legal for Inductor.",
         check=finish.check,
     ),
@@ -60,8 +73,8 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
     The report, the debug dump and `x86q why` list it by its name as they list ours.
 
     Args:
-        stage: "normalize", "propagate", "fuse: compute", "fuse: post-ops" or "finish"; what holds before and after
-            each is said in STAGES, and the rule has to keep it so.
+        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types" or
+            "finish"; what holds before and after each is said in STAGES, and the rule has to keep it so.
 
     Returns:
         A function that takes the rule out again.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
+from inductor_x86q import _torch, qgraph
 
 aten = torch.ops.aten
 
@@ -87,4 +87,5 @@ def may_overwrite(node: fx.Node, *, after: fx.Node) -> bool:
 
 def _is_dense(node: fx.Node) -> bool:
     value = qgraph.value(node)
-    return all(stride != 0 for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1)
+    sizes_and_strides = zip(value.shape, value.stride(), strict=True)
+    return all(_torch.known(stride != 0) or _torch.known(size == 1) for size, stride in sizes_and_strides)

@@ -8,9 +8,11 @@ import torch
 from torch import fx
 
 from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes import row_scales
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 
 def _find_dequantized_constant(node: fx.Node) -> Any:
@@ -33,11 +35,31 @@ def _decompose(node: fx.Node, found: Any) -> None:
     _torch.decompose_node(node.graph.owning_module, node)  # type: ignore[arg-type]
 
 
+def _rewrite_computed_quantize(node: fx.Node, found: Any) -> None:
+    """A quantize by computed parameters is written out: Inductor's lowering of it forgets quant_min and quant_max."""
+    x, scale, zero_point, low, high, dtype = qgraph.schema_arguments(node).values()
+
+    def call(target: Any, *arguments: Any) -> fx.Node:
+        return qgraph.call(node.graph, target, arguments, like=node)
+
+    with node.graph.inserting_before(node):
+        inverse = call(aten.reciprocal.default, call(prims.convert_element_type.default, scale, torch.float32))
+        zero = call(prims.convert_element_type.default, zero_point, torch.float32)
+        wide = call(prims.convert_element_type.default, x, torch.float32)
+        value = call(aten.add.Tensor, call(aten.round.default, call(aten.mul.Tensor, wide, inverse)), zero)
+        clipped = call(aten.clamp_max.default, call(aten.clamp_min.default, value, low), high)
+        new = call(prims.convert_element_type.default, clipped, dtype)
+    node.replace_all_uses_with(new)
+    qgraph.erase_dead(node)
+
+
 # What the passes kept whole or put into the graph, and Inductor has no lowering for.
 DECOMPOSED = (*_torch.KEPT_WHOLE, aten.linear.default)
 
 RULES = (
     Rule("weight left in float", qgraph.DEQUANTIZES, _find_dequantized_constant, _rewrite_dequantized_constant),
+    Rule("computed quantize", (qgraph.QUANTIZE_TENSOR,), lambda node: True, _rewrite_computed_quantize),
+    *row_scales.FINISH_RULES,
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
 

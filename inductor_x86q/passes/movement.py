@@ -11,6 +11,8 @@ from torch import fx
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
 # Each takes its tensor first and puts elements of it, and nothing else, into its result.
 MOVEMENTS = frozenset({
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
-from inductor_x86q.passes.movement import MOVEMENTS, is_movement
+from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes.movement import MOVEMENTS, RESHAPES, is_movement
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -63,6 +63,20 @@ def _rewrite_per_tensor_weight(node: fx.Node, tensor: torch.Tensor) -> None:
     _replace(node, qgraph.DEQUANTIZE_CHANNEL, arguments, node.kwargs)
 
 
+def _find_missing_zero_points(node: fx.Node) -> Any:
+    parameters = qgraph.qparams(node)
+    scale = qgraph.constant(parameters.scale)
+    if parameters.zero_point is not None or scale is None:
+        return No("it has zero points, or its scales are computed at run time")
+    return torch.zeros(scale.shape, dtype=torch.int64)
+
+
+def _rewrite_missing_zero_points(node: fx.Node, zero_points: torch.Tensor) -> None:
+    """A weight without zero points has zeros."""
+    with node.graph.inserting_before(node):
+        node.update_arg(2, qgraph.new_constant(node.graph, zero_points, node))
+
+
 def _find_cast(node: fx.Node) -> Any:
     source, dtype = node.args[0], node.args[1]
     if qgraph.is_dequantize(source) and dtype in FLOATS:
@@ -97,12 +111,16 @@ def _find_constant_view(node: fx.Node) -> Any:
     scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
     if scale is None or zero_point is None or not is_movement(node):
         return No("its scales are computed at run time")
+    if len(node.all_input_nodes) > 1:
+        return No("its size is not known when compiling")
     if node.target is aten.clone.default:  # moves nothing: what is left of a change of layout
         return tensor.contiguous(), scale, zero_point, parameters.axis
     channel = torch.arange(tensor.shape[parameters.axis])
     shape = [1] * tensor.dim()
     shape[parameters.axis] = -1
     moved_channel = node.target(channel.view(shape).expand(tensor.shape), *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    if not moved_channel.numel():
+        return No("it leaves no element")
     axis = _varying_axis(moved_channel)
     if axis is None:
         return No("its channels do not stay along one dimension")
@@ -138,6 +156,16 @@ def _dequantized_matrix(node: Any) -> bool:
     return qgraph.is_dequantize(node) and qgraph.constant(node.args[0]) is not None
 
 
+def _without_batch(weight: Any) -> Any:
+    """The one matrix that is expanded to a batch, where it is; else `weight` itself."""
+    if not isinstance(weight, fx.Node) or weight.target is not aten.expand.default:
+        return weight
+    source: Any = weight.args[0]
+    *batch, rows, columns = qgraph.value(source).shape
+    one = list(batch) in ([], [1]) and [rows, columns] == list(qgraph.value(weight).shape[-2:])
+    return source if one else weight
+
+
 def _find_matrix_product(node: fx.Node) -> Any:
     arguments = qgraph.schema_arguments(node)
     x, weight = (
@@ -145,6 +173,7 @@ def _find_matrix_product(node: fx.Node) -> Any:
         arguments.get("mat2", arguments.get("batch2")),
     )
     bias = arguments["self"] if "beta" in arguments else None
+    weight = _without_batch(weight)
     if not _dequantized_matrix(weight):
         return No("its second operand is not a dequantized constant")
     if arguments.get("alpha", 1) != 1 or arguments.get("beta", 1) != 1:
@@ -196,10 +225,10 @@ def _last(node: fx.Node, dimension: Any) -> bool:
     return dimension % rank == rank - 1
 
 
-def _keeps_rows(node: fx.Node) -> bool:
+def keeps_rows(node: fx.Node) -> bool:
     """Whether the node moves whole rows of its first argument: what lies along the last dimension stays together."""
     before, after = qgraph.value(node.args[0]).shape, qgraph.value(node).shape  # type: ignore[arg-type]
-    if len(before) < 2 or len(after) < 2 or before[-1] != after[-1]:
+    if len(before) < 2 or len(after) < 2 or not _torch.known(before[-1] == after[-1]):
         return False
     arguments: Any = node.args
     if node.target in RESHAPES or node.target is aten.clone.default:
@@ -219,13 +248,13 @@ def _find_moved_rows(node: fx.Node) -> Any:
         return No("its input is not a linear of one user")
     if not _dequantized_matrix(linear.args[1]):
         return No("the linear is not quantized")
-    return linear if _keeps_rows(node) else No("it takes rows apart")
+    return linear if keeps_rows(node) else No("it takes rows apart")
 
 
 def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> None:
     """move(linear(x)) → linear(move(x)) where whole rows move: what follows then stands next to the linear."""
     x: Any = linear.args[0]
-    arguments = list(node.args[1:])
+    arguments: list[Any] = list(node.args[1:])
     if node.target in RESHAPES:
         arguments = [[*list(arguments[0])[:-1], qgraph.value(x).shape[-1]]]
     with node.graph.inserting_before(node):
@@ -239,7 +268,7 @@ def _find_view_of_view(node: fx.Node) -> Any:
     source: Any = node.args[0]
     if not isinstance(source, fx.Node):
         return No("it views no tensor")
-    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+    if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         return source
     if source.target not in RESHAPES or len(source.users) != 1:
         return No("its input is no view of one user")
@@ -248,7 +277,7 @@ def _find_view_of_view(node: fx.Node) -> Any:
 
 def _rewrite_view_of_view(node: fx.Node, source: fx.Node) -> None:
     """A view of a view is a view; a view to the same shape is nothing."""
-    if list(qgraph.value(source).shape) == list(qgraph.value(node).shape):
+    if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         node.replace_all_uses_with(source)
         qgraph.erase_dead(node)
     else:
@@ -326,7 +355,6 @@ def _replace(node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = No
     qgraph.erase_dead(node)
 
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 ROW_MOVEMENTS = (
     *RESHAPES,
     aten.clone.default,
@@ -338,10 +366,18 @@ ROW_MOVEMENTS = (
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 
+CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast)
+
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
     Rule("weight with one scale", (qgraph.DEQUANTIZE,), _find_per_tensor_weight, _rewrite_per_tensor_weight),
-    Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast),
+    Rule(
+        "weight without zero points",
+        (qgraph.DEQUANTIZE_CHANNEL,),
+        _find_missing_zero_points,
+        _rewrite_missing_zero_points,
+    ),
+    CAST,
     Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),

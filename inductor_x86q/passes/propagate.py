@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
+from inductor_x86q.passes import normalize
 from inductor_x86q.passes.movement import JOINS, MOVEMENTS, SPLITS, is_item, is_movement
 from inductor_x86q.passes.stage import No, Rule
 
@@ -230,6 +231,8 @@ def _rewrite_meeting(node: fx.Node, found: tuple[fx.Node, qgraph.QParams, qgraph
 
 RULES = (
     Rule("quantize meets dequantize", (qgraph.QUANTIZE,), _find_meeting, _rewrite_meeting),
+    # A cast meets the dequantize only now where data was moved in between.
+    normalize.CAST,
     Rule("dequantize below movement", tuple(MOVEMENTS), _find_down, _rewrite_down),
     Rule("dequantize below split", (*SPLITS, MAX_POOL), _find_down, _rewrite_down_items),
     Rule("dequantize below cat", tuple(JOINS), _find_down_join, _rewrite_down_join),

@@ -69,12 +69,12 @@ def _one_by_one(group: list[Graph], tally: Tally, *, generate: bool) -> None:
         except Mismatch as mismatch:
             alone += 1
             tally.graphs += 1
-            tally.failures.append(_explained(graph, mismatch))
+            tally.failures.append(explained(graph, mismatch))
     if not alone:
         tally.failures.append(("a group fails whose graphs do not fail alone", group[0]))
 
 
-def _explained(graph: Graph, mismatch: Mismatch) -> tuple[str, Graph]:
+def explained(graph: Graph, mismatch: Mismatch) -> tuple[str, Graph]:
     """The mismatch of the smallest graph found that fails in the same way, and that graph."""
 
     def kind(error: Mismatch) -> str:

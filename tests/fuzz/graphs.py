@@ -10,7 +10,8 @@ import dataclasses
 import linecache
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from inductor_x86q import _cpu
 
 PREAMBLE = '''\
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators
 import torch.nn.functional as F
 
 q = torch.ops.quantized_decomposed
@@ -102,6 +104,24 @@ class Graph:
             "for e, a in zip(expected, actual, strict=True):\n"
             "    print(tuple(e.shape), e.dtype, (e.double() - a.double()).abs().max().item() if e.numel() else 0)\n"
         )
+
+
+def written(lines: str, constants: Mapping[str, str], inputs: Mapping[str, str], *, defects: str = "",
+            dynamic_batch: bool = False) -> Graph:  # fmt: skip
+    """A graph written by hand: assignments, one a line, whose last one is the output (or several, with commas).
+
+    Args:
+        constants: name and expression of buffers; those that no line reads are left out.
+        defects: names of the reasons for which something in it may stay float.
+    """
+    rows = [line.strip() for line in lines.strip().splitlines()]
+    outputs = rows.pop().removeprefix("return ").split(", ") if rows[-1].startswith("return ") else [
+        rows[-1].split(" = ")[0]]  # fmt: skip
+    read = {name: text for name, text in constants.items() if re.search(rf"\bself\.{name}\b", lines)}
+    return Graph(
+        tuple(read.items()), tuple(inputs.items()), tuple(rows), tuple(outputs), dynamic_batch, (),
+        frozenset(defects.split()), 0,
+    )  # fmt: skip
 
 
 # How each activation is written; the kernels take the first group, or some of them do.
@@ -254,9 +274,9 @@ class _Draft:
         """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
         if self.chance(5):
             grid = self.grids.get(name)
-            if grid is None:
-                self.defects |= {"ACTIVATION_NOT_QUANTIZED", "NOT_QUANTIZED"}
-            elif convolved and grid[1].dtype == torch.int8:
+            if grid is None:  # though a dequantize may reach it from further up
+                self.defects |= {"ACTIVATION_NOT_QUANTIZED", "NOT_QUANTIZED", "SATURATES"}
+            if convolved and (grid is None or grid[1].dtype == torch.int8):
                 self.defects.add("ACTIVATION_TYPE")
             return name, grid and grid[1]
         if 0 in self.values[name].shape:
@@ -309,6 +329,11 @@ class _Draft:
             if 2 * largest * int(limit) > 32767:
                 self.defects.add("SATURATES")
 
+    def note_small(self, rows: int, width: int, outputs: int) -> None:
+        """Products so small that Inductor takes them apart before freezing."""
+        if width == 1 or (rows == 1 and (outputs == 1 or (width <= 16 and outputs <= 16))):
+            self.defects.add("NO_KERNEL")
+
     def bias(self, width: int) -> str:
         return self.constant(f"reals({self.seed()}, ({width},), -1.0, 1.0)") if self.chance(60) else "None"
 
@@ -357,6 +382,7 @@ class _Draft:
         name, grid = self.activation(name)
         width = self.values[name].shape[-1]
         outputs = width if same_shape else self.pick(1, 2, 3, 8, 16, 17, 32)
+        self.note_small(self.values[name].numel() // width, width, outputs)
         weight = self.weight((outputs, width), grid)
         self.note(f"linear {self.values[name].dim()}d")
         return self.emit(f"F.linear({name}, {weight}, {self.bias(outputs)})", name)
@@ -369,6 +395,7 @@ class _Draft:
         *rows, width = self.values[name].shape
         outputs = self.pick(1, 2, 5, 16)
         operator = self.pick(*(("mm", "addmm") if len(rows) == 1 else ("bmm", "baddbmm")), "matmul")
+        self.note_small(rows[-1], width, outputs)
         weight = self.weight((width, outputs), grid, axis=1)
         if operator in ("bmm", "baddbmm"):
             weight = f"{weight}.expand({name}.shape[0], {width}, {outputs})"
@@ -394,7 +421,7 @@ class _Draft:
         if name is None:
             return None
         name, other = self.quantized(name), self.quantized(name)
-        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED"}
+        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED", "WEIGHT_NOT_CONSTANT"}
         self.note("bmm of two activations")
         return self.emit(f"torch.bmm({name}, {other}.transpose(1, 2))", name, other)
 

@@ -199,8 +199,8 @@ def _matrix_product(target: Any, x: Any, y: Any) -> Interval:
     return _bilinear(target, x, y, None)
 
 
-def _matrix_product_and_sum(target: Any, bias: Any, x: Any, y: Any) -> Interval:
-    return _bilinear(torch.matmul, x, y, bias)
+def _matrix_product_and_sum(target: Any, bias: Any, x: Any, y: Any, *, alpha: float = 1, beta: float = 1) -> Interval:
+    return _bilinear(torch.matmul, _product(target, x, alpha), y, _product(target, bias, beta))
 
 
 def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) -> Interval:
@@ -228,17 +228,27 @@ def _quantize(
     return Interval(low, high)
 
 
-def _dequantize(target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, **kwargs: Any) -> Interval:
+def _cast(target: Any, x: Interval, dtype: torch.dtype) -> Interval:
+    """To a float type: rounding is monotone."""
+    return Interval(x.low.to(dtype).double(), x.high.to(dtype).double())
+
+
+def _dequantize(
+    target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, out_dtype: torch.dtype | None = None
+) -> Interval:
     x = _interval(x)
     result = Interval((x.low - float(zero_point)) * float(scale), (x.high - float(zero_point)) * float(scale))
-    return result.widened(1e-7 * result.magnitude)
+    # The scale is rounded to float32, then the product.
+    result = result.widened(POINTWISE_ERROR * result.magnitude)
+    return result if out_dtype is None else _cast(target, result, out_dtype)
 
 
 _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({getattr}), _getattr),
     (frozenset({operator.getitem}), _item),
+    (frozenset({torch.Tensor.to}), _cast),
     (frozenset({_q.quantize_per_tensor}), _quantize),
-    (frozenset({_q.dequantize_per_tensor}), _dequantize),
+    (frozenset({_q.dequantize_per_tensor, _q.dequantize_per_tensor.default}), _dequantize),
     (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d}), _weighted_sum),
     (frozenset({torch.mm, torch.bmm, torch.matmul}), _matrix_product),
     (frozenset({torch.addmm, torch.baddbmm}), _matrix_product_and_sum),

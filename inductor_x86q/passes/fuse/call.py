@@ -70,7 +70,7 @@ class Call:
         return not isinstance(self.x_scale, fx.Node)
 
 
-_TARGETS = {
+_TARGETS: dict[tuple[str, bool, bool], Any] = {
     # family, has a binary post-op, has static parameters
     ("conv", False, True): onednn.qconv_pointwise.default,
     ("conv", False, False): onednn.qconv_pointwise.tensor,
@@ -92,19 +92,19 @@ def is_call(node: Any) -> bool:
 def read(node: fx.Node) -> Call:
     """The call that `node` makes."""
     family, has_binary, _ = _KINDS[node.target]
-    values = list(node.args)
+    values: list[Any] = list(node.args)
     head, values = values[:6], values[6:]
-    other = values.pop(0) if has_binary else None
+    other: Any = values.pop(0) if has_binary else None
     bias = values.pop(0)
     geometry, values = (tuple(values[:4]), values[4:]) if family == "conv" else ((), values)
     scale, zero_point, dtype, *values = values
     binary = None
     if has_binary:
         other_scale, other_zero_point, kind, _alpha, *values = values
-        binary = Binary(kind, other, other_scale, other_zero_point)  # type: ignore[arg-type]
+        binary = Binary(kind, other, other_scale, other_zero_point)
     name, scalars, algorithm = values
-    unary = Unary(name, tuple(scalars), algorithm)  # type: ignore[arg-type]
-    return Call(family, *head, bias, geometry, dtype, scale, zero_point, unary, binary)  # type: ignore[arg-type]
+    unary = Unary(name, tuple(scalars), algorithm)
+    return Call(family, *head, bias, geometry, dtype, scale, zero_point, unary, binary)  # type: ignore[call-arg]
 
 
 def emit(graph: fx.Graph, call: Call, *, like: fx.Node) -> fx.Node:

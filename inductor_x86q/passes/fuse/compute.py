@@ -58,6 +58,8 @@ def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) 
 
 
 def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
+    if x.target is qgraph.DEQUANTIZE_TOKEN:
+        return Obstacle(Reason.ACTIVATION_TYPE, "its rows differ in zero point; a scale for each of them is fine")
     if not qgraph.is_dequantize(x):
         return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED)
     parameters = qgraph.qparams(x)

@@ -36,7 +36,7 @@ def _rewrite(node: fx.Node, found: bool) -> None:
     spatial = qgraph.value(x).dim() - 2  # type: ignore[arg-type]
     kernel, stride, padding, dilation = (_full(values, spatial) for values in sizes)
     stride = stride or kernel
-    parameters = list(zip(kernel, stride, padding, dilation, strict=True))
+    parameters: list[Any] = list(zip(kernel, stride, padding, dilation, strict=True))
     with node.graph.inserting_before(node):
         pool = _pool_2d if spatial == 2 else _pool_3d
         new = pool(node, x, parameters, ceil_mode)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
+from inductor_x86q import _torch, qgraph
 from inductor_x86q.passes import aliasing
 from inductor_x86q.passes.fuse.call import Binary, Call, Unary, describe, is_call, read, replace, with_output
 from inductor_x86q.passes.stage import No, Rule
@@ -124,7 +124,7 @@ def _find_addition(node: fx.Node) -> Any:
     operands = [arguments["self"], arguments["other"]]
     if not all(isinstance(operand, fx.Node) for operand in operands) or operands[0] is operands[1]:
         return No("it does not add two different tensors")
-    if qgraph.value(operands[0]).shape != qgraph.value(operands[1]).shape:
+    if not _torch.same_shape(qgraph.value(operands[0]).shape, qgraph.value(operands[1]).shape):
         return No("it broadcasts")
     declined: Any = No("neither operand is a fused call")
     # Of two calls the later one takes the sum: the earlier one's result is the accumulator.
@@ -149,7 +149,8 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
     quantized = _quantized_output(node)
     if qgraph.is_dequantize(other) and quantized is not None:
         parameters = qgraph.qparams(other)
-        if parameters.is_static and parameters.axis is None and parameters.dtype == quantized.dtype:
+        dtypes = {parameters.dtype, quantized.dtype, qgraph.value(call.x).dtype}  # one only: see _find_quantize
+        if parameters.is_static and parameters.axis is None and len(dtypes) == 1:
             integers = other.args[0]
             binary = Binary("sum", integers, parameters.scale, parameters.zero_point)  # type: ignore[arg-type]
             # A kernel that reads its input while it overwrites it would read its own results.
@@ -159,6 +160,8 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
     dtype = qgraph.value(other).dtype
     if qgraph.is_dequantize(other):
         return No("its other operand is int8 and its own result is not: left to one generated kernel")
+    if call.output_dtype == torch.bfloat16 and dtype == qgraph.value(node).dtype == torch.float32:
+        call = dataclasses.replace(call, output_dtype=dtype)  # the sum would be widened, so its terms need no rounding
     if dtype != call.output_dtype or qgraph.value(node).dtype != dtype:
         return No(f"it adds {dtype} to {call.output_dtype}")
     if aliasing.may_overwrite(other, after=node) and quantized is None:
@@ -201,8 +204,14 @@ def _find_quantize(node: fx.Node) -> Any:
     parameters = qgraph.qparams(node)
     if parameters.dtype not in qgraph.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
+    input_dtype = qgraph.value(call.x).dtype
+    if parameters.dtype != input_dtype:
+        # The kernel would do it, but Inductor gives an int8 output the type of the input.
+        return No(f"the call reads {input_dtype}, and Inductor knows no other int8 type for its output")
     if not (math.isfinite(parameters.scale) and parameters.scale > 0):
         return No(f"its scale is {parameters.scale}")
+    if parameters.quant_min > parameters.quant_max:
+        return No(f"its range is empty: {parameters.quant_min} to {parameters.quant_max}")
     if call.binary and call.binary.kind == "sum":
         dtype = qgraph.value(call.binary.other).dtype
         if dtype != parameters.dtype:

@@ -1,0 +1,321 @@
+"""The channels stage: a channel shuffle between convolutions does not run, their weights take its order instead.
+
+A convolution may read its input channels in any order, if its weight follows, and write its output channels in any
+order, if everybody who reads them follows. So each reader of shuffled channels takes them from where they were
+computed, as slices side by side, and each producer writes those next to each other that are read together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import qgraph
+from inductor_x86q.passes.fuse.post_ops import UNARIES
+from inductor_x86q.passes.movement import RESHAPES, SPLITS, is_item
+from inductor_x86q.passes.stage import No, Rule
+
+aten = torch.ops.aten
+
+CONVOLUTION = aten.convolution.default
+GATHER = aten.index.Tensor
+Channel = tuple[fx.Node, int]  # a tensor, and which of its channels
+
+
+# --- what stands between the convolutions -----------------------------------------------------------------------------
+
+
+def _channels(node: fx.Node) -> int:
+    return int(qgraph.value(node).shape[1])
+
+
+def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """What the node is a channel shuffle of, and by how many groups: view, transposition, (clone,) view."""
+    if node.target not in RESHAPES:
+        return None
+    chain: Any = node.args[0]
+    if chain.target is aten.clone.default:
+        chain = chain.args[0]
+    if chain.target not in (aten.permute.default, aten.transpose.int) or chain.args[0].target not in RESHAPES:
+        return None
+    apart, source = chain.args[0], chain.args[0].args[0]
+    rank = qgraph.value(source).dim()
+    swapped = [0, 2, 1, *range(3, rank + 1)]
+    order = (
+        list(chain.args[1])
+        if chain.target is aten.permute.default
+        else [0, *sorted(chain.args[1:])[::-1], *swapped[3:]]
+    )
+    before, between, after = ([str(n) for n in qgraph.value(x).shape] for x in (source, apart, node))
+    # Sizes as text: those that are open have names, and comparing names adds no guard.
+    if rank < 3 or order != swapped or after != before or between[3:] != before[2:] or between[0] != before[0]:
+        return None
+    return source, int(qgraph.value(apart).shape[1])
+
+
+def _shuffle_end(view: fx.Node) -> fx.Node | None:
+    """The last node of the channel shuffle that begins with this view."""
+    node: fx.Node | None = view
+    for _ in range(3):
+        node = qgraph.only_user(node) if node else None
+        if node is not None and node.target in RESHAPES:
+            found = _shuffle_start(node)
+            return node if found and found[0] is view.args[0] else None
+    return None
+
+
+def _along_channels(node: fx.Node) -> bool:
+    """Whether a cat, split or slice works on dimension 1, a slice without gaps."""
+    arguments = qgraph.schema_arguments(node)
+    return arguments.get("dim", 0) == 1 and arguments.get("step", 1) == 1
+
+
+def _origins(node: fx.Node) -> list[Channel]:
+    """Where each channel of the node was computed, looking through what only orders channels."""
+    shuffled = _shuffle_start(node)
+    if shuffled:
+        inner = _origins(shuffled[0])
+        order = torch.arange(len(inner)).view(shuffled[1], -1).t().flatten()
+        return [inner[i] for i in order.tolist()]
+    source: Any = node.args[0] if node.args else None
+    if node.target is aten.cat.default and _along_channels(node):
+        return [channel for part in source for channel in _origins(part)]
+    if node.target is aten.slice.Tensor and _along_channels(node):
+        start = qgraph.schema_arguments(node)["start"] or 0
+        return _origins(source)[start:][: _channels(node)]
+    if is_item(node) and source.target in SPLITS and _along_channels(source):
+        start = sum(part.shape[1] for part in source.meta["val"][: node.args[1]])  # type: ignore[misc]
+        return _origins(source.args[0])[start:][: _channels(node)]
+    if _is_gather(node):
+        inner = _origins(source)
+        return [inner[i] for i in _gathered(node)]
+    return [(node, channel) for channel in range(_channels(node))]
+
+
+def _is_gather(node: fx.Node) -> bool:
+    return node.target is GATHER and len(node.args[1]) == 2 and node.args[1][0] is None  # type: ignore[arg-type, index]
+
+
+def _gathered(node: fx.Node) -> list[int]:
+    indices = qgraph.constant(node.args[1][1])  # type: ignore[index]
+    assert indices is not None
+    return indices.tolist()
+
+
+def _orderings(node: fx.Node) -> set[fx.Node] | None:
+    """All that orders the node's channels before a convolution reads them whose weight can follow; None where something
+    else reads them too."""
+    found = {node}
+    for user in node.users:
+        if qgraph.is_dequantize(user) and all(_reader(reader) and reader.args[0] is user for reader in user.users):
+            continue
+        end = _ordered_by(user)
+        below = None if end is None or not end.users else _orderings(end)
+        if below is None:
+            return None
+        found |= below
+    return found
+
+
+def _ordered_by(user: fx.Node) -> fx.Node | None:
+    """The node that holds the channels after `user` ordered them; None where it does something else."""
+    if user.target in RESHAPES:
+        return _shuffle_end(user)
+    if user.target in SPLITS or user.target in (aten.cat.default, aten.slice.Tensor):
+        return user if _along_channels(user) else None
+    return user if _is_gather(user) or is_item(user) else None
+
+
+# --- the convolutions -------------------------------------------------------------------------------------------------
+
+
+def _reader(node: fx.Node) -> bool:
+    """Whether the node is a quantized convolution whose weight can follow another order of its input's channels."""
+    if node.target is not CONVOLUTION or not qgraph.is_dequantize(node.args[0]) or not _has_constants(node):
+        return False
+    arguments = qgraph.schema_arguments(node)
+    return arguments["groups"] == 1 or (_is_depthwise(node) and _end(node) is not None)
+
+
+def _has_constants(node: fx.Node) -> bool:
+    """Whether weight and bias are constants, the weight quantized per output channel."""
+    arguments = qgraph.schema_arguments(node)
+    weight, bias = arguments["weight"], arguments["bias"]
+    if arguments["transposed"] or not qgraph.is_dequantize(weight) or qgraph.constant(weight.args[0]) is None:
+        return False
+    return qgraph.qparams(weight).axis == 0 and (bias is None or qgraph.constant(bias) is not None)
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    arguments = qgraph.schema_arguments(node)
+    groups = arguments["groups"]
+    return groups > 1 and groups == _channels(arguments["input"]) == _channels(node)
+
+
+def _end(convolution: fx.Node) -> fx.Node | None:
+    """The quantize behind a convolution and, perhaps, an activation."""
+    user = qgraph.only_user(convolution)
+    if user is not None and user.target in UNARIES:
+        user = qgraph.only_user(user)
+    return user if user is not None and user.target is qgraph.QUANTIZE else None
+
+
+def _producer(quantize: fx.Node) -> fx.Node | None:
+    """The convolution that computes what the node quantizes, if it can write its channels in any order."""
+    node: Any = quantize.args[0] if quantize.target is qgraph.QUANTIZE else quantize
+    if node.target in UNARIES:
+        node = node.args[0]
+    if node.target is not CONVOLUTION or _end(node) is not quantize or not _has_constants(node):
+        return None
+    return node if qgraph.schema_arguments(node)["groups"] == 1 else None
+
+
+def _with_weights(node: fx.Node, x: Any, order: list[int], dimension: int) -> fx.Node:
+    """The convolution on `x`, its weight's output channels (dimension 0) or input channels (1) in another order."""
+    weight: Any = node.args[1]
+    parameters = qgraph.qparams(weight)
+    graph = node.graph
+    indices = torch.tensor(order)
+
+    def ordered(constant: Any, dimension: int) -> fx.Node:
+        tensor = qgraph.constant(constant)
+        assert tensor is not None
+        return qgraph.new_constant(graph, tensor.detach().index_select(dimension, indices), node)
+
+    with graph.inserting_before(node):
+        bias: Any = node.args[2]
+        scales: Any = (parameters.scale, parameters.zero_point)
+        if dimension == 0:
+            scales = [ordered(constant, 0) for constant in scales]
+            bias = None if bias is None else ordered(bias, 0)
+        arguments = (ordered(weight.args[0], dimension), *scales, *parameters.arguments()[2:])
+        new_weight = qgraph.call(graph, qgraph.DEQUANTIZE_CHANNEL, arguments, weight.kwargs, like=weight)
+        new = qgraph.call(graph, CONVOLUTION, (x, new_weight, bias, *node.args[3:]), dict(node.kwargs), like=node)
+    return new
+
+
+# --- readers take channels from where they were computed --------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Order:
+    parts: dict[fx.Node, list[int]]  # what to read of which tensor
+    order: list[int]  # which channel of the present input each channel of the new one is
+
+
+def _find_shuffled_input(node: fx.Node) -> Any:
+    if not _reader(node):
+        return No("it is no quantized convolution of constant weights, whole or depthwise with a quantize behind it")
+    integers: Any = node.args[0].args[0]  # type: ignore[union-attr]
+    origins = _origins(integers)
+    order = sorted(range(len(origins)), key=lambda i: origins[i])
+    parts: dict[fx.Node, list[int]] = {}
+    for i in order:
+        parts.setdefault(origins[i][0], []).append(origins[i][1])
+    if list(_pieces(integers)) == list(parts.items()):
+        return No("it reads channels from where they are computed")
+    shuffled = False
+    for source, channels in parts.items():
+        orderings = _orderings(source)
+        # A tensor that is read whole stays as it is; of another, what is read must be written side by side.
+        if orderings is None or (len(channels) < _channels(source) and _producer(source) is None):
+            return No(f"the order of {source}'s channels matters to something else")
+        shuffled |= any(_is_gather(node) or _shuffle_start(node) is not None for node in orderings)
+    return _Order(parts, order) if shuffled else No("no channel shuffle stands in front of it")
+
+
+def _pieces(integers: fx.Node) -> Iterator[tuple[fx.Node, list[int]]]:
+    """The tensors that stand side by side in this one, and which channels of each, by gather or slice."""
+    pieces: Any = integers.args[0] if integers.target is aten.cat.default else [integers]
+    for piece in pieces:
+        direct = _is_gather(piece) or piece.target is aten.slice.Tensor
+        yield piece.args[0] if direct else piece, [channel for _, channel in _origins(piece)]
+
+
+def _rewrite_shuffled_input(node: fx.Node, found: _Order) -> None:
+    dequantize: Any = node.args[0]
+    depthwise = _is_depthwise(node)
+    graph = node.graph
+    with graph.inserting_before(node):
+        parts = [_gather(source, channels, like=dequantize) for source, channels in found.parts.items()]
+        joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
+        x = qgraph.call(
+            graph, dequantize.target, (joined, *dequantize.args[1:]), dict(dequantize.kwargs), like=dequantize
+        )
+    new = _with_weights(node, x, found.order, 0 if depthwise else 1)
+    end = _end(node) if depthwise else None
+    node.replace_all_uses_with(new)
+    if end is not None:  # what a depthwise convolution reads in another order, it also writes so
+        back = torch.tensor(found.order).argsort().tolist()
+        with graph.inserting_after(end):
+            indices = qgraph.new_constant(graph, torch.tensor(back), end)
+        with graph.inserting_after(indices):
+            ordered = qgraph.call(graph, GATHER, (end, [None, indices]), like=end)
+        end.replace_all_uses_with(ordered, delete_user_cb=lambda user: user is not ordered)
+    qgraph.erase_dead(node)
+
+
+def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
+    """These channels of the tensor: itself, or a gather, the one that is there where there is one."""
+    if channels == list(range(_channels(source))):
+        return source
+    for user in source.users:
+        if _is_gather(user) and _gathered(user) == channels:
+            return user
+    with source.graph.inserting_after(source):
+        indices = qgraph.new_constant(source.graph, torch.tensor(channels), like)
+    with source.graph.inserting_after(indices):
+        return qgraph.call(source.graph, GATHER, (source, [None, indices]), like=like)
+
+
+def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: fx.Node) -> fx.Node:
+    """A node that computes this, the one that is there where there is one."""
+    for user in operand.users:
+        if user.target is target and fx.map_arg(user.args, lambda n: n) == arguments:
+            return user
+    return qgraph.call(operand.graph, target, arguments, like=like)
+
+
+# --- producers write together what is read together -------------------------------------------------------------------
+
+
+def _find_gathered_output(node: fx.Node) -> Any:
+    if _producer(node) is None:
+        return No("it quantizes no convolution that can write its channels in any order")
+    if not node.users or not all(_is_gather(user) for user in node.users):
+        return No("something reads it whole")
+    order = list(itertools.chain.from_iterable(_gathered(user) for user in node.users))
+    if len(set(order)) != len(order):
+        return No("its readers share channels")
+    return order + sorted(set(range(_channels(node))) - set(order))
+
+
+def _rewrite_gathered_output(node: fx.Node, order: list[int]) -> None:
+    convolution = _producer(node)
+    assert convolution is not None
+    new = _with_weights(convolution, convolution.args[0], order, 0)
+    convolution.replace_all_uses_with(new)
+    qgraph.erase_dead(convolution)
+    start = 0
+    for user in list(node.users):
+        end = start + _channels(user)
+        with node.graph.inserting_before(user):
+            part = (
+                node
+                if end - start == _channels(node)
+                else qgraph.call(node.graph, aten.slice.Tensor, (node, 1, start, end), like=user)
+            )
+        user.replace_all_uses_with(part)
+        qgraph.erase_dead(user)
+        start = end
+
+
+RULES = (
+    Rule("convolution of shuffled channels", (CONVOLUTION,), _find_shuffled_input, _rewrite_shuffled_input),
+    Rule("channels read together", (qgraph.QUANTIZE,), _find_gathered_output, _rewrite_gathered_output),
+)

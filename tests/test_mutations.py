@@ -1,0 +1,352 @@
+"""Each pass broken on purpose, in one line of its source, and the graph whose numbers show it.
+
+The graphs are run uncompiled against what they may compute (`tests.fuzz`), so a broken pass costs a fraction of a
+second. A breakage whose line is no longer in the source fails with a request to write it anew.
+"""
+
+from __future__ import annotations
+import __future__
+
+import dataclasses
+import inspect
+import logging
+import textwrap
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+from inductor_x86q import _torch
+from inductor_x86q.passes import aliasing, finish, normalize, propagate
+from inductor_x86q.passes.fuse import call, compute, pool, post_ops
+from tests.fuzz.check import Mismatch, check
+from tests.fuzz.graphs import Graph, written
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+CONSTANTS = {
+    "square": "integers(0, (8, 8), -63, 63, torch.int8)",
+    "narrow": "integers(1, (5, 8), -63, 63, torch.int8)",
+    "scales": "reals(2, (8,), 0.001, 0.01)",
+    "zeros": "torch.zeros(8, dtype=torch.int64)",
+    "threes": "torch.full((8,), 3)",
+    "bias": "reals(3, (8,), -1.0, 1.0)",
+    "kernel": "integers(4, (8, 8, 3, 3), -63, 63, torch.int8)",
+    "pixel": "integers(5, (8, 8, 1, 1), -63, 63, torch.int8)",
+    "cube": "integers(6, (8, 8, 1, 3, 3), -63, 63, torch.int8)",
+    "scale": "torch.tensor(0.02)",
+    "sixty": "torch.tensor(60)",
+}
+ROWS = {"x": "reals(SEED, (8, 8), -2.0, 2.0)"}
+TWO_ROWS = {**ROWS, "z": "reals(SEED, (8, 8), -2.0, 2.0)"}
+IMAGE = {"x": "reals(SEED, (1, 8, 5, 6), -2.0, 2.0)"}
+VIDEO = {"x": "reals(SEED, (1, 8, 3, 5, 6), -2.0, 2.0)"}
+
+W = "q.dequantize_per_channel(self.square, self.scales, self.zeros, {axis}, -127, 127, torch.int8)"
+LINEAR = f"F.linear({{x}}, {W.format(axis=0)}, self.bias)"
+CONVOLUTION = (
+    "F.conv2d({x}, q.dequantize_per_channel(self.kernel, self.scales, self.zeros, 0, -127, 127, torch.int8), "
+    "self.bias, 1, 1)"
+)
+U8 = "0.02, 60, 0, 127, torch.uint8"
+OTHER = "0.05, 40, 0, 127, torch.uint8"
+LATER = "0.06, 40, 0, 127, torch.uint8"  # another grid, else AOTAutograd makes one dequantize of two
+NARROW = "0.02, 60, 40, 90, torch.uint8"
+
+
+def qd(name: str, source: str, grid: str = U8) -> str:
+    """`name` is `source` quantized and dequantized; its integers are called `name_i`."""
+    return f"{name}_i = q.quantize_per_tensor({source}, {grid})\n{name} = q.dequantize_per_tensor({name}_i, {grid})"
+
+
+def rows(*lines: str, inputs: dict[str, str] = ROWS, defects: str = "") -> Graph:
+    return written("\n".join([qd("a", "x"), *lines]), CONSTANTS, inputs, defects=defects)
+
+
+def image(*lines: str, defects: str = "") -> Graph:
+    return rows(*lines, inputs=IMAGE, defects=defects)
+
+
+LINEAR_A, CONVOLUTION_A = LINEAR.format(x="a"), CONVOLUTION.format(x="a")
+
+GRAPHS = {
+    "scales as tensors": written(
+        f"i = q.quantize_per_tensor(x, self.scale, self.sixty, 0, 127, torch.uint8)\n"
+        f"a = q.dequantize_per_tensor(i, self.scale, self.sixty, 0, 127, torch.uint8)\ny = {LINEAR_A}",
+        CONSTANTS, ROWS),
+    "weight with one scale and a zero point": rows(
+        "y = F.linear(a, q.dequantize_per_tensor(self.square, 0.01, 3, -127, 127, torch.int8), None)",
+        defects="WEIGHT_TYPE"),
+    "weight with zero points": rows(
+        "y = F.linear(a, q.dequantize_per_channel(self.square, self.scales, self.threes, 0, -127, 127, torch.int8), None)",
+        defects="WEIGHT_TYPE"),
+    "slice of a weight": rows(f"y = F.linear(a, {W.format(axis=0)}[3:], None)"),
+    "alpha of a product": rows(f"y = torch.addmm(self.bias, a, {W.format(axis=1)}, alpha=0.5)",
+                               defects="NOT_QUANTIZED WEIGHT_NOT_QUANTIZED WEIGHT_TYPE"),
+    "product": rows(f"y = torch.mm(a, {W.format(axis=1)})"),
+    "product with scales along its inputs": rows(f"y = torch.mm(a, {W.format(axis=0)})",
+                                                 defects="NOT_QUANTIZED WEIGHT_NOT_QUANTIZED WEIGHT_TYPE"),
+    "alpha of a bias": rows(f"y = torch.add(F.linear(a, {W.format(axis=0)}, None), self.bias, alpha=0.5)"),
+    "clamp on one side": rows(f"b = {LINEAR_A}", "y = torch.clamp(b, min=-0.5)"),
+    "gate of another": rows(f"b = {LINEAR_A}", "y = b * torch.sigmoid(a)"),
+    "transposed linear": rows(f"b = {LINEAR_A}", "y = b.transpose(0, 1)"),
+
+    "cat of two grids": rows(qd("b", "x", OTHER), "y = torch.cat([a, b], 0)"),
+    "cat of two ranges": rows(qd("b", "x * 0.5", NARROW), "c = torch.cat([b, a], 0)", qd("y", "c", NARROW), "return y, c"),
+    "pad": rows("b = F.pad(a, (1, 2))", qd("y", "b")),
+    "relu of integers": rows("y = torch.relu(a)"),
+    "narrower range": rows(qd("y", "a", NARROW)),
+    "requantized": rows(qd("y", "a", OTHER)),
+    "split to two grids": written(
+        "\n".join(["s = torch.split(x, [3, 5], 0)", "a = s[0]", "b = s[1]", qd("c", "a"), qd("d", "b", OTHER),
+                   "return c, d"]), CONSTANTS, ROWS),
+    "rounded to bf16": written(
+        "i = q.quantize_per_tensor(x, 0.013, 5, 0, 255, torch.uint8)\n"
+        "a = q.dequantize_per_tensor(i, 0.013, 5, 0, 255, torch.uint8, out_dtype=torch.bfloat16)\n" + qd("y", "a", "0.013, 5, 0, 255, torch.uint8"),
+        CONSTANTS, {"x": "reals(SEED, (8, 8), -0.1, 3.3)"}),
+
+    "convolution": image(f"y = {CONVOLUTION_A}"),
+    "dilated convolution": image(f"y = {CONVOLUTION_A.replace('1, 1)', '1, 1, 2)')}"),
+    "convolution with scales along its inputs": image(
+        f"y = {CONVOLUTION_A.replace('zeros, 0', 'zeros, 1')}", defects="WEIGHT_TYPE"),
+    "convolution to int8": image(f"b = {CONVOLUTION_A}", qd("y", "b", OTHER)),
+    "signed convolution": written(qd("a", "x", "0.02, 5, -60, 61, torch.int8") + f"\ny = {CONVOLUTION_A}", CONSTANTS,
+                                  IMAGE, defects="ACTIVATION_TYPE"),
+    "linear": rows(f"y = {LINEAR_A}"),
+    "linear to int8": rows(f"b = {LINEAR_A}", qd("y", "b", OTHER)),
+    "linear to the other int8": rows(f"b = {LINEAR_A}", qd("y", "b", "0.03, 5, -60, 61, torch.int8")),
+    "linear to a narrow range": rows(f"b = {LINEAR_A}", qd("y", "b", NARROW)),
+
+    "relu": rows(f"b = {LINEAR_A}", "y = torch.relu(b)"),
+    "relu in front of an addition": rows(f"b = torch.relu({LINEAR_A})", "y = b + z", inputs=TWO_ROWS),
+    "relu in front of a quantize": written(
+        qd("a", "x") + "\nb = F.conv3d(a, q.dequantize_per_channel(self.cube, self.scales, self.zeros, 0, -127, 127, "
+        "torch.int8), self.bias)\nc = torch.relu(b)\n" + qd("y", "c"), CONSTANTS, VIDEO),
+    "hardtanh of relu": rows(f"b = torch.relu({LINEAR_A})", "y = F.hardtanh(b, -1.0, 0.5)"),
+    "addition with alpha": rows(f"b = {LINEAR_A}", "y = torch.add(b, z, alpha=0.5)", inputs=TWO_ROWS),
+    "residual": rows(qd("b", "z", OTHER), f"c = {LINEAR_A}", "d = c + b", qd("y", "d", "0.04, 50, 0, 127, torch.uint8"),
+                     inputs=TWO_ROWS),
+    "residual of the other int8": rows(
+        qd("b", "z", "0.05, 4, -60, 61, torch.int8"), f"c = {LINEAR_A}", "d = c + b", qd("y", "d"), inputs=TWO_ROWS),
+
+    "float weight": rows("y = F.linear(x, q.dequantize_per_channel(self.square, self.scales, self.zeros, 0, -127, 127, "
+                         "torch.int8), None)", defects="ACTIVATION_NOT_QUANTIZED"),
+    "gelu of a convolution": image(f"b = {CONVOLUTION_A}", 'y = F.gelu(b * 3.0, approximate="tanh")'),
+    "leaky relu of a convolution": image(f"b = {CONVOLUTION_A}", "y = F.leaky_relu(b, 0.3)"),
+    "hardtanh of floats": rows("y = F.hardtanh(x, -0.5, 1.5)"),
+    "weight of a transposed convolution": image(
+        "y = F.conv_transpose2d(a, q.dequantize_per_channel(self.kernel, self.scales, self.zeros, 1, -127, 127, "
+        "torch.int8))", defects="NO_KERNEL"),
+
+    "max pool, ceil mode": image("y = F.max_pool2d(a, 3, 2, ceil_mode=True)"),
+    "max pool, padding and dilation": image("y = F.max_pool2d(a, 3, 2, 1, 2)"),
+    "max pool of signed": written(
+        qd("a", "x", "0.02, 5, -60, 61, torch.int8") + "\ny = F.max_pool2d(a, 2)", CONSTANTS, IMAGE),
+    "max pool of frames": written(qd("a", "x") + "\ny = F.max_pool3d(a, (2, 1, 1), 1)", CONSTANTS, VIDEO),
+
+    "accumulator read later": rows(qd("b", "z", OTHER), f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
+                                   f"f = q.dequantize_per_tensor(b_i, {LATER})", "return e, f", inputs=TWO_ROWS),
+    "accumulator is an input": written(
+        qd("a", "x") + f"\nb = q.dequantize_per_tensor(z, {OTHER})\nc = {LINEAR_A}\nd = c + b\n" + qd("y", "d"),
+        CONSTANTS, {**ROWS, "z": "integers(SEED, (8, 8), 0, 127, torch.uint8)"}),
+    "accumulator is expanded": written(
+        "\n".join([qd("a", "x"), f"b_i = q.quantize_per_tensor(z, {OTHER}).expand(8, 8)",
+                   f"b = q.dequantize_per_tensor(b_i, {OTHER})", f"c = {LINEAR_A}", "d = c + b", qd("y", "d")]),
+        CONSTANTS, {**ROWS, "z": "reals(SEED, (8, 1), -2.0, 2.0)"}),
+    "accumulator is a view of what is read later": written(
+        "\n".join([qd("a", "x"), f"w = q.quantize_per_tensor(z, {OTHER})", "v = w.reshape(8, 8)",
+                   f"b = q.dequantize_per_tensor(v, {OTHER})", f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
+                   f"f = q.dequantize_per_tensor(w, {OTHER})", "return e, f"]),
+        CONSTANTS, {**ROWS, "z": "reals(SEED, (4, 16), -2.0, 2.0)"}),
+    "a view of the accumulator is read later": written(
+        "\n".join([f"w = q.quantize_per_tensor(z, {OTHER})", "v = w.reshape(4, 16)",
+                   f"u = q.dequantize_per_tensor(v, {OTHER})", "t = u * 0.5", "s = t.reshape(8, 8)", qd("a", "s"),
+                   f"b = q.dequantize_per_tensor(w, {OTHER})", f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
+                   f"f = q.dequantize_per_tensor(v, {LATER})", "return e, f"]), CONSTANTS, {"z": "reals(SEED, (8, 8), -2.0, 2.0)"}),
+    "accumulator is the input": rows(f"b = {LINEAR_A}", "c = b + a", qd("y", "c")),
+}  # fmt: skip
+
+
+# --- breakages --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """A function, one piece of its source, what stands there instead, and the graph that shows it."""
+
+    name: str
+    function: Any
+    old: str
+    new: str
+    graph: str
+
+
+BROKEN = {
+    "normalize": [
+        Broken("drop a zero point given as a tensor", normalize._find_constant_parameters, "int(zero_point)", "0",
+               "scales as tensors"),
+        Broken("drop the zero point of a weight with one scale", normalize._rewrite_per_tensor_weight,
+               "parameters.zero_point, dtype", "0, dtype", "weight with one scale and a zero point"),
+        Broken("leave the scales where a weight's channels move", normalize._find_constant_view,
+               "scale[channels]", "scale[: len(channels)]", "slice of a weight"),
+        Broken("forget alpha of a product", normalize._find_matrix_product, 'arguments.get("alpha", 1) != 1', "False",
+               "alpha of a product"),
+        Broken("forget to transpose", normalize._rewrite_matrix_product, ").t().contiguous()", ").contiguous()",
+               "product"),
+        Broken("take scales along the wrong axis", normalize._find_matrix_product,
+               "parameters.axis != tensor.dim() - 1", "False", "product with scales along its inputs"),
+        Broken("forget alpha of a bias", normalize._find_bias, 'arguments.get("alpha", 1) != 1', "False",
+               "alpha of a bias"),
+        Broken("take any lower bound for relu", normalize._find_clamp, "high is None and low == 0", "high is None",
+               "clamp on one side"),
+        Broken("take any gate for its own", normalize._find_gated, "gate.args[0] is x", "True", "gate of another"),
+        Broken("move a transpose before a linear", normalize.keeps_rows, "_last(node, arguments[1][-1])", "True",
+               "transposed linear"),
+    ],
+    "propagate": [
+        Broken("join two grids", propagate._find_down_join, "not parameters.same_grid(found[0])", "False",
+               "cat of two grids"),
+        Broken("join two ranges to the first", propagate._joined,
+               "min(p.quant_min for p in parameters), max(p.quant_max for p in parameters)",
+               "first.quant_min, first.quant_max", "cat of two ranges"),
+        Broken("pad with 0 instead of the zero point", propagate._find_down_pad,
+               "fill / parameters.scale + parameters.zero_point", "fill / parameters.scale", "pad"),
+        Broken("clip at 0 instead of the zero point", propagate._rewrite_down_relu,
+               "(integers, parameters.zero_point)", "(integers, 0)", "relu of integers"),
+        Broken("ignore a narrower range", propagate._rewrite_meeting,
+               "after.quant_min > before.quant_min or after.quant_max < before.quant_max", "False", "narrower range"),
+        Broken("drop a requantization", propagate._find_meeting, "not after.same_grid(before)", "False",
+               "requantized"),
+        Broken("quantize the parts of a split alike", propagate._find_up_split, "not all(", "not any(",
+               "split to two grids"),
+        Broken("drop a rounding to bf16", propagate._find_meeting, "qgraph.out_dtype(source) != torch.float32",
+               "False", "rounded to bf16"),
+    ],
+    "compute": [
+        Broken("drop the input's zero point", compute._call, "x_parameters.zero_point,", "0,", "linear"),
+        Broken("drop the bias", compute._call, "bias and _as(node, bias, torch.float32)", "None", "linear"),
+        Broken("forget the dilation", compute._rewrite_convolution, "packed, (stride, padding, dilation, groups)",
+               "packed, (stride, padding, [1, 1], groups)", "dilated convolution"),
+        Broken("forget the padding", compute._rewrite_convolution, "packed, (stride, padding, dilation, groups)",
+               "packed, (stride, [0, 0], dilation, groups)", "convolution"),
+        Broken("ignore a weight's zero points", compute._weight_obstacle, "zero_point.count_nonzero()", "False",
+               "weight with zero points"),
+        Broken("take a weight's scales along any axis", compute._weight_obstacle, "parameters.axis != 0", "False",
+               "convolution with scales along its inputs"),
+        Broken("give a convolution signed input", compute._activation_obstacle,
+               "node.target is CONVOLUTION and parameters.dtype == torch.int8", "False", "signed convolution"),
+        Broken("take a transposed convolution for a convolution", compute.obstacle, 'arguments.get("transposed")',
+               "False", "weight of a transposed convolution"),
+    ],
+    "pool": [
+        Broken("forget ceil mode", pool._pool_2d, "bool(ceil_mode)", "False", "max pool, ceil mode"),
+        Broken("exchange kernel and stride", pool._rewrite, "zip(kernel, stride, padding, dilation, strict=True)",
+               "zip(stride, kernel, padding, dilation, strict=True)", "max pool, padding and dilation"),
+        Broken("exchange padding and dilation", pool._rewrite, "zip(kernel, stride, padding, dilation, strict=True)",
+               "zip(kernel, stride, dilation, padding, strict=True)", "max pool, padding and dilation"),
+        Broken("give the library's pool signed input", pool._find, "x.dtype != torch.uint8", "False",
+               "max pool of signed"),
+        Broken("forget the frames", pool._pool_3d, "[parameters[0], (1, 1, 0, 1)]", "[(1, 1, 0, 1)] * 2",
+               "max pool of frames"),
+    ],
+    "post-ops": [
+        Broken("forget relu", post_ops._find_unary, "unary=merged", "unary=call.unary", "relu"),
+        Broken("move relu behind the addition", post_ops._find_addition,
+               'call.binary or call.unary.name != "none"', "call.binary", "relu in front of an addition"),
+        Broken("take any bound for 0", post_ops._find_implied_relu, "parameters.zero_point != parameters.quant_min",
+               "False", "relu in front of a quantize"),
+        Broken("keep the first of two clips", post_ops._merge, 'if first.name == "none":\n        return second',
+               'return second', "hardtanh of relu"),
+        Broken("forget alpha", post_ops._find_addition, 'arguments.get("alpha", 1) != 1', "False",
+               "addition with alpha"),
+        Broken("drop the added operand's zero point", post_ops._find_accumulator,
+               "integers, parameters.scale, parameters.zero_point", "integers, parameters.scale, 0", "residual"),
+        Broken("exchange the scales of sum and result", post_ops._find_accumulator,
+               "integers, parameters.scale, parameters.zero_point",
+               "integers, quantized.scale, parameters.zero_point", "residual"),
+        Broken("add the other int8 type", post_ops._find_accumulator, "len(dtypes) == 1", "True",
+               "residual of the other int8"),
+        Broken("ignore a narrow range", post_ops._rewrite_quantize, "parameters.is_full_range", "True",
+               "linear to a narrow range"),
+        Broken("drop the result's zero point", call.with_output, "output_zero_point=parameters.zero_point",
+               "output_zero_point=0", "convolution to int8"),
+    ],
+    "finish": [
+        Broken("leave a weight's integers", finish._find_dequantized_constant,
+               "return node.target(*arguments[0], **arguments[1])", "return tensor.float()", "float weight"),
+        Broken("drop keyword arguments", _torch.decompose_node, "node.target(*arguments, **node.kwargs)",
+               "node.target(*arguments)", "gelu of a convolution"),
+        Broken("drop the slope", _torch.decompose_node, "for a in node.args]", "for a in node.args[:1]]",
+               "leaky relu of a convolution"),
+        Broken("drop the bounds", _torch.decompose_node, "for a in node.args]", "for a in node.args[:1]]",
+               "hardtanh of floats"),
+        Broken("leave what has no lowering", finish._decompose,
+               "_torch.decompose_node(node.graph.owning_module, node)", "None", "gelu of a convolution"),
+        Broken("dequantize the scales' neighbours", finish._find_dequantized_constant,
+               "qgraph.constant(n)", "qgraph.constant(n).flip(0)", "weight of a transposed convolution"),
+    ],
+    "aliasing": [
+        Broken("sum in place although the accumulator is read later", aliasing.may_overwrite,
+               "not remaining <= needed", "False", "accumulator read later"),
+        Broken("sum into an input of the graph", aliasing.may_overwrite, 'root.op != "call_function"', "False",
+               "accumulator is an input"),
+        Broken("sum into what is expanded", aliasing._is_dense, "stride != 0", "True", "accumulator is expanded"),
+        Broken("do not look from a view to what it views", aliasing.base,
+               'node.op == "call_function" and _is_view(node)', "False",
+               "accumulator is a view of what is read later"),
+        Broken("do not look from a tensor to its views", aliasing.readers,
+               "_is_view(user) or _sums_into(user, current)", "_sums_into(user, current)",
+               "a view of the accumulator is read later"),
+        Broken("sum into the call's own input", post_ops._find_accumulator,
+               "aliasing.base(integers) is not aliasing.base(call.x)", "True", "accumulator is the input"),
+        Broken("do not copy the accumulator", post_ops._rewrite_addition, "not found.in_place", "False",
+               "accumulator read later"),
+    ],
+}  # fmt: skip
+
+
+def broken_code(broken: Broken) -> Any:
+    """The code of `broken.function` with its one piece of source replaced."""
+    source = textwrap.dedent(inspect.getsource(broken.function))
+    count = source.count(broken.old)
+    assert count == 1, f"{broken.function.__qualname__} has {broken.old!r} {count} times: write this breakage anew"
+    flags = __future__.annotations.compiler_flag
+    namespace: dict[str, Any] = {}
+    exec(
+        compile(source.replace(broken.old, broken.new), inspect.getfile(broken.function), "exec", flags),
+        broken.function.__globals__,
+        namespace,
+    )
+    function = namespace[broken.function.__name__]
+    assert isinstance(function, FunctionType)
+    return function.__code__
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Broken passes miss layers, and say so."""
+    logger = logging.getLogger("inductor_x86q")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_unbroken(name: str) -> None:
+    check(GRAPHS[name])
+
+
+@pytest.mark.parametrize(
+    "broken", [pytest.param(b, id=f"{stage}: {b.name}") for stage, rows in BROKEN.items() for b in rows]
+)
+def test_broken(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broken.function, "__code__", broken_code(broken))
+    with pytest.raises(Mismatch):
+        check(GRAPHS[broken.graph])
+
+
+def test_each_pass_is_broken_in_five_ways() -> None:
+    assert min(map(len, BROKEN.values())) >= 5
+    assert {b.graph for rows in BROKEN.values() for b in rows} <= set(GRAPHS)
