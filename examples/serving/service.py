@@ -167,12 +167,14 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait (default: %(default)s)")
     parser.add_argument("--mean", type=float, default=0.5, help="subtracted from pixels of 0 to 1")
     parser.add_argument("--std", type=float, default=0.5, help="divides them then")
-    parser.add_argument("--address", help="of a Ray cluster; 'auto': the one this machine is in. Default: a new one")
+    parser.add_argument(
+        "--address", default="local", help="of a Ray cluster; 'auto': that of this machine. Default: new"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="to listen at; 0.0.0.0 for all interfaces")
     parser.add_argument("--port", type=int, default=8000)
     parsed = parser.parse_args()
 
-    ray.init(address=parsed.address, include_dashboard=None if parsed.address else False, log_to_driver=True)
+    ray.init(address=parsed.address, **({"include_dashboard": False} if parsed.address == "local" else {}))
     serve.start(proxy_location="EveryNode", http_options={"host": parsed.host, "port": parsed.port})
     serve.run(application(parsed), name="classifier", blocking=True)
 
