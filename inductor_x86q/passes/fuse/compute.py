@@ -89,7 +89,8 @@ def _saturation_obstacle(parameters: qgraph.QParams, weight: fx.Node) -> Obstacl
         return None
     tensor = qgraph.constant(weight.args[0])
     assert tensor is not None
-    largest_weight = int(tensor.to(torch.int16).abs().max()) if tensor.numel() else 0
+    low, high = map(int, torch.aminmax(tensor)) if tensor.numel() else (0, 0)
+    largest_weight = max(-low, high)
     # oneDNN moves s8 inputs to u8 by adding 128, so they always span 8 bits. What a convolution pads with is the zero
     # point, which may lie above the range.
     zero_point = parameters.zero_point if parameters.is_static else 0

@@ -1,0 +1,152 @@
+"""Sends a running service (service.py) requests from many clients at once, and checks every answer.
+
+    python load_test.py model.pt2 --clients 16 --seconds 10
+
+First one request of each kind that must be refused, then the load: each client sends arrays over a connection of its
+own and waits for each answer; refused with a 503, it waits a little and tries again. Prints requests per second, the
+median and the 99th percentile of the time to an answer, and how many requests were shed. Exits with 1 when an answer
+differs from what the package gives when it is run here, or a status is not the expected one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import io
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from service import row_shape
+
+PAUSE = 0.05  # seconds before a client that was shed tries again
+
+
+@dataclass
+class Tally:
+    """What one client saw."""
+
+    seconds: list[float] = field(default_factory=list)
+    shed: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+class Client:
+    def __init__(self, host: str, port: int) -> None:
+        self._connection = http.client.HTTPConnection(host, port, timeout=60)
+
+    def send(self, body: bytes, method: str = "POST", path: str = "/") -> tuple[int, bytes]:
+        """Status and body of one answer."""
+        self._connection.request(method, path, body)
+        answer = self._connection.getresponse()
+        return answer.status, answer.read()
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def differs(answer: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether two outputs differ by more than roundings: a batch of another size may add in another order."""
+    if answer.shape != expected.shape or answer.dtype != expected.dtype:
+        return True
+    return bool(np.square(answer - expected).sum() > 1e-3 * np.square(expected).sum())
+
+
+def check_refusals(client: Client, shape: tuple[int, ...]) -> list[str]:
+    """Sends what must be refused; returns what was not."""
+    good = np.zeros(shape, np.float32)
+    cases = {
+        "another shape": (npy(np.zeros((*shape, 1), np.float32)), 400),
+        "another type": (npy(good.astype(np.float64)), 400),
+        "not a number": (npy(np.full(shape, np.nan, np.float32)), 400),
+        "a .npy file cut short": (npy(good)[:-1], 400),
+        "neither array nor image": (b"hello", 400),
+        "nothing": (b"", 400),
+    }
+    wrong = []
+    for name, (body, expected) in cases.items():
+        status, text = client.send(body)
+        print(f"{name}: {status} {text.decode(errors='replace').strip()}")
+        if status != expected:
+            wrong.append(f"{name}: status {status}, expected {expected}")
+    for method, path, expected in (("GET", "/", 405), ("GET", "/-/healthz", 200)):
+        status, _ = client.send(b"", method, path)
+        if status != expected:
+            wrong.append(f"{method} {path}: status {status}, expected {expected}")
+    return wrong
+
+
+def one_client(parsed: Any, bodies: list[bytes], expected: list[np.ndarray], first: int, tally: Tally) -> None:
+    client = Client(parsed.host, parsed.port)
+    deadline, position = time.perf_counter() + parsed.seconds, first
+    while time.perf_counter() < deadline:
+        number = position % len(bodies)
+        started = time.perf_counter()
+        status, body = client.send(bodies[number])
+        if status == 200:
+            tally.seconds.append(time.perf_counter() - started)
+            position += 1
+            if differs(np.load(io.BytesIO(body)), expected[number]):
+                tally.wrong.append(f"the answer to array {number} is not what the package gives")
+        elif status == 503:
+            tally.shed += 1
+            time.sleep(PAUSE)
+        else:
+            tally.wrong.append(f"status {status}: {body[:200].decode(errors='replace')}")
+            return
+
+
+def load(parsed: Any, bodies: list[bytes], expected: list[np.ndarray]) -> list[str]:
+    tallies = [Tally() for _ in range(parsed.clients)]
+    threads = [
+        threading.Thread(target=one_client, args=(parsed, bodies, expected, number, tally))
+        for number, tally in enumerate(tallies)
+    ]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - started
+    seconds = sorted(s for tally in tallies for s in tally.seconds)
+    if not seconds:
+        return ["no request was answered", *(w for tally in tallies for w in tally.wrong)]
+    print(
+        f"{parsed.clients} clients: {len(seconds) / elapsed:.1f} requests/s, median {statistics.median(seconds) * 1e3:.0f}"
+        f" ms, 99% {seconds[int(0.99 * (len(seconds) - 1))] * 1e3:.0f} ms, {len(seconds)} answered and checked, "
+        f"{sum(tally.shed for tally in tallies)} shed"
+    )
+    return [w for tally in tallies for w in tally.wrong]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", help="the .pt2 that is served")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parsed = parser.parse_args()
+
+    shape = row_shape(parsed.package)
+    rows = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    run = torch._inductor.aoti_load_package(parsed.package)
+    with torch.inference_mode():
+        expected = [run(row[None])[0].numpy() for row in rows]
+    wrong = check_refusals(Client(parsed.host, parsed.port), shape)
+    wrong += load(parsed, [npy(row.numpy()) for row in rows], expected)
+    for line in dict.fromkeys(wrong):
+        print(f"WRONG: {line}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
