@@ -356,22 +356,20 @@ def _propagation_of_changes(graph_module: fx.GraphModule, mode: Any, seen: dict[
 
     class Propagation(FakeTensorProp):
         def run_node(self, node: fx.Node) -> Any:
-            if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-                result = super().run_node(node)
-                self._compare(node, _description(result))
-                return result
             made_of = (node.target, node.args, node.kwargs)
-            before = seen.get(node)
-            if before and before[0] == made_of and "val" in node.meta and changed.isdisjoint(node.all_input_nodes):
-                return node.meta["val"]
+            before = seen.get(node, (None, None, None))
+            described = node.meta.get("val")
+            if (
+                isinstance(node.target, torch._ops.OpOverload)
+                and described is not None
+                and (before[0] == made_of and before[1] is described and changed.isdisjoint(node.all_input_nodes))
+            ):
+                return described
             result = super().run_node(node)
-            self._compare(node, made_of, _description(result))
-            return result
-
-        def _compare(self, node: fx.Node, *described: Any) -> None:
-            if seen.get(node, (None,))[-1] != described[-1]:
+            seen[node] = (made_of, node.meta.get("val"), _description(result))
+            if before[2] != seen[node][2]:
                 changed.add(node)
-            seen[node] = described
+            return result
 
     return Propagation(graph_module, mode=mode)
 
