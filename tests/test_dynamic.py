@@ -264,6 +264,22 @@ def test_products_of_8_bit_integers_overflow_without_vnni_only() -> None:
     assert (len(report.fused), reasons) == ((2, []) if _cpu.has_vnni() else (0, [Reason.SATURATES] * 2))
 
 
+def test_smoothquant() -> None:
+    smoothquant = pytest.importorskip("torchao.prototype.smoothquant")
+    quantization = pytest.importorskip("torchao.quantization")
+    base = quantization.Int8DynamicActivationInt8WeightConfig(reduce_range=True)
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).eval().requires_grad_(False)
+    x = torch.randn(14, 64) * torch.linspace(0.1, 30, 64)  # some channels of the input are larger than others
+    config = smoothquant.SmoothQuantConfig(base_config=base, step="prepare", alpha=0.5)
+    quantization.quantize_(model, config)
+    model(x)
+    config.step = "convert"
+    quantization.quantize_(model, config)
+    done = testing.compile_once(model, (x,), options={"strict": True})
+    testing.assert_same(done.outputs, model(x), min_snr=60)
+    assert testing.int8_calls(done.code) == {"qlinear": 2} and "_int_mm" not in done.code
+
+
 def test_weight_only_int8_is_left_to_inductor() -> None:
     report = inductor_x86q.explain(torchao_pair("Int8WeightOnlyConfig"), (torch.randn(14, 64),))
     assert report.fused == [] and report.missed == []
