@@ -455,6 +455,7 @@ def _grouped(misses: Sequence[Miss]) -> list[str]:
 _PRODUCTS: dict[Any, str] = {
     torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
     torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
+    torch.ops.onednn.linear_dynamic_fp16.default: "linear", torch.ops.onednn.linear_relu_dynamic_fp16.default: "linear",
     torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
 }  # fmt: skip
 _ATTENTION = "scaled_dot_product"
@@ -550,7 +551,7 @@ def _miss(node: fx.Node) -> Miss:
     if _operator(node) == _RECURRENT:
         operator, macs = "lstm", _recurrent_macs(node)
     elif node.target in _PRODUCTS:
-        operator, macs = _PRODUCTS[node.target], compute.macs(node)
+        operator, macs = _PRODUCTS[node.target], node.meta.get("x86q_macs") or compute.macs(node)
     else:
         operator, macs = "attention", _attention_macs(node)
     if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
@@ -596,8 +597,10 @@ def _is_recurrent(node: fx.Node) -> bool:
 
 def _layer_obstacle(node: fx.Node) -> Obstacle:
     from inductor_x86q import _torch
-    from inductor_x86q.passes.fuse import compute
+    from inductor_x86q.passes.fuse import compute, half
 
+    if node.target in half.CALLS:
+        return Obstacle(Reason.NOT_QUANTIZED, f"its weight is float16: {node.target}")
     with _torch.disable_modes():  # it looks at the weights' numbers
         if node.target not in (compute.CONVOLUTION, compute.LINEAR):
             return _product_obstacle(node)

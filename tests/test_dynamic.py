@@ -280,6 +280,27 @@ def test_smoothquant() -> None:
     assert testing.int8_calls(done.code) == {"qlinear": 2} and "_int_mm" not in done.code
 
 
+def test_float16_weights() -> None:
+    """As torchao's quantizer asks for them with get_x86_inductor_linear_dynamic_fp16_config()."""
+
+    class Half(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            convert = torch.ops.quantized_decomposed.convert_element_type.no_fuse
+            return F.linear(x, convert(convert(self.weight, torch.float16), torch.float32), self.bias)
+
+    model = nn.Sequential(Half(64, 96), nn.ReLU(), Half(96, 32, bias=False), nn.Conv2d(1, 1, 1), Half(32, 48)).eval()
+    with torch.no_grad():
+        model[3].weight.fill_(1.0)  # something between two linears
+    x = torch.randn(1, 14, 64)
+    done = testing.compile_once(model.requires_grad_(False), (x,))
+    testing.assert_same(done.outputs, model(x))
+    calls = testing.kernel_calls(done.code)
+    assert calls["onednn::linear_relu_dynamic_fp16"] == 1 and calls["onednn::linear_dynamic_fp16"] == 2
+    named = [miss for miss in done.report.kept_float if "its weight is float16" in str(miss)]
+    assert [miss.macs for miss in named] == [14 * 64 * 96, 14 * 96 * 32, 14 * 32 * 48]
+    assert not done.report.missed
+
+
 def test_weight_only_int8_is_left_to_inductor() -> None:
     report = inductor_x86q.explain(torchao_pair("Int8WeightOnlyConfig"), (torch.randn(14, 64),))
     assert report.fused == [] and report.missed == []

@@ -9,6 +9,7 @@ from torch import fx
 
 from inductor_x86q import _torch, qgraph
 from inductor_x86q.passes import row_scales
+from inductor_x86q.passes.fuse import half
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -60,6 +61,7 @@ RULES = (
     Rule("weight left in float", qgraph.DEQUANTIZES, _find_dequantized_constant, _rewrite_dequantized_constant),
     Rule("computed quantize", (qgraph.QUANTIZE_TENSOR,), lambda node: True, _rewrite_computed_quantize),
     *row_scales.FINISH_RULES,
+    *half.FINISH_RULES,
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
 

@@ -4,8 +4,8 @@ It works from the inside out, a row at a time. `compute` turns a convolution or 
 `pool` an integer max pool into the library's; `post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
 """
 
-from inductor_x86q.passes.fuse import compute, output_types, pool, post_ops
+from inductor_x86q.passes.fuse import compute, half, output_types, pool, post_ops
 
-COMPUTE_RULES = (*compute.RULES, *pool.RULES)
+COMPUTE_RULES = (*compute.RULES, *pool.RULES, *half.RULES)
 POST_OP_RULES = post_ops.RULES
 OUTPUT_TYPE_RULES = output_types.RULES

@@ -1,0 +1,88 @@
+"""A linear whose weight is float16 and whose activations are float32 becomes oneDNN's, which keeps the weight in 16 bits.
+
+torchao's quantizer asks for it by converting the weight there and back with an operator that Inductor does not fold. The
+call computes what the graph says, in half the memory; where none is made, finish converts the weight once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import qgraph
+from inductor_x86q.passes.fuse import compute
+from inductor_x86q.passes.movement import RESHAPES
+from inductor_x86q.passes.stage import No, Rule
+
+aten = torch.ops.aten
+onednn = torch.ops.onednn
+
+CONVERT = torch.ops.quantized_decomposed.convert_element_type.no_fuse
+PRODUCTS = (aten.mm.default, aten.addmm.default)
+CALL, CALL_WITH_RELU = onednn.linear_dynamic_fp16.default, onednn.linear_relu_dynamic_fp16.default
+CALLS = (CALL, CALL_WITH_RELU)
+
+
+def _find(node: fx.Node) -> Any:
+    *bias, x, transposed = node.args
+    if node.kwargs or not isinstance(transposed, fx.Node) or transposed.target is not aten.permute.default:
+        return No("its second factor is no transposed weight")
+    widened: Any = transposed.args[0]
+    rounded: Any = widened.args[0] if widened.target is CONVERT else widened
+    if rounded.target is not CONVERT or rounded.args[1] != torch.float16 or widened.args[1] != torch.float32:
+        return No("its weight is not rounded to float16")
+    weight = rounded.args[0]
+    if qgraph.constant(weight) is None or qgraph.value(x).dtype != torch.float32:  # type: ignore[arg-type]
+        return No("its weight is no constant, or its input is not float32")
+    if bias and (qgraph.constant(bias[0]) is None or qgraph.value(bias[0]).dim() != 1):  # type: ignore[arg-type]
+        return No("its bias is no constant vector")
+    return x, weight, bias[0] if bias else None
+
+
+def _rewrite(node: fx.Node, found: tuple[Any, fx.Node, Any]) -> None:
+    """x @ fp32(fp16(weight))ᵀ + bias → linear_dynamic_fp16(x, packed weight, bias)"""
+    x, weight, bias = found
+    graph = node.graph
+    with graph.inserting_before(node):
+        packed = graph.call_function(onednn.linear_prepack_fp16.default, (weight, None))
+        packed.meta["val"] = qgraph.value(weight)
+        new = graph.call_function(CALL, (x, packed, bias))
+    for made in (packed, new):
+        qgraph.copy_origin(made, node)
+    new.meta.update(val=qgraph.value(node), x86q_macs=compute.macs(node))
+    node.replace_all_uses_with(new)
+    qgraph.erase_dead(node)
+
+
+def _find_relu(node: fx.Node) -> Any:
+    call: Any = node.args[0]
+    while call.target in RESHAPES and len(call.users) == 1:
+        call = call.args[0]
+    return call if call.target is CALL and len(call.users) == 1 else No("its input is no call of a float16 weight")
+
+
+def _rewrite_relu(node: fx.Node, call: fx.Node) -> None:
+    call.target = CALL_WITH_RELU
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    qgraph.erase_dead(node)
+
+
+def _find_constant(node: fx.Node) -> Any:
+    tensor = qgraph.constant(node.args[0])
+    return tensor if tensor is not None else No("it converts no constant")
+
+
+def _rewrite_constant(node: fx.Node, tensor: torch.Tensor) -> None:
+    with node.graph.inserting_before(node):
+        new = qgraph.new_constant(node.graph, tensor.detach().to(node.args[1]), node)  # type: ignore[arg-type]
+    node.replace_all_uses_with(new)
+    qgraph.erase_dead(node)
+
+
+RULES = (
+    Rule("linear of a float16 weight", PRODUCTS, _find, _rewrite),
+    Rule("relu of a float16 linear", (aten.relu.default,), _find_relu, _rewrite_relu),
+)
+FINISH_RULES = (Rule("constant converted", (CONVERT,), _find_constant, _rewrite_constant),)
