@@ -626,8 +626,11 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
             return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
         return Obstacle(Reason.NOT_QUANTIZED)
     dequantize: Any = _moved_from(weight, through_qdq=False)
-    # An input of the graph that is quantized as weights are is taken for one, any other for an activation.
-    if source.op == "placeholder" and qgraph.is_dequantize(dequantize) and _is_symmetric(qgraph.qparams(dequantize)):
+    # An input of the graph that is int8, or is quantized as weights are, is taken for one, any other for an activation.
+    if source.op == "placeholder" and qgraph.is_dequantize(dequantize):
+        given = _moved_from(dequantize.args[0], through_qdq=False) is source
+        if not given and not _is_symmetric(qgraph.qparams(dequantize)):
+            return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
 
