@@ -156,7 +156,7 @@ def top(output: np.ndarray, count: int) -> list[dict[str, Any]]:
 
 
 def application(parsed: Any) -> serve.Application:
-    deployment = Classifier.options(
+    deployment = Classifier.options(  # type: ignore[attr-defined]
         num_replicas=parsed.replicas,
         # A replica takes what it computes now and what it computes next; what is beyond that waits in front of it.
         max_ongoing_requests=2 * parsed.batch,
