@@ -96,7 +96,7 @@ def main() -> int:
     )
 
     prepared = inductor_x86q.prepare_qat(copy.deepcopy(model).train(), (train_x[:64],))
-    train(prepared, train_x, train_y, epochs=2, rate=1e-3)
+    train(prepared, train_x, train_y, epochs=2, rate=3e-4)
     trained = inductor_x86q.convert(prepared)
     results["int8, trained (QAT)"] = accuracy(
         torch.compile(trained, backend="inductor_x86q", options={"strict": True}), test_x, test_y

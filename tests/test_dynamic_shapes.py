@@ -138,7 +138,7 @@ def test_known_adds_no_guard() -> None:
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     environment = ShapeEnv()
-    context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     x = FakeTensorMode(shape_env=environment).from_tensor(torch.randn(4, 4), symbolic_context=context)
     batch, width = x.shape
     assert not _torch.known(batch == 4) and _torch.known(width == 4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import inductor_x86q
-from inductor_x86q import testing
+from inductor_x86q import testing, zoo
 
 pytestmark = [pytest.mark.slow, pytest.mark.torchvision]
 
@@ -56,8 +56,12 @@ def test_answers_stay(quantized: tuple[torch.nn.Module, Any, torch.Tensor]) -> N
     assert int(sure.sum()) >= 4
     assert torch.equal(compiled.outputs.argmax(1)[sure], label[sure])
     ratios = testing.snr(compiled.outputs, reference), testing.snr(reference, floats)
-    print(f"compiled against its q/dq graph {ratios[0]:.1f} dB, that against float32 {ratios[1]:.1f} dB")
-    assert ratios[0] > 30 and ratios[1] > 8, ratios
+    floor = zoo.rounding_floor(q, (photos,))
+    print(
+        f"compiled against its q/dq graph {ratios[0]:.1f} dB (a few roundings the other way: {floor:.1f} dB), "
+        f"that against float32 {ratios[1]:.1f} dB"
+    )
+    assert ratios[0] > min(30, floor - 3) and ratios[0] > ratios[1] + 6 and ratios[1] > 8, ratios
 
 
 def test_drift_finds_the_layer_made_bad(quantized: tuple[torch.nn.Module, Any, torch.Tensor]) -> None:

@@ -85,6 +85,14 @@ FOUND = {
     "a weight expanded to a batch that is not known when compiling": written(
         QUANTIZE + f"y = torch.bmm(b, {PER_CHANNEL.format(axis=1)}.expand(b.shape[0], 6, 5))",
         MATRIX, {"x": "reals(SEED, (2, 3, 6), -2.0, 2.0)"}, dynamic_batch=True),
+    "a linear of permuted rows in an open batch": written(
+        """b = x.permute(0, 3, 1, 2)
+        c = q.quantize_per_tensor(b, 0.02, 60, 0, 127, torch.uint8)
+        a = q.dequantize_per_tensor(c, 0.02, 60, 0, 127, torch.uint8)
+        y = F.linear(a, q.dequantize_per_channel(self.c0, self.c1, self.c2, 0, -127, 127, torch.int8))""",
+        {"c0": "integers(0, (16, 5), -64, 64, torch.int8)", "c1": "reals(1, (16,), 0.001, 0.01)",
+         "c2": "torch.zeros(16, dtype=torch.int64)"},
+        {"x": "reals(SEED, (2, 4, 5, 3), -2.0, 2.0)"}, dynamic_batch=True),
     "two quantized activations multiplied": written(
         QUANTIZE + "y = torch.bmm(b, b.transpose(1, 2))", {}, {"x": "reals(SEED, (2, 3, 6), -2.0, 2.0)"},
         defects="NO_KERNEL"),

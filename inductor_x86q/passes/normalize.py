@@ -157,13 +157,14 @@ def _dequantized_matrix(node: Any) -> bool:
 
 
 def _without_batch(weight: Any) -> Any:
-    """The one matrix that is expanded to a batch, where it is; else `weight` itself."""
-    if not isinstance(weight, fx.Node) or weight.target is not aten.expand.default:
-        return weight
-    source: Any = weight.args[0]
-    *batch, rows, columns = qgraph.value(source).shape
-    one = list(batch) in ([], [1]) and [rows, columns] == list(qgraph.value(weight).shape[-2:])
-    return source if one else weight
+    """The one matrix that is expanded to a batch, whose dimensions may be merged behind; else `weight` itself."""
+    source = weight
+    while isinstance(source, fx.Node) and source.target in (*RESHAPES, aten.expand.default, aten.clone.default):
+        inner: Any = source.args[0]
+        if list(qgraph.value(source).shape[-2:]) != list(qgraph.value(inner).shape[-2:]):
+            return weight
+        source = inner
+    return source if source is weight or list(qgraph.value(source).shape[:-2]) in ([], [1]) else weight
 
 
 def _find_matrix_product(node: fx.Node) -> Any:

@@ -47,7 +47,9 @@ def _find_there_and_back(node: fx.Node) -> Any:
     if node.args[1] != torch.float32 or not isinstance(rounded, fx.Node) or rounded.target is not CONVERT:
         return No("it widens no rounded value")
     call: Any = rounded.args[0]
-    return call if is_call(call) and qgraph.value(call).dtype == torch.float32 else No("what was rounded is no call")
+    if not is_call(call) or not call.meta.get("x86q_float32_for_bf16"):
+        return No("what was rounded is no call that would give bf16 elsewhere")
+    return call
 
 
 def _rewrite_there_and_back(node: fx.Node, call: fx.Node) -> None:
