@@ -45,6 +45,24 @@ def prepare_for_training(graph_module: fx.GraphModule, quantizer: Quantizer) -> 
     return prepare(graph_module, _get_node_name_to_scope(graph_module), is_qat=True)
 
 
+def forget_graphs() -> None:
+    """Lets go of the graphs that torchao's steps have seen, float weights and all.
+
+    Relies on `_assert_and_get_unique_device` being what keeps them: a function with an unbounded cache, whose keys are
+    modules. torch has it under another name.
+    """
+    from torch.ao.quantization.fx import utils as torch_utils
+    from torchao import utils as torchao_utils
+
+    for module, name in (
+        (torchao_utils, "_assert_and_get_unique_device"),
+        (torch_utils, "assert_and_get_unique_device"),
+    ):
+        clear = getattr(getattr(module, name, None), "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
 ANNOTATION_KEY = "quantization_annotation"
 
 __all__ = [
@@ -60,6 +78,7 @@ __all__ = [
     "Quantizer",
     "SharedQuantizationSpec",
     "convert_pt2e",
+    "forget_graphs",
     "prepare_for_training",
     "prepare_pt2e",
     "prepare_qat_pt2e",

@@ -46,7 +46,8 @@ def package(
         example_inputs: the positional arguments of one call, a tuple.
         path: where to write, a name that ends in .pt2.
         dynamic_shapes: as of `torch.export.export`; None fixes all shapes. torch.export takes a size of 1 to be fixed:
-            give an example of at least 2 along a dynamic dimension.
+            give an example of at least 2 along a dynamic dimension. The package runs with 1 there too, but refuses it
+            under AOTI_RUNTIME_CHECK_INPUTS=1.
         strict: raise StrictError when a layer that should run in int8 does not; otherwise the layer runs in float, and
             a warning and the report name it.
         options: any Inductor option.

@@ -138,6 +138,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torchao.convert_pt2e(prepared, fold_quantize=False)
+    torchao.forget_graphs()
     qat.show_batch_norms(converted.graph)
     _fold_weights(converted)
     _freeze_parameters(converted)

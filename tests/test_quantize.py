@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -389,3 +391,15 @@ def test_everything_excluded() -> None:
     text = message(residual(), exclude=[nn.Conv2d, nn.Linear])
     assert "nothing to quantize" in text
     assert all(name in text for name in ("first", "second", "head"))
+
+
+def test_the_float_weights_are_gone_with_the_model():
+    """torchao's steps keep every graph they have seen in a cache."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    q = inductor_x86q.quantize(net, (x,), calibration=[x])
+    weights = [weakref.ref(net[position].weight) for position in (0, 3)]
+    del net
+    gc.collect()
+    assert [weight() for weight in weights] == [None, None]
+    assert q(x).shape == (2, 8, 4, 4)

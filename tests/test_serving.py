@@ -27,7 +27,9 @@ pytestmark = pytest.mark.slow
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray gives its workers a low priority, with which they may not start in time beside other work.
+    ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
+    return {**os.environ, **ray, "PYTHONPATH": path}
 
 
 def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
@@ -84,6 +86,7 @@ def test_a_few_clients_get_the_answers_of_the_package_and_bad_requests_a_reason(
     done = load_test(package, port, 4)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "another shape: 400 the array is float32 of shape (3, 16, 16, 1): expected float32" in done.stdout
+    assert "an image: 200" in done.stdout and "half an image: 400 the image cannot be read" in done.stdout
     assert "neither array nor image: 400 the body is neither a .npy array nor an image" in done.stdout
     answered, shed = map(int, re.findall(r"(\d+) answered and checked, (\d+) shed", done.stdout)[0])
     assert answered > 20 and shed == 0
@@ -124,5 +127,7 @@ def test_images_are_cut_to_the_middle_and_scaled(monkeypatch):
     row = service.read_image(file.getvalue(), 20, 20)
     assert row.shape == (3, 20, 20) and row.dtype == np.float32
     assert (row[1] == 1).all() and not row[0].any() and not row[2].any()
-    with pytest.raises(service.BadRequest, match="neither a"):
-        service.read_image(file.getvalue()[:40], 20, 20)
+    with pytest.raises(service.BadRequest, match="the image cannot be read: "):
+        service.read_image(file.getvalue()[:60], 20, 20)
+    with pytest.raises(service.BadRequest, match="the body is neither a"):
+        service.read_image(b"hello", 20, 20)

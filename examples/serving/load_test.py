@@ -2,7 +2,7 @@
 
     python load_test.py model.pt2 --clients 16 --seconds 10
 
-First one request of each kind that must be refused, then the load: each client sends arrays over a connection of its
+First a request of each kind, most of which must be refused, then the load: each client sends arrays over a connection of its
 own and waits for each answer; refused with a 503, it waits a little and tries again. Prints requests per second, the
 median and the 99th percentile of the time to an answer, and how many requests were shed. Exits with 1 when an answer
 differs from what the package gives when it is run here, or a status is not the expected one.
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from service import row_shape
 
 PAUSE = 0.05  # seconds before a client that was shed tries again
@@ -60,10 +61,19 @@ def differs(answer: np.ndarray, expected: np.ndarray) -> bool:
     return bool(np.square(answer - expected).sum() > 1e-3 * np.square(expected).sum())
 
 
-def check_refusals(client: Client, shape: tuple[int, ...]) -> list[str]:
-    """Sends what must be refused; returns what was not."""
+def png(height: int, width: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "gray").save(file, "PNG")
+    return file.getvalue()
+
+
+def check_statuses(client: Client, shape: tuple[int, ...]) -> list[str]:
+    """Sends what must be refused, and what must not; returns what got another status than it should."""
     good = np.zeros(shape, np.float32)
     cases = {
+        "an array in Fortran's order": (npy(np.asfortranarray(good)), 200),
+        "an image": (png(50, 80), 200 if len(shape) == 3 and shape[0] == 3 else 400),
+        "half an image": (png(50, 80)[:60], 400),
         "another shape": (npy(np.zeros((*shape, 1), np.float32)), 400),
         "another type": (npy(good.astype(np.float64)), 400),
         "not a number": (npy(np.full(shape, np.nan, np.float32)), 400),
@@ -74,7 +84,7 @@ def check_refusals(client: Client, shape: tuple[int, ...]) -> list[str]:
     wrong = []
     for name, (body, expected) in cases.items():
         status, text = client.send(body)
-        print(f"{name}: {status} {text.decode(errors='replace').strip()}")
+        print(f"{name}: {status} {text[:120].decode(errors='replace').strip() if status != 200 else ''}")
         if status != expected:
             wrong.append(f"{name}: status {status}, expected {expected}")
     for method, path, expected in (("GET", "/", 405), ("GET", "/-/healthz", 200)):
@@ -141,7 +151,7 @@ def main() -> int:
     run = torch._inductor.aoti_load_package(parsed.package)
     with torch.inference_mode():
         expected = [run(row[None])[0].numpy() for row in rows]
-    wrong = check_refusals(Client(parsed.host, parsed.port), shape)
+    wrong = check_statuses(Client(parsed.host, parsed.port), shape)
     wrong += load(parsed, [npy(row.numpy()) for row in rows], expected)
     for line in dict.fromkeys(wrong):
         print(f"WRONG: {line}", file=sys.stderr)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -58,6 +58,7 @@ class Classifier:
         self._executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
         self._batched.set_max_batch_size(max_batch)
         self._batched.set_batch_wait_timeout_s(wait)
+        self._least = self._executor.submit(self._smallest_batch).result()
         self._executor.submit(self._compute, [np.zeros(self.shape, np.float32)] * max_batch).result()
 
     async def __call__(self, request: Request) -> Response:
@@ -91,8 +92,18 @@ class Classifier:
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._compute, rows)
 
     def _compute(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        filled = rows + rows[-1:] * (self._least - len(rows))
+        batch = np.ascontiguousarray(np.stack(filled))  # stack keeps the layout of rows that are transposed
         with torch.inference_mode():
-            return list(self._run(torch.from_numpy(np.stack(rows))).numpy())
+            return list(self._run(torch.from_numpy(batch)).numpy()[: len(rows)])
+
+    def _smallest_batch(self) -> int:
+        """1 or 2: torch.export takes an open size to be at least 2, and a package that checks its inputs insists."""
+        try:
+            self._run(torch.zeros(1, *self.shape))
+        except RuntimeError:
+            return 2
+        return 1
 
     def _read_image(self, body: bytes) -> np.ndarray:
         if len(self.shape) != 3 or self.shape[0] != 3:
@@ -126,8 +137,10 @@ def read_image(body: bytes, width: int, height: int) -> np.ndarray:
     """The middle of an image as float32 of shape [3, height, width], 0 to 1."""
     try:
         image = Image.open(io.BytesIO(body)).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise BadRequest("the body is neither a .npy array nor an image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"the body is neither a .npy array nor an image that can be read: {error}") from error
+        raise BadRequest(f"the image cannot be read: {error}") from error
     scale = min(image.width / width, image.height / height)
     left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
     box = (left, top, left + scale * width, top + scale * height)
@@ -143,7 +156,7 @@ def top(output: np.ndarray, count: int) -> list[dict[str, Any]]:
 
 
 def application(parsed: Any) -> serve.Application:
-    deployment = Classifier.options(
+    deployment = Classifier.options(  # type: ignore[attr-defined]
         num_replicas=parsed.replicas,
         # A replica takes what it computes now and what it computes next; what is beyond that waits in front of it.
         max_ongoing_requests=2 * parsed.batch,
