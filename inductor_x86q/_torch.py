@@ -279,7 +279,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
 
     Relies on: `freezing_patterns.pass_patterns` and `post_grad.pass_patterns` being the lists that freezing and
     post-grad lowering walk, looked up at each call; `freezing_patterns.lazy_init` registering all that freezing does;
-    `compile_fx` looking up `select_decomp_table` in its own module; both modules looking up `fake_tensor_prop` in theirs.
+    `compile_fx` looking up `select_decomp_table` in its own module.
     """
     from torch._inductor import compile_fx as compile_fx_module
     from torch._inductor.fx_passes import freezing_patterns, post_grad
@@ -293,9 +293,6 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         lowering = [_filtered(p) for p in post_grad.pass_patterns]
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
-        propagate = _remembering_fake_tensor_prop(compile_fx_module.fake_tensor_prop)
-        stack.enter_context(_replaced(compile_fx_module, "fake_tensor_prop", propagate))
-        stack.enter_context(_replaced(freezing_patterns, "fake_tensor_prop", propagate))
         stack.enter_context(_channels_last_pools())
         yield
 
@@ -315,75 +312,6 @@ def _channels_last_pools() -> Iterator[None]:
     constraints = {**lowering._maybe_layout_constraints, torch.ops.quantized.max_pool2d.default: constrained}
     with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
-
-
-def _remembering_fake_tensor_prop(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Inductor's `fake_tensor_prop` that computes only what changed since it last ran.
-
-    Freezing describes the whole graph anew four times, a third of the time of a compile whose code is cached. Relies on
-    freezing asking for it with `force_allow_non_fake_inputs`, and on the run before lowering, which alone needs to know
-    which values share memory, asking without; that one is left as it is.
-    """
-    seen: dict[fx.Node, Any] = {}
-
-    def fake_tensor_prop(
-        graph_module: fx.GraphModule, example_inputs: Any, force_allow_non_fake_inputs: bool = False
-    ) -> Any:
-        mode = torch._guards.detect_fake_mode(example_inputs)
-        if mode is None or not force_allow_non_fake_inputs:
-            return stock(graph_module, example_inputs, force_allow_non_fake_inputs)
-        from torch._dispatch.python import enable_python_dispatcher
-
-        allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-        try:
-            with enable_python_dispatcher():
-                _propagation_of_changes(graph_module, mode, seen).propagate_dont_convert_inputs(*example_inputs)
-        finally:
-            mode.allow_non_fake_inputs = allowed
-        return mode
-
-    return fake_tensor_prop
-
-
-def _propagation_of_changes(graph_module: fx.GraphModule, mode: Any, seen: dict[fx.Node, Any]) -> Any:
-    """An interpreter that sets `meta["val"]` of the nodes that differ from what is in `seen`, and of what reads them.
-
-    Relies on `FakeTensorProp.run_node` setting it.
-    """
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    changed: set[fx.Node] = set()
-
-    class Propagation(FakeTensorProp):
-        def run_node(self, node: fx.Node) -> Any:
-            made_of = (node.target, node.args, node.kwargs)
-            before = seen.get(node, (None, None, None))
-            described = node.meta.get("val")
-            if (
-                isinstance(node.target, torch._ops.OpOverload)
-                and described is not None
-                and (before[0] == made_of and before[1] is described and changed.isdisjoint(node.all_input_nodes))
-            ):
-                return described
-            result = super().run_node(node)
-            seen[node] = (made_of, node.meta.get("val"), _description(result))
-            if before[2] != seen[node][2]:
-                changed.add(node)
-            return result
-
-    return Propagation(graph_module, mode=mode)
-
-
-def _description(value: Any) -> Any:
-    """What Inductor reads off a fake tensor, or off each of a list; equal where the values are alike."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_description, value))
-    if not isinstance(value, torch.Tensor):
-        return value.node.expr if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
-    if value.is_mkldnn or value.is_sparse:
-        return tuple(map(_description, value.shape)), value.dtype, value.layout
-    sizes = (*value.shape, *value.stride(), value.storage_offset())
-    return tuple(map(_description, sizes)), value.dtype, value.device
 
 
 @contextlib.contextmanager
