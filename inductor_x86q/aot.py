@@ -62,8 +62,6 @@ def package(
     """
     target = _check_arguments(model, example_inputs, path)
     chosen = settings(None, {**_defaults(), "strict": strict, **(options or {})})
-    if not chosen.inductor["freezing"]:
-        raise CompileError("option `freezing` is False: nothing is fused in a graph that is not frozen, leave it out")
     report = Report([], [], [])
     with torch.no_grad():
         require_compilable(example_inputs)

@@ -67,25 +67,14 @@ def count_kernels(calls: Counter[str]) -> tuple[int, int]:
 
 def stock_kernels(network: str) -> tuple[int, int]:
     """The same counts for torchao's quantizer and Inductor's stock passes, as PyTorch's tutorial uses them."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as stock
-
-    from inductor_x86q import _cpu, _torch
+    from inductor_x86q import _torch, bench
     from inductor_x86q.codegen import kernel_calls
     from inductor_x86q.zoo import ZOO, Entry, build
 
     entry = ZOO.get(network, Entry(network, 224))
     model, x = build(network), entry.example()
-    config = stock.get_default_x86_inductor_quantization_config(reduce_range=not _cpu.has_vnni())
-    prepared = prepare_pt2e(
-        torch.export.export(model, (x,), strict=True).module(), stock.X86InductorQuantizer().set_global(config)
-    )
-    prepared(x)
-    converted = convert_pt2e(prepared)
-    torch._inductor.config.freezing = True
-    torch._inductor.config.cpp_wrapper = True
     with torch.no_grad(), _torch.generated_code() as generated:
-        torch.compile(converted)(x)
+        bench.ENGINES["stock-int8"](model, x)()
     counts = [count_kernels(kernel_calls(one.code)) for one in generated]
     return sum(c[0] for c in counts), sum(c[1] for c in counts)
 
