@@ -136,6 +136,18 @@ def is_constant(node: fx.Node) -> bool:
     return True
 
 
+def has_constants(layer: fx.Node) -> bool:
+    """Whether a convolution's or linear's weight and bias are constants, the weight quantized per output channel.
+
+    False for a transposed convolution, whose first dimension is not its outputs.
+    """
+    arguments = schema_arguments(layer)
+    weight, bias = arguments["weight"], arguments["bias"]
+    if arguments.get("transposed") or not is_dequantize(weight) or constant(weight.args[0]) is None:
+        return False
+    return qparams(weight).axis == 0 and (bias is None or constant(bias) is not None)
+
+
 def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
     """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
     module = graph.owning_module

@@ -273,7 +273,7 @@ BROKEN = {
                "output_zero_point=0", "convolution to int8"),
     ],
     "finish": [
-        Broken("leave a weight's integers", finish._find_dequantized_constant,
+        Broken("leave a weight's integers", finish._find_converted_constant,
                "return node.target(*arguments[0], **arguments[1])", "return tensor.float()", "float weight"),
         Broken("drop keyword arguments", _torch.decompose_node, "node.target(*arguments, **node.kwargs)",
                "node.target(*arguments)", "gelu of a convolution"),
@@ -283,7 +283,7 @@ BROKEN = {
                "hardtanh of floats"),
         Broken("leave what has no lowering", finish._decompose,
                "_torch.decompose_node(node.graph.owning_module, node)", "None", "gelu of a convolution"),
-        Broken("dequantize the scales' neighbours", finish._find_dequantized_constant,
+        Broken("dequantize the scales' neighbours", finish._find_converted_constant,
                "qgraph.constant(n)", "qgraph.constant(n).flip(0)", "weight of a transposed convolution"),
     ],
     "aliasing": [

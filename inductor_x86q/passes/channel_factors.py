@@ -20,13 +20,7 @@ def _is_layer(node: Any) -> bool:
     """Whether the node is a quantized layer of constants that nobody else reads."""
     if not isinstance(node, fx.Node) or node.target not in CHANNELS or len(node.users) != 1:
         return False
-    arguments = qgraph.schema_arguments(node)
-    weight, bias = arguments["weight"], arguments["bias"]
-    if arguments.get("transposed") or not qgraph.is_dequantize(arguments["input"]) or not qgraph.is_dequantize(weight):
-        return False
-    if qgraph.constant(weight.args[0]) is None or qgraph.qparams(weight).axis != 0:
-        return False
-    return bias is None or qgraph.constant(bias) is not None
+    return qgraph.is_dequantize(node.args[0]) and qgraph.has_constants(node)
 
 
 def _find(node: fx.Node) -> Any:

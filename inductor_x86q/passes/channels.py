@@ -136,19 +136,10 @@ def _ordered_by(user: fx.Node) -> fx.Node | None:
 
 def _reader(node: fx.Node) -> bool:
     """Whether the node is a quantized convolution whose weight can follow another order of its input's channels."""
-    if node.target is not CONVOLUTION or not qgraph.is_dequantize(node.args[0]) or not _has_constants(node):
+    if node.target is not CONVOLUTION or not qgraph.is_dequantize(node.args[0]) or not qgraph.has_constants(node):
         return False
     arguments = qgraph.schema_arguments(node)
     return arguments["groups"] == 1 or (_is_depthwise(node) and _end(node) is not None)
-
-
-def _has_constants(node: fx.Node) -> bool:
-    """Whether weight and bias are constants, the weight quantized per output channel."""
-    arguments = qgraph.schema_arguments(node)
-    weight, bias = arguments["weight"], arguments["bias"]
-    if arguments["transposed"] or not qgraph.is_dequantize(weight) or qgraph.constant(weight.args[0]) is None:
-        return False
-    return qgraph.qparams(weight).axis == 0 and (bias is None or qgraph.constant(bias) is not None)
 
 
 def _is_depthwise(node: fx.Node) -> bool:
@@ -170,7 +161,7 @@ def _producer(quantize: fx.Node) -> fx.Node | None:
     node: Any = quantize.args[0] if quantize.target is qgraph.QUANTIZE else quantize
     if node.target in UNARIES:
         node = node.args[0]
-    if node.target is not CONVOLUTION or _end(node) is not quantize or not _has_constants(node):
+    if node.target is not CONVOLUTION or _end(node) is not quantize or not qgraph.has_constants(node):
         return None
     return node if qgraph.schema_arguments(node)["groups"] == 1 else None
 
@@ -276,7 +267,7 @@ def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
 def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: fx.Node) -> fx.Node:
     """A node that computes this, the one that is there where there is one."""
     for user in operand.users:
-        if user.target is target and fx.map_arg(user.args, lambda n: n) == arguments:
+        if user.target is target and user.args == arguments:
             return user
     return qgraph.call(operand.graph, target, arguments, like=like)
 

@@ -16,16 +16,16 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-def _find_dequantized_constant(node: fx.Node) -> Any:
+def _find_converted_constant(node: fx.Node) -> Any:
     tensor = qgraph.constant(node.args[0])
     if tensor is None:
-        return No("it dequantizes no constant")
+        return No("it converts no constant")
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: qgraph.constant(n))
     return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
 
-def _rewrite_dequantized_constant(node: fx.Node, tensor: torch.Tensor) -> None:
-    """A weight that stays in float is dequantized now, once, not at every call."""
+def _rewrite_converted_constant(node: fx.Node, tensor: torch.Tensor) -> None:
+    """A weight that stays in float is dequantized (or widened) now, once, not at every call."""
     with node.graph.inserting_before(node):
         new = qgraph.new_constant(node.graph, tensor, node)
     node.replace_all_uses_with(new)
@@ -58,10 +58,14 @@ def _rewrite_computed_quantize(node: fx.Node, found: Any) -> None:
 DECOMPOSED = (*_torch.KEPT_WHOLE, aten.linear.default)
 
 RULES = (
-    Rule("weight left in float", qgraph.DEQUANTIZES, _find_dequantized_constant, _rewrite_dequantized_constant),
+    Rule(
+        "weight left in float",
+        (*qgraph.DEQUANTIZES, half.CONVERT),
+        _find_converted_constant,
+        _rewrite_converted_constant,
+    ),
     Rule("computed quantize", (qgraph.QUANTIZE_TENSOR,), lambda node: True, _rewrite_computed_quantize),
     *row_scales.FINISH_RULES,
-    *half.FINISH_RULES,
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
 

@@ -69,20 +69,7 @@ def _rewrite_relu(node: fx.Node, call: fx.Node) -> None:
     qgraph.erase_dead(node)
 
 
-def _find_constant(node: fx.Node) -> Any:
-    tensor = qgraph.constant(node.args[0])
-    return tensor if tensor is not None else No("it converts no constant")
-
-
-def _rewrite_constant(node: fx.Node, tensor: torch.Tensor) -> None:
-    with node.graph.inserting_before(node):
-        new = qgraph.new_constant(node.graph, tensor.detach().to(node.args[1]), node)  # type: ignore[arg-type]
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
-
-
 RULES = (
     Rule("linear of a float16 weight", PRODUCTS, _find, _rewrite),
     Rule("relu of a float16 linear", (aten.relu.default,), _find_relu, _rewrite_relu),
 )
-FINISH_RULES = (Rule("constant converted", (CONVERT,), _find_constant, _rewrite_constant),)

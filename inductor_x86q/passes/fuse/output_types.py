@@ -1,7 +1,7 @@
 """Calls give a type that this CPU has a kernel for.
 
 Under autocast calls give bfloat16, and other rules see nothing else. A CPU without bf16 instructions has the reference
-kernels for that only, a hundred times slower: there a call gives float32, and what reads it a conversion.
+kernels for that only, tens of times slower: there a call gives float32, and what reads it a conversion.
 """
 
 from __future__ import annotations
