@@ -48,6 +48,13 @@ def has_vnni() -> bool:
     )
 
 
+def int8_lanes() -> int:
+    """How many 32-bit sums the widest integer dot product of this CPU makes at once; 0 without AVX2."""
+    if {"avx512_vnni", "avx512bw", "avx512vl"} <= flags() and _allowed("AVX512_CORE_VNNI"):
+        return 16
+    return 8 if "avx2" in flags() and _allowed("AVX2") else 0
+
+
 def has_bf16() -> bool:
     """Whether oneDNN's int8 kernels can produce bf16 here."""
     return "avx512_bf16" in flags() and _allowed("AVX512_CORE_BF16")

@@ -214,6 +214,13 @@ def mode_options(mode: str) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode))
 
 
+def is_autotuning() -> bool:
+    """Whether the compile at hand asks for max-autotune (relies on Inductor's configuration being patched by then)."""
+    from torch._inductor import config
+
+    return bool(config.max_autotune)
+
+
 def cxx_compiler() -> str:
     """The C++ compiler that Inductor will call; raises RuntimeError naming what was looked for when there is none.
 

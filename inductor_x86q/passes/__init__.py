@@ -10,7 +10,7 @@ from torch import fx
 
 import inductor_x86q
 from inductor_x86q import _torch
-from inductor_x86q.passes import channel_factors, channels, finish, fuse, normalize, propagate, row_scales
+from inductor_x86q.passes import channel_factors, channels, finish, fuse, generate, normalize, propagate, row_scales
 from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
 
 __all__ = ["STAGES", "No", "Rule", "register_pass", "run"]
@@ -64,6 +64,12 @@ STAGES = (
         after="The graph is legal for Inductor.",
         check=finish.check,
     ),
+    Stage(
+        "generate",
+        generate.RULES,
+        before="finish",
+        after='In mode "max-autotune", every call brings along what the generated kernel needs that may replace it.',
+    ),
 )
 
 
@@ -73,8 +79,8 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
     The report, the debug dump and `x86q why` list it by its name as they list ours.
 
     Args:
-        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types" or
-            "finish"; what holds before and after each is said in STAGES, and the rule has to keep it so.
+        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types",
+            "finish" or "generate"; what holds before and after each is said in STAGES, and the rule has to keep it so.
 
     Returns:
         A function that takes the rule out again.

@@ -7,6 +7,7 @@ under other names and in another order. The rules see a `Call`; this file alone 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,8 +92,13 @@ def is_call(node: Any) -> bool:
 
 def read(node: fx.Node) -> Call:
     """The call that `node` makes."""
-    family, has_binary, _ = _KINDS[node.target]
-    values: list[Any] = list(node.args)
+    return parse(node.target, node.args)
+
+
+def parse(target: Any, arguments: Sequence[Any]) -> Call:
+    """The call of `target` with these arguments."""
+    family, has_binary, _ = _KINDS[target]
+    values: list[Any] = list(arguments)
     head, values = values[:6], values[6:]
     other: Any = values.pop(0) if has_binary else None
     bias = values.pop(0)

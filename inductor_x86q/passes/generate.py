@@ -1,0 +1,58 @@
+"""The generate stage, for max-autotune: a call that a kernel of ours could replace brings along what that one needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from inductor_x86q import _cpu, _torch, qgraph
+from inductor_x86q.passes.fuse import call as calls
+from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.templates import layer as layers
+from inductor_x86q.templates.convolution import Convolution, Numbers
+from inductor_x86q.templates.operators import GENERATED
+
+
+def _find(node: fx.Node) -> Any:
+    if not _torch.is_autotuning():
+        return No('the mode is not "max-autotune"')
+    if not _cpu.int8_lanes():
+        return No("this CPU has no AVX2")
+    call = calls.read(node)
+    weight = qgraph.constant(call.weight.args[0])
+    if weight is None or (call.family == "conv" and weight.dim() != 4):
+        return No(f"no kernel is generated for a {call.kernel}")
+    x, output = qgraph.value(call.x), qgraph.value(node)
+    if not all(isinstance(size, int) for size in (*x.shape, *output.shape)):
+        return No("a size is not known when compiling")
+    n, c, h, w = x.shape if call.family == "conv" else (1, x.shape[-1], 1, x.shape[:-1].numel())
+    kernel = weight.shape[2:] if call.family == "conv" else (1, 1)
+    convolution = layers.describe(call, (n, h, w, c), output.shape, kernel, x.dtype)
+    other_dtype = qgraph.value(call.binary.other).dtype if call.binary else None
+    why = layers.obstacle(call, convolution, other_dtype)
+    return No(f"no kernel is generated for {why}") if why else convolution
+
+
+def _rewrite(node: fx.Node, convolution: Convolution) -> None:
+    """call(…) → the operator that stands for it(packed weight, numbers, kernel size, …)"""
+    from inductor_x86q.templates import lowering  # noqa: F401  registers with Inductor, which is slow to import
+
+    call, lanes = calls.read(node), _cpu.int8_lanes()
+    weight, scale = qgraph.constant(call.weight.args[0]), qgraph.constant(call.weight_scale)
+    assert weight is not None and scale is not None
+    weight = weight.reshape(*weight.shape[:2], *convolution.kernel)
+    binary = call.binary
+    numbers = Numbers(
+        *(call.x_scale, call.x_zero_point, scale, qgraph.constant(call.bias)),
+        *(call.output_scale, call.output_zero_point),
+        *((binary.scale, binary.zero_point) if binary else ()),
+    )
+    with node.graph.inserting_before(node):
+        packed = qgraph.new_constant(node.graph, convolution.pack(weight, lanes), node)
+        channels = qgraph.new_constant(node.graph, convolution.channels(weight, numbers, lanes), node)
+    node.args = (packed, channels, list(convolution.kernel), *node.args)
+    node.target = GENERATED[node.target]
+
+
+RULES = (Rule("generated kernel", tuple(GENERATED), _find, _rewrite),)

@@ -1,0 +1,219 @@
+"""The C++ of one int8 convolution or linear: its compile-time shape, its epilogue, and its weights as it reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from importlib import resources
+
+import torch
+from torch.nn import functional
+
+CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float"}
+
+# What the kernels take as a post-operation, as C++ on a vector `v` of floats; {0} and {1} are its scalars.
+ACTIVATIONS = {
+    "none": "v",
+    "relu": "maximum(v, Floats{{}})",
+    "hardtanh": "minimum(maximum(v, Floats{{}} + {0}f), Floats{{}} + {1}f)",
+    "hardswish": "v * minimum(maximum(v + 3.0f, Floats{{}}), Floats{{}} + 6.0f) * (1.0f / 6.0f)",
+    "leaky_relu": "maximum(v, Floats{{}}) + minimum(v, Floats{{}}) * {0}f",
+    "swish": "v / (1.0f + exponential(-v))",
+    "tanh": "1.0f - 2.0f / (exponential(v + v) + 1.0f)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What happens to the float value of an output: an operand is added, an activation, quantization."""
+
+    output_dtype: torch.dtype
+    activation: str = "none"
+    scalars: tuple[float, ...] = ()
+    other_dtype: torch.dtype | None = None
+
+    def source(self) -> str:
+        activation = ACTIVATIONS[self.activation].format(*(_float(value) for value in self.scalars))
+        return f"""\
+struct Epilogue {{
+    using Out = {CPP_TYPES[self.output_dtype]};
+    using Other = {CPP_TYPES[self.other_dtype or torch.float32]};
+    static constexpr bool HAS_OTHER = {str(self.other_dtype is not None).lower()};
+    static INDUCTOR_X86Q_INLINE Floats activation(Floats v) {{ return {activation}; }}
+}};
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """Scales and zero points of a layer, and its bias."""
+
+    x_scale: float
+    x_zero_point: int
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float = 1.0
+    zero_point: int = 0
+    other_scale: float = 1.0
+    other_zero_point: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A 2-d convolution of u8 (or a linear of s8 too, as one of 1×1 on its rows) with channels innermost.
+
+    Strides are in elements; the output's pixels lie without gaps. Neither strides nor threads change how a weight is
+    packed.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    out_c: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    x_signed: bool
+    fits_16: bool  # no sum of two products exceeds 16 bits
+    x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
+    other_pixel: int = 0
+    threads: int = 1
+
+    @property
+    def out_h(self) -> int:
+        return self._outputs(self.h, 0)
+
+    @property
+    def out_w(self) -> int:
+        return self._outputs(self.w, 1)
+
+    def _outputs(self, size: int, axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+
+    @property
+    def output_sizes(self) -> tuple[int, int, int, int]:
+        return self.n, self.out_h, self.out_w, self.out_c
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.c == self.out_c and self.groups > 1
+
+    @property
+    def macs(self) -> int:
+        return self.n * self.out_h * self.out_w * self.out_c * (self.c // self.groups) * math.prod(self.kernel)
+
+    @property
+    def copied(self) -> bool:
+        """Whether the input is first copied: with its padding, or without the gaps between its pixels."""
+        return any(self.padding) or (not self.depthwise and self.kernel[1] > 1 and self.x_strides[2] != self.c)
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """The strides of what the kernel reads, the copy where there is one."""
+        if not self.copied:
+            return self.x_strides
+        width = self.w + 2 * self.padding[1]
+        return (self.h + 2 * self.padding[0]) * width * self.c, width * self.c, self.c
+
+    @property
+    def runs(self) -> tuple[int, int, bool]:
+        """How many runs of how many contiguous bytes an output reads, and whether a run is a whole row of the kernel."""
+        rows, columns = self.kernel
+        whole = self.groups == 1 and (columns == 1 or self.dilation[1] == 1)
+        bytes_ = self.c // self.groups
+        return (rows, columns * bytes_, True) if whole else (rows * columns, bytes_, False)
+
+    def group_vectors(self, lanes: int) -> int:
+        return math.ceil(self.out_c / self.groups / lanes)
+
+    def channel_count(self, lanes: int) -> int:
+        """How many channels the numbers of a layer are laid out for: vectors are filled up, a group at a time."""
+        return self.c if self.depthwise else self.group_vectors(lanes) * self.groups * lanes
+
+    def pack(self, weight: torch.Tensor, lanes: int) -> torch.Tensor:
+        """The int8 weight (out, in/groups, kh, kw) in the order in which the kernel reads it, one-dimensional."""
+        if self.depthwise:
+            taps = weight[:, 0].permute(2, 1, 0)  # kw, kh, channel
+            taps = functional.pad(taps, (0, 0, 0, -taps.shape[1] % 4))
+            return taps.unflatten(1, (-1, 4)).permute(0, 1, 3, 2).contiguous().flatten()
+        runs, size, _ = self.runs
+        grouped = weight.permute(0, 2, 3, 1).reshape(self.groups, -1, runs, size)
+        grouped = functional.pad(grouped, (0, -size % 4, 0, 0, 0, -grouped.shape[1] % lanes))
+        vectors = grouped.unflatten(1, (-1, lanes)).unflatten(-1, (-1, 4))  # group, vector, lane, run, four, 4
+        return vectors.permute(0, 1, 3, 4, 2, 5).contiguous().flatten()
+
+    def channels(self, weight: torch.Tensor, numbers: Numbers, lanes: int) -> torch.Tensor:
+        """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
+        zero_point = numbers.x_zero_point + (128 if self.x_signed else 0)
+        compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
+        scale = (numbers.weight_scale.double() * numbers.x_scale).float().expand(self.out_c)
+        bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.float()
+        rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
+        if not self.depthwise:
+            rows = rows.unflatten(1, (self.groups, -1))
+            rows = functional.pad(rows, (0, -rows.shape[-1] % lanes)).flatten(1)
+        scalars = [1 / numbers.scale, numbers.zero_point, numbers.other_scale, numbers.other_zero_point]
+        tail = [_bits(torch.tensor(scalars, dtype=torch.float32)), torch.tensor([numbers.x_zero_point], dtype=torch.int32)]
+        return torch.cat([rows.flatten(), *tail])
+
+    def source(self, lanes: int, rows: int, columns: int) -> str:
+        """The struct of constants, for blocks of `rows` pixels by `columns` vectors (depthwise: `columns` pixels)."""
+        image, row, pixel = self.strides
+        runs, run, whole = self.runs
+        flags = {True: "true", False: "false"}
+        offset = (
+            f"run * {self.dilation[0] * row}"
+            if whole
+            else f"run / {self.kernel[1]} * {self.dilation[0] * row} + run % {self.kernel[1]} * {self.dilation[1] * pixel}"
+        )
+        return f"""\
+struct Shape {{
+    static constexpr int64_t N = {self.n}, H = {self.h}, W = {self.w}, C = {self.c}, GROUPS = {self.groups};
+    static constexpr int64_t OUT_C = {self.out_c}, OUT_H = {self.out_h}, OUT_W = {self.out_w};
+    static constexpr int KERNEL_H = {self.kernel[0]}, KERNEL_W = {self.kernel[1]};
+    static constexpr int STRIDE_H = {self.stride[0]}, STRIDE_W = {self.stride[1]};
+    static constexpr int DILATION_H = {self.dilation[0]}, DILATION_W = {self.dilation[1]};
+    static constexpr int64_t PAD_H = {self.padding[0]}, PAD_W = {self.padding[1]};
+    static constexpr int64_t PADDED_HEIGHT = {self.h + 2 * self.padding[0]}, PADDED_WIDTH = {self.w + 2 * self.padding[1]};
+    static constexpr int64_t X_IMAGE = {self.x_strides[0]}, X_ROW = {self.x_strides[1]}, X_PIXEL = {self.x_strides[2]};
+    static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel}, OTHER_PIXEL = {self.other_pixel};
+    static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors(lanes) * self.groups};
+    static constexpr int ROWS = {rows}, COLUMNS = {columns}, THREADS = {self.threads}, CHANNELS = {self.channel_count(lanes)};
+    static constexpr bool COPIED = {flags[self.copied]}, SIGNED = {flags[self.x_signed]}, FITS_16 = {flags[self.fits_16]};
+    static constexpr int64_t run(int run) {{ return {offset}; }}
+}};
+"""
+
+    @property
+    def function(self) -> str:
+        return "depthwise" if self.depthwise else "convolution"
+
+    def blockings(self, lanes: int) -> list[tuple[int, int]]:
+        """Rows and columns of the register blocks that are worth trying, best guess first."""
+        if self.depthwise:
+            return [(1, min(columns, self.out_w)) for columns in (4,)]
+        vectors, pixels = self.group_vectors(lanes), self.n * self.out_h * self.out_w
+        wanted = ((6, 2), (4, 3), (3, 4), (12, 1)) if lanes == 8 else ((6, 4), (12, 2), (8, 3), (14, 1))
+        found = [(min(rows, pixels), min(columns, vectors)) for rows, columns in wanted]
+        return list(dict.fromkeys(found))
+
+
+@functools.cache
+def header() -> str:
+    """The C++ that all kernels share; it is guarded, so that a file may hold it more than once."""
+    return resources.files(__package__).joinpath("int8.h").read_text()
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(torch.int32)
+
+
+def _float(value: float) -> str:
+    """A C++ literal (without its suffix) that reads back as the same number."""
+    text = repr(float(value))
+    return text if any(sign in text for sign in ".en") else text + ".0"

@@ -1,0 +1,263 @@
+"""What Inductor makes of the operators that stand for a call: the call, or a kernel of ours, whichever is faster.
+
+Inductor's template interface is private; it is reached in this file and nowhere else. What is relied on, all of it the
+same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller` of
+it, `ChoiceCaller` being what the selection times and builds, `autotune_select_algorithm` timing the choices once for a
+shape and keeping the result in Inductor's autotuning cache, `register_lowering` for operators of other libraries, and
+`allow_epilogue_fusion` keeping what follows out of a template's kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor import config, ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.runtime.benchmarking import benchmarker
+from torch._inductor.select_algorithm import autotune_select_algorithm
+from torch._inductor.utils import IndentedBuffer, parallel_num_threads
+from torch._inductor.virtualized import V
+
+from inductor_x86q.passes.fuse import call as calls
+from inductor_x86q._cpu import int8_lanes as lanes
+from inductor_x86q.templates.convolution import Convolution, Epilogue, header
+from inductor_x86q.templates.layer import describe, epilogue
+from inductor_x86q.templates.operators import STANDS_FOR
+
+# A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
+MACS_PER_THREAD = 100_000
+
+
+class _Template(CppTemplate):
+    """The generated kernel for one layer, in one blocking."""
+
+    def __init__(self, inputs: _Inputs, convolution: Convolution, epilogue: Epilogue, blocking: tuple[int, int]) -> None:
+        super().__init__("x86q", inputs.nodes, inputs.layout, convolution.threads)
+        self._inputs, self._convolution, self._epilogue, self._blocking = inputs, convolution, epilogue, blocking
+
+    def header(self) -> IndentedBuffer:
+        lines = super().header() if config.cpp.enable_kernel_profile else IndentedBuffer()
+        lines.splice(f"#define INDUCTOR_X86Q_LANES {lanes()}")
+        lines.splice(header())
+        return lines
+
+    def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
+        assert not epilogue_nodes
+        if template_buffer_node is not None:
+            self.output_node = template_buffer_node
+        named = self._inputs.by_name()
+        definition = kernel.def_kernel(inputs=named, outputs={"out": self.output_node})
+        names = {node.get_name(): name for name, node in named.items()}
+        x, other = self._inputs.x, self._inputs.other
+        x_pointer = f"(const uint8_t*){names[x.buffer.get_name()]} + {x.offset}"
+        other_pointer = f"{names[other.buffer.get_name()]} + {other.offset}" if other is not None else "nullptr"
+        namespace = f"shape_of_{kernel.kernel_name}"
+        return f"""\
+{self.header().getvalue()}
+namespace {namespace} {{
+using namespace inductor_x86q;
+{self._convolution.source(lanes(), *self._blocking)}{self._epilogue.source()}}}
+extern "C" {definition}
+{{
+    {kernel.maybe_codegen_profile()}
+    inductor_x86q::{self._convolution.function}<{namespace}::Shape, {namespace}::Epilogue>(
+        {x_pointer}, weight, channels, {other_pointer}, out);
+}}
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """The buffers that a kernel reads, and where in them its tensors begin."""
+
+    x: _Pixels
+    weight: Any
+    channels: Any
+    other: _Pixels | None
+    layout: Any  # of the output
+
+    def realized(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """The call's arguments, with the tensors as the kernels read them: the first, and a binary call's seventh."""
+        changed = list(arguments)
+        changed[0] = self.x.box
+        if self.other is not None:
+            changed[6] = self.other.box
+        return tuple(changed)
+
+    def by_name(self) -> dict[str, Any]:
+        """Each buffer under one name, also where the other operand lies in the input's."""
+        found = {"x": self.x.buffer, "weight": self.weight, "channels": self.channels}
+        if self.other is not None and self.other.buffer.get_name() != self.x.buffer.get_name():
+            found["other"] = self.other.buffer
+        return found
+
+    @property
+    def nodes(self) -> list[Any]:
+        return list(self.by_name().values())
+
+
+class _Call(ir.ChoiceCaller):
+    """The call of oneDNN as one of the choices, timed on the layer's own weight."""
+
+    def __init__(self, inputs: _Inputs, target: Any, arguments: tuple[Any, ...], key: str) -> None:
+        super().__init__("onednn", inputs.nodes, inputs.layout, description=str(target))
+        self._inputs, self._target, self._arguments, self._key = inputs, target, arguments, key
+        self.is_chosen = False
+
+    def benchmark(self, *values: torch.Tensor, out: torch.Tensor) -> float:
+        given = {node.get_name(): value for node, value in zip(self._inputs.nodes, values, strict=True)}
+        arguments = [_real(argument, given) for argument in self._arguments]
+        return benchmarker.benchmark_cpu(lambda: self._target(*arguments))
+
+    def call_name(self) -> str:
+        return str(self._target)
+
+    def hash_key(self) -> str:
+        return f"{self._target}-{self._key}"
+
+    def output_node(self) -> Any:
+        self.is_chosen = True
+        return lowerings[self._target](*self._arguments)
+
+
+def _real(argument: Any, given: dict[str, torch.Tensor]) -> Any:
+    """A tensor for an argument of the call: a constant itself, else a view of the buffer as it was given for timing."""
+    if not isinstance(argument, ir.TensorBox):
+        return argument
+    name = argument.get_name()
+    if name in V.graph.constants:
+        return V.graph.constants[name]
+    layout = argument.get_layout()
+    return given[name].as_strided(_ints(layout.size), _ints(layout.stride), int(layout.offset))
+
+
+def _ints(values: Any) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _random(node: Any) -> torch.Tensor:
+    """A buffer's contents for timing; their values do not matter to integer arithmetic, but fp32 should be finite."""
+    if node.get_name() in V.graph.constants:
+        return V.graph.constants[node.get_name()]
+    size, stride = _ints(node.get_size()), _ints(node.get_stride())
+    return torch.empty_strided(size, stride, dtype=node.get_dtype()).fill_(1)
+
+
+def _buffer(box: Any) -> Any:
+    """The buffer in which a tensor lies."""
+    node = box.data
+    while isinstance(node, (ir.StorageBox, ir.BaseView)):
+        node = node.data
+    return node
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pixels:
+    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row and a pixel."""
+
+    box: Any
+    sizes: tuple[int, ...]
+    strides: tuple[int, int, int]
+
+    @property
+    def buffer(self) -> Any:
+        return _buffer(self.box)
+
+    @property
+    def offset(self) -> int:
+        return int(self.box.get_layout().offset)
+
+    def is_dense(self, sizes: tuple[int, ...]) -> bool:
+        """Whether it has these sizes and its pixels lie at one distance from each other."""
+        _, h, w, _ = self.sizes
+        image, row, pixel = self.strides
+        return self.sizes == sizes and row == w * pixel and image == h * row
+
+
+def _pixels(box: Any, family: str) -> _Pixels | None:
+    """A linear's rows are the pixels of one line. None where there is no tensor or its channels are not innermost."""
+    if box is None:
+        return None
+    if family == "linear":
+        box = ir.ExternKernel.require_contiguous(box)
+        *rows, c = _ints(box.get_size())
+        return _Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
+    box = ir.ExternKernel.require_channels_last(box)
+    (n, c, h, w), stride = _ints(box.get_size()), _ints(box.get_stride())
+    if c > 1 and stride[1] != 1:
+        return None
+    # A stride along one single element means nothing, whatever it says.
+    pixel = stride[3] if w > 1 else c
+    row = stride[2] if h > 1 else w * pixel
+    return _Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel))
+
+
+def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *arguments: Any) -> Any:
+    layer = calls.parse(target, arguments)
+    found = _layer(layer, weight, channels, kernel)
+    if found is None:
+        return lowerings[target](*arguments)
+    inputs, convolution, after = found
+    arguments = inputs.realized(arguments)
+    key = repr((convolution, after))
+    as_call = _Call(inputs, target, arguments, key)
+    choices: list[Any] = [as_call]
+    for blocking in convolution.blockings(lanes()):
+        choices.append(_Template(inputs, convolution, after, blocking).generate())
+    generators = dict.fromkeys(range(len(inputs.nodes)), _random)
+    chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
+    box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair since torch 2.14
+    if as_call.is_chosen:
+        _forget(weight)
+    else:
+        _buffer(box).allow_epilogue_fusion = False
+        _forget(layer.weight)
+    return box
+
+
+def _forget(weight: Any) -> None:
+    """Takes the weight that was packed for the other choice out of the compiled code, if nothing else reads it.
+
+    Relies on the graph's constants being the attributes of its module that `get_attr` nodes name.
+    """
+    graph, module = V.graph.graph, V.graph.module
+    tensor = V.graph.constants[weight.get_name()]
+    nodes = [n for n in graph.find_nodes(op="get_attr") if getattr(module, n.target, None) is tensor]
+    if {user for node in nodes for user in node.users} == {V.graph.current_node} and len(nodes) == 1:
+        del V.graph.constants[weight.get_name()]
+        delattr(module, nodes[0].target)
+
+
+def _layer(
+    layer: calls.Call, weight: Any, channels: Any, kernel: list[int]
+) -> tuple[_Inputs, Convolution, Epilogue] | None:
+    """What a generated kernel has to compute, None where its tensors lie as no kernel of ours reads them."""
+    images = [_pixels(box, layer.family) for box in (layer.x, layer.binary and layer.binary.other)]
+    if images[0] is None or (layer.binary is not None and images[1] is None):
+        return None
+    x, other = images
+    size = _ints(V.graph.current_node.meta["val"].shape)
+    convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
+    macs = convolution.macs
+    threads = min(parallel_num_threads(), max(1, macs // MACS_PER_THREAD))
+    convolution = dataclasses.replace(convolution, x_strides=x.strides, threads=threads)
+    if other is not None:
+        if not other.is_dense(convolution.output_sizes):
+            return None
+        convolution = dataclasses.replace(convolution, other_pixel=other.strides[2])
+    order = ir.NHWC_STRIDE_ORDER if layer.family == "conv" else list(reversed(range(len(size))))
+    layout = ir.FixedLayout(
+        torch.device("cpu"), layer.output_dtype, size, ir.FlexibleLayout.stride_ordered(size, order)
+    )
+    inputs = _Inputs(x, _buffer(weight), _buffer(channels), other, layout)
+    return inputs, convolution, epilogue(layer, other.box.get_dtype() if other is not None else None)
+
+
+for _target, _call in STANDS_FOR.items():
+    register_lowering(_target, type_promotion_kind=None)(functools.partial(_lower, _call))

@@ -1,0 +1,39 @@
+"""Operators of ours that stand for one call of oneDNN each and bring along what a generated kernel needs.
+
+`inductor_x86q::qconv_pointwise` and its family take a weight packed for the generated kernel, the layer's numbers and
+the kernel's height and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
+eagerly they are that operator; `lowering` decides what compiled code does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+onednn = torch.ops.onednn
+
+STANDS_FOR: dict[Any, Any] = {}  # our operator → the call
+GENERATED: dict[Any, Any] = {}  # the call → our operator
+
+_library = torch.library.Library("inductor_x86q", "DEF")
+
+
+def _define(call: Any) -> None:
+    """Defines the operator that stands for `call`, with the same arguments behind its own."""
+    schema = str(call._schema).removeprefix("onednn::").replace("Tensor(a!)", "Tensor")
+    name = schema.split("(")[0]
+    _library.define(schema.replace("(", "(Tensor weight, Tensor channels, int[] kernel, ", 1))
+    _library.impl(name, lambda weight, channels, kernel, *rest: call(*rest), "CompositeExplicitAutograd")
+    packet, overload = (*name.split("."), "default")[:2]
+    operator = getattr(getattr(torch.ops.inductor_x86q, packet), overload)
+    STANDS_FOR[operator], GENERATED[call] = call, operator
+
+
+for _call in (
+    onednn.qconv_pointwise.default,
+    onednn.qconv2d_pointwise.binary,
+    onednn.qlinear_pointwise.default,
+    onednn.qlinear_pointwise.binary,
+):
+    _define(_call)
