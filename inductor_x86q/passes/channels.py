@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
+from inductor_x86q.passes import weights
 from inductor_x86q.passes.fuse.post_ops import UNARIES
 from inductor_x86q.passes.movement import RESHAPES, SPLITS, is_item
 from inductor_x86q.passes.stage import No, Rule
@@ -168,26 +169,15 @@ def _producer(quantize: fx.Node) -> fx.Node | None:
 
 def _with_weights(node: fx.Node, x: Any, order: list[int], dimension: int) -> fx.Node:
     """The convolution on `x`, its weight's output channels (dimension 0) or input channels (1) in another order."""
-    weight: Any = node.args[1]
-    parameters = qgraph.qparams(weight)
-    graph = node.graph
+    weight, bias = weights.read(node.args[1]), qgraph.constant(node.args[2])
+    assert weight is not None
     indices = torch.tensor(order)
-
-    def ordered(constant: Any, dimension: int) -> fx.Node:
-        tensor = qgraph.constant(constant)
-        assert tensor is not None
-        return qgraph.new_constant(graph, tensor.detach().index_select(dimension, indices), node)
-
-    with graph.inserting_before(node):
-        bias: Any = node.args[2]
-        scales: Any = (parameters.scale, parameters.zero_point)
-        if dimension == 0:
-            scales = [ordered(constant, 0) for constant in scales]
-            bias = None if bias is None else ordered(bias, 0)
-        arguments = (ordered(weight.args[0], dimension), *scales, *parameters.arguments()[2:])
-        new_weight = qgraph.call(graph, qgraph.DEQUANTIZE_CHANNEL, arguments, weight.kwargs, like=weight)
-        new = qgraph.call(graph, CONVOLUTION, (x, new_weight, bias, *node.args[3:]), dict(node.kwargs), like=node)
-    return new
+    others: list[Any] = list(node.args[2:])
+    with node.graph.inserting_before(node):
+        if dimension == 0 and bias is not None:
+            others[0] = qgraph.new_constant(bias.detach()[indices], like=node)
+        ordered = weights.emit(weight.ordered(indices, dimension), like=node.args[1])  # type: ignore[arg-type]
+        return qgraph.call(CONVOLUTION, x, ordered, *others, like=node, **node.kwargs)
 
 
 # --- readers take channels from where they were computed --------------------------------------------------------------
@@ -228,27 +218,17 @@ def _pieces(integers: fx.Node) -> Iterator[tuple[fx.Node, list[int]]]:
         yield piece.args[0] if direct else piece, [channel for _, channel in _origins(piece)]
 
 
-def _rewrite_shuffled_input(node: fx.Node, found: _Order) -> None:
+def _rewrite_shuffled_input(node: fx.Node, found: _Order) -> fx.Node:
     dequantize: Any = node.args[0]
     depthwise = _is_depthwise(node)
-    graph = node.graph
-    with graph.inserting_before(node):
-        parts = [_gather(source, channels, like=dequantize) for source, channels in found.parts.items()]
-        joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
-        x = qgraph.call(
-            graph, dequantize.target, (joined, *dequantize.args[1:]), dict(dequantize.kwargs), like=dequantize
-        )
-    new = _with_weights(node, x, found.order, 0 if depthwise else 1)
+    parts = [_gather(source, channels, like=dequantize) for source, channels in found.parts.items()]
+    joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
+    x = qgraph.call(dequantize.target, joined, *dequantize.args[1:], like=dequantize, **dequantize.kwargs)
     end = _end(node) if depthwise else None
-    node.replace_all_uses_with(new)
     if end is not None:  # what a depthwise convolution reads in another order, it also writes so
-        back = torch.tensor(found.order).argsort().tolist()
-        with graph.inserting_after(end):
-            indices = qgraph.new_constant(graph, torch.tensor(back), end)
-        with graph.inserting_after(indices):
-            ordered = qgraph.call(graph, GATHER, (end, [None, indices]), like=end)
-        end.replace_all_uses_with(ordered, delete_user_cb=lambda user: user is not ordered)
-    qgraph.erase_dead(node)
+        back = torch.tensor(found.order).argsort()
+        end.replace_all_uses_with(ordered := _new_gather(end, back, like=end), lambda user: user is not ordered)
+    return _with_weights(node, x, found.order, 0 if depthwise else 1)
 
 
 def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
@@ -258,10 +238,15 @@ def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
     for user in source.users:
         if _is_gather(user) and _gathered(user) == channels:
             return user
+    return _new_gather(source, torch.tensor(channels), like=like)
+
+
+def _new_gather(source: fx.Node, channels: torch.Tensor, *, like: fx.Node) -> fx.Node:
+    """A node behind `source` that takes these of its channels."""
     with source.graph.inserting_after(source):
-        indices = qgraph.new_constant(source.graph, torch.tensor(channels), like)
+        indices = qgraph.new_constant(channels, like=like)
     with source.graph.inserting_after(indices):
-        return qgraph.call(source.graph, GATHER, (source, [None, indices]), like=like)
+        return qgraph.call(GATHER, source, [None, indices], like=like)
 
 
 def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: fx.Node) -> fx.Node:
@@ -269,7 +254,7 @@ def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: 
     for user in operand.users:
         if user.target is target and user.args == arguments:
             return user
-    return qgraph.call(operand.graph, target, arguments, like=like)
+    return qgraph.call(target, *arguments, like=like)
 
 
 # --- producers write together what is read together -------------------------------------------------------------------
@@ -296,11 +281,8 @@ def _rewrite_gathered_output(node: fx.Node, order: list[int]) -> None:
     for user in list(node.users):
         end = start + _channels(user)
         with node.graph.inserting_before(user):
-            part = (
-                node
-                if end - start == _channels(node)
-                else qgraph.call(node.graph, aten.slice.Tensor, (node, 1, start, end), like=user)
-            )
+            whole = end - start == _channels(node)
+            part = node if whole else qgraph.call(aten.slice.Tensor, node, 1, start, end, like=user)
         user.replace_all_uses_with(part)
         qgraph.erase_dead(user)
         start = end

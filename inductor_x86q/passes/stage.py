@@ -1,8 +1,9 @@
 """What a stage is made of: rules, each a row that names what it looks at, what it looks for and what it does.
 
 A rule is registered with torch's pattern matcher by the operators it is anchored at. `find` inspects the anchor and
-answers with its findings, or with a `No` that says what stood in the way; `rewrite` acts on the findings. The two are
-apart so that the reason why a rule did not match can be asked for without changing the graph.
+answers with its findings, or with a `No` that says what stood in the way; `rewrite` acts on the findings: it makes what
+is to stand in the anchor's place, which the stage then puts there. The two are apart so that the reason why a rule did
+not match can be asked for without changing the graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from inductor_x86q import _torch
+from inductor_x86q import _torch, qgraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,17 @@ class No:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
+    """One row of a stage.
+
+    `targets` are the operators that it is anchored at; `find` takes the anchor and gives its findings or a `No`;
+    `rewrite` takes both. It runs with the graph's insertion point in front of the anchor, and gives the node that
+    replaces it (what nobody uses any more is erased), or None where it changed the graph by itself.
+    """
+
     name: str
     targets: tuple[Any, ...]
     find: Callable[[fx.Node], Any]
-    rewrite: Callable[[fx.Node, Any], None]
+    rewrite: Callable[[fx.Node, Any], fx.Node | None]
 
 
 class Stage:
@@ -69,7 +77,12 @@ class Stage:
 
         def handler(match: Any, *args: Any, **kwargs: Any) -> None:
             self._matches[rule.name] += 1
-            rule.rewrite(match.output_node(), match.found)
+            node = match.output_node()
+            with node.graph.inserting_before(node):
+                new = rule.rewrite(node, match.found)
+            if new is not None:
+                node.replace_all_uses_with(new)
+                qgraph.erase_dead(node)
 
         _torch.register(self._matcher, rule.targets, matches, handler)
 
