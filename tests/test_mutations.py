@@ -186,8 +186,8 @@ BROKEN = {
     "normalize": [
         Broken("drop a zero point given as a tensor", normalize._find_constant_parameters, "int(zero_point)", "0",
                "scales as tensors"),
-        Broken("drop the zero point of a weight with one scale", normalize._rewrite_per_tensor_weight,
-               "shape[:1], zero_point,", "shape[:1], 0,", "weight with one scale and a zero point"),
+        Broken("drop the zero point of a weight with one scale", normalize._find_short_weight,
+               "parameters.zero_point or 0", "0", "weight with one scale and a zero point"),
         Broken("leave the scales where a weight's channels move", normalize._find_constant_view,
                "weight.scale[channels]", "weight.scale[: len(channels)]", "slice of a weight"),
         Broken("forget alpha of a product", normalize._find_matrix_product, 'arguments.get("alpha", 1) != 1', "False",
@@ -201,7 +201,7 @@ BROKEN = {
         Broken("take any lower bound for relu", normalize._find_clamp, "high is None and low == 0", "high is None",
                "clamp on one side"),
         Broken("take any gate for its own", normalize._find_gated, "gate.args[0] is x", "True", "gate of another"),
-        Broken("move a transpose before a linear", normalize.keeps_rows, "_last(node, arguments[1][-1])", "True",
+        Broken("move a transpose before a linear", normalize.keeps_rows, 'arguments["dims"][-1] % len(before) == last', "True",
                "transposed linear"),
     ],
     "propagate": [
@@ -218,7 +218,7 @@ BROKEN = {
                "after.quant_min > before.quant_min or after.quant_max < before.quant_max", "False", "narrower range"),
         Broken("drop a requantization", propagate._find_meeting, "not after.same_grid(before)", "False",
                "requantized"),
-        Broken("quantize the parts of a split alike", propagate._find_up_split, "not all(", "not any(",
+        Broken("quantize the parts of a split alike", propagate._find_up, "if all(", "if any(",
                "split to two grids"),
         Broken("drop a rounding to bf16", propagate._find_meeting, "qgraph.out_dtype(source) != torch.float32",
                "False", "rounded to bf16"),
@@ -252,7 +252,7 @@ BROKEN = {
     ],
     "post-ops": [
         Broken("forget relu", post_ops._find_unary, "unary=merged", "unary=call.unary", "relu"),
-        Broken("move relu behind the addition", post_ops._find_addition,
+        Broken("move relu behind the addition", post_ops._added,
                'call.binary or call.unary.name != "none"', "call.binary", "relu in front of an addition"),
         Broken("take any bound for 0", post_ops._find_implied_relu, "parameters.zero_point != parameters.quant_min",
                "False", "relu in front of a quantize"),

@@ -8,27 +8,24 @@ import torch
 from torch import fx
 
 from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes import movement
 from inductor_x86q.passes.fuse.call import is_call, read
-from inductor_x86q.passes.movement import is_item
 
 aten = torch.ops.aten
 
-# Operators whose result may share memory with their first argument, in eager mode or once Inductor has lowered them.
-VIEWS = frozenset({
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-    aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.alias.default, aten.detach.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.as_strided.default,
-    aten.diagonal.default, aten.unfold.default, aten.clone.default, aten.contiguous.default,
-})  # fmt: skip
+# Operators whose result may share memory with their first argument, in eager mode or once Inductor has lowered them. A
+# clone is Inductor's to drop, so it counts.
+SHARING = movement.VIEWS | movement.SPLITS | {
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.as_strided.default, aten.diagonal.default,
+}  # fmt: skip
 
 
 def _lives_in(node: fx.Node) -> Any:
     """The argument whose memory the node's result is in; None where it has its own."""
     if node.op != "call_function":
         return None
-    # An indexed result of a list is a view of what the list is a view of. A clone is Inductor's to drop, so it counts.
-    if node.target in VIEWS or is_item(node):
+    # An indexed result of a list is a view of what the list is a view of.
+    if node.target in SHARING or movement.is_item(node):
         return node.args[0]
     binary = read(node).binary if is_call(node) else None
     return binary.other if binary is not None and binary.kind == "sum" else None

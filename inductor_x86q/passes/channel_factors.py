@@ -45,13 +45,12 @@ def _find(node: fx.Node) -> Any:
 def _rewrite(node: fx.Node, found: tuple[fx.Node, weights.Weight, torch.Tensor]) -> fx.Node:
     """layer(x)·factor is the layer with its weight's scale and its bias multiplied by the factor."""
     layer, weight, factor = found
-    x, _, bias, *others = layer.args if len(layer.args) > 2 else (*layer.args, None)
     signs = torch.where(factor < 0, -1, 1).to(torch.int8).view(-1, *[1] * (weight.integers.dim() - 1))
     scaled = dataclasses.replace(weight, integers=weight.integers * signs, scale=weight.scale.float() * factor.abs())
-    vector = qgraph.constant(bias)
-    if vector is not None:
-        bias = qgraph.new_constant(vector.detach() * factor.to(vector.dtype), like=layer)
-    return qgraph.call(layer.target, x, weights.emit(scaled, like=layer), bias, *others, like=layer, **layer.kwargs)
+    bias = qgraph.constant(qgraph.schema_arguments(layer)["bias"])
+    if bias is not None:
+        bias = bias * factor.to(bias.dtype)
+    return weights.with_weight(layer, layer.args[0], scaled, bias)
 
 
 RULES = (Rule("factor of each channel", (aten.mul.Tensor,), _find, _rewrite),)

@@ -39,33 +39,24 @@ def _rewrite_constant_parameters(node: fx.Node, parameters: qgraph.QParams) -> f
     return qgraph.dequantize(node.args[0], parameters, qgraph.out_dtype(node), like=node)
 
 
-def _find_per_tensor_weight(node: fx.Node) -> Any:
-    tensor = qgraph.constant(node.args[0])
+def _find_short_weight(node: fx.Node) -> Any:
+    tensor, parameters = qgraph.constant(node.args[0]), qgraph.qparams(node)
     if tensor is None or tensor.dim() < 2:
-        return No("it dequantizes no constant")
-    return tensor
+        return No("it dequantizes no weight")
+    if parameters.axis is not None and parameters.zero_point is not None:
+        return No("it has a scale and a zero point for each channel")
+    scale = torch.tensor(parameters.scale) if parameters.axis is None else qgraph.constant(parameters.scale)
+    if scale is None:
+        return No("its scales are computed at run time")
+    axis = parameters.axis or 0
+    zero_points = torch.full(tensor.shape[axis : axis + 1], parameters.zero_point or 0)
+    others = (axis, parameters.quant_min, parameters.quant_max, parameters.dtype, qgraph.out_dtype(node))
+    return Weight(tensor, scale.expand(zero_points.shape), zero_points, *others)
 
 
-def _rewrite_per_tensor_weight(node: fx.Node, tensor: torch.Tensor) -> fx.Node:
-    """A weight with one scale gets that scale for each of its first dimension's elements."""
-    scale, zero_point, *others = qgraph.qparams(node).arguments()
-    scales = torch.full(tensor.shape[:1], scale, dtype=torch.float32)
-    zero_points = torch.full(tensor.shape[:1], zero_point, dtype=torch.int64)
-    weight = Weight(tensor, scales, zero_points, 0, *others, qgraph.out_dtype(node))  # type: ignore[call-arg]
+def _rewrite_weight(node: fx.Node, weight: Weight) -> fx.Node:
+    """A weight with one scale, without zero points, or moved: one with a scale and a zero point for each channel."""
     return weights.emit(weight, like=node)
-
-
-def _find_missing_zero_points(node: fx.Node) -> Any:
-    parameters = qgraph.qparams(node)
-    scale = qgraph.constant(parameters.scale)
-    if parameters.zero_point is not None or scale is None:
-        return No("it has zero points, or its scales are computed at run time")
-    return torch.zeros(scale.shape, dtype=torch.int64)
-
-
-def _rewrite_missing_zero_points(node: fx.Node, zero_points: torch.Tensor) -> None:
-    """A weight without zero points has zeros."""
-    node.update_arg(2, qgraph.new_constant(zero_points, like=node))
 
 
 def _find_cast(node: fx.Node) -> Any:
@@ -120,11 +111,6 @@ def _varying_axis(tensor: torch.Tensor) -> int | None:
     if len(varying) > 1:
         varying = [d for d in varying if not torch.equal(tensor, tensor.narrow(d, 0, 1).expand_as(tensor))]
     return None if len(varying) > 1 or tensor.dim() == 0 else (varying or [0])[0]
-
-
-def _rewrite_constant_view(node: fx.Node, weight: Weight) -> fx.Node:
-    """A view, slice or permute of a dequantized weight becomes a weight of its own."""
-    return weights.emit(weight, like=node.args[0])  # type: ignore[arg-type]
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -182,27 +168,15 @@ def _rewrite_matrix_product(node: fx.Node, found: tuple[fx.Node, Weight, fx.Node
     return new if bias is None or as_vector else qgraph.call(aten.add.Tensor, new, bias, like=node)
 
 
-def _last(node: fx.Node, dimension: Any) -> bool:
-    """Whether a dimension of the node's first argument is its last."""
-    rank = qgraph.value(node.args[0]).dim()
-    return dimension % rank == rank - 1
-
-
 def keeps_rows(node: fx.Node) -> bool:
-    """Whether the node moves whole rows of its first argument: what lies along the last dimension stays together."""
+    """Whether one of ROW_MOVEMENTS moves whole rows: what lies along its argument's last dimension stays together."""
     before, after = qgraph.value(node.args[0]).shape, qgraph.value(node).shape
     if len(before) < 2 or len(after) < 2 or not _torch.known(before[-1] == after[-1]):
         return False
-    arguments: Any = node.args
-    if node.target in RESHAPES or node.target is aten.clone.default:
-        return True
+    arguments, last = qgraph.schema_arguments(node), len(before) - 1
     if node.target is aten.permute.default:
-        return _last(node, arguments[1][-1])
-    if node.target is aten.transpose.int:
-        return not _last(node, arguments[1]) and not _last(node, arguments[2])
-    if node.target in (aten.select.int, aten.slice.Tensor):
-        return not _last(node, arguments[1] if len(arguments) > 1 else 0)
-    return False
+        return arguments["dims"][-1] % len(before) == last
+    return "dim" not in arguments or arguments["dim"] % len(before) != last
 
 
 def move_rows(x: fx.Node, move: fx.Node) -> fx.Node:
@@ -215,10 +189,9 @@ def move_rows(x: fx.Node, move: fx.Node) -> fx.Node:
 
 def _find_moved_rows(node: fx.Node) -> Any:
     linear: Any = node.args[0]
-    if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default or len(linear.users) != 1:
+    if linear.target is not aten.linear.default or len(linear.users) != 1:
         return No("its input is not a linear of one user")
-    weight: Any = linear.args[1]
-    if not qgraph.is_dequantize(weight) or qgraph.constant(weight.args[0]) is None:
+    if weights.read(linear.args[1]) is None:
         return No("the linear is not quantized")
     return linear if keeps_rows(node) else No("it takes rows apart")
 
@@ -231,8 +204,6 @@ def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> fx.Node:
 
 def _find_view_of_view(node: fx.Node) -> Any:
     source: Any = node.args[0]
-    if not isinstance(source, fx.Node):
-        return No("it views no tensor")
     if _torch.same_shape(qgraph.value(source).shape, qgraph.value(node).shape):
         return source
     if source.target not in RESHAPES or len(source.users) != 1:
@@ -298,19 +269,17 @@ def _rewrite_activation(node: fx.Node, found: tuple[Any, ...]) -> fx.Node:
 
 
 ROW_MOVEMENTS = (
-    *RESHAPES, aten.clone.default, aten.permute.default, aten.transpose.int, aten.select.int, aten.slice.Tensor,
+    *RESHAPES, aten.clone.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
 )  # fmt: skip
 _TENSOR_SPELLINGS = tuple(t for t in (*qgraph.QUANTIZES, *qgraph.DEQUANTIZES) if "tensor" in t._overloadname)
 
 CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast)
-_CHANNEL = (qgraph.DEQUANTIZE_CHANNEL,)
 
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
-    Rule("weight with one scale", (qgraph.DEQUANTIZE,), _find_per_tensor_weight, _rewrite_per_tensor_weight),
-    Rule("weight without zero points", _CHANNEL, _find_missing_zero_points, _rewrite_missing_zero_points),
+    Rule("weight spelled short", (qgraph.DEQUANTIZE, qgraph.DEQUANTIZE_CHANNEL), _find_short_weight, _rewrite_weight),
     CAST,
-    Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_constant_view),
+    Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_weight),
     Rule("matrix product", tuple(PRODUCTS), _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
     Rule("view of a view", RESHAPES, _find_view_of_view, _rewrite_view_of_view),
@@ -318,12 +287,3 @@ RULES = (
     Rule("clamp", (aten.clamp.default, aten.clamp_min.default), _find_clamp, _rewrite_activation),
     Rule("gated by itself", (aten.mul.Tensor,), _find_gated, _rewrite_activation),
 )
-
-
-def check(graph: fx.Graph) -> None:
-    """Constant parameters are numbers, and no cast stands behind a dequantize."""
-    for node in graph.nodes:
-        if node.target in _TENSOR_SPELLINGS:
-            assert isinstance(_find_constant_parameters(node), No), f"{node}: constant parameters as tensors"
-        if node.target is prims.convert_element_type.default:
-            assert not (qgraph.is_dequantize(node.args[0]) and node.args[1] in FLOATS), f"{node}: cast of a dequantize"

@@ -130,20 +130,15 @@ def _find_up(node: fx.Node) -> Any:
     if parameters.dtype not in qgraph.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
     if is_item(moved) and moved.args[0].target in SPLITS:
-        return _find_up_split(moved, parameters)
+        quantizes = [user for sibling in moved.args[0].users for user in sibling.users]
+        if all(user.target is qgraph.QUANTIZE and qgraph.qparams(user) == parameters for user in quantizes):
+            return parameters
+        return No("the parts are not all quantized alike")
     if set(moved.users) != {node}:
         return No("what it quantizes is used in float too")
     if moved.target in JOINS or (is_movement(moved) and qgraph.value(moved).dtype.is_floating_point):
         return parameters
     return No("what it quantizes is not moved data")
-
-
-def _find_up_split(item: fx.Node, parameters: qgraph.QParams) -> Any:
-    split: Any = item.args[0]
-    quantizes = [user for sibling in split.users for user in sibling.users]
-    if not all(user.target is qgraph.QUANTIZE and qgraph.qparams(user) == parameters for user in quantizes):
-        return No("the parts are not all quantized alike")
-    return parameters
 
 
 def _rewrite_up(node: fx.Node, parameters: qgraph.QParams) -> fx.Node | None:
@@ -198,12 +193,3 @@ RULES = (
     Rule("dequantize below relu", (aten.relu.default,), _find_down_relu, _rewrite_down_relu),
     Rule("quantize above movement", (qgraph.QUANTIZE,), _find_up, _rewrite_up),
 )
-
-
-def check(graph: fx.Graph) -> None:
-    """No operator that only moves data has a dequantized input, and no quantize follows one on the same grid."""
-    for node in graph.nodes:
-        if node.target in MOVEMENTS or node.target in SPLITS or node.target is MAX_POOL:
-            assert isinstance(_find_down(node), No), f"{node}: moves data in float between int8 regions"
-        if node.target is qgraph.QUANTIZE:
-            assert isinstance(_find_meeting(node), No), f"{node}: quantizes what was just dequantized"

@@ -26,10 +26,8 @@ INTEGER_PRODUCT = aten._int_mm.default
 FILLS = (aten.full.default, aten.full_like.default, aten.new_full.default)
 
 
-def _uniform_value(node: Any) -> float | None:
+def _uniform_value(node: fx.Node) -> float | None:
     """The number that all elements of a tensor are known to have, None where there is none."""
-    if not isinstance(node, fx.Node):
-        return None
     if node.target in FILLS:
         fill = node.args[-1]
         return float(fill) if isinstance(fill, (int, float)) else None
@@ -45,10 +43,10 @@ def _uniform_value(node: Any) -> float | None:
 def _find_row_scales(node: fx.Node) -> Any:
     x: Any = node.args[0]
     moves: list[fx.Node] = []
-    while isinstance(x, fx.Node) and x.target in ROW_MOVEMENTS and keeps_rows(x):
+    while x.target in ROW_MOVEMENTS and keeps_rows(x):
         moves.insert(0, x)
         x = x.args[0]
-    if not isinstance(x, fx.Node) or x.target is not qgraph.DEQUANTIZE_TOKEN:
+    if x.target is not qgraph.DEQUANTIZE_TOKEN:
         return No("its input has no scale for each row")
     arguments = qgraph.schema_arguments(x)
     zero_point = _uniform_value(arguments["zero_points"])
@@ -82,7 +80,7 @@ def _rewrite_row_scales(node: fx.Node, found: tuple[qgraph.QParams, fx.Node, lis
 
 def _find_integer_product(node: fx.Node) -> Any:
     product: Any = node.args[0]
-    if not isinstance(product, fx.Node) or product.target is not INTEGER_PRODUCT:
+    if product.target is not INTEGER_PRODUCT:
         return No("it converts no product of integers")
     if not node.args[1].is_floating_point:  # type: ignore[union-attr]
         return No("the product stays integer")

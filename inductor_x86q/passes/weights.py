@@ -58,3 +58,9 @@ def emit(weight: Weight, *, like: fx.Node) -> fx.Node:
     )
     parameters = qgraph.QParams(scale, zero_point, weight.quant_min, weight.quant_max, weight.dtype, weight.axis)
     return qgraph.dequantize(integers, parameters, weight.out_dtype, like=like)
+
+
+def with_weight(layer: fx.Node, x: Any, weight: Weight, bias: torch.Tensor | None) -> fx.Node:
+    """The convolution or linear on `x` and with this weight and bias, at the graph's insertion point."""
+    operands = (x, emit(weight, like=layer), None if bias is None else qgraph.new_constant(bias.detach(), like=layer))
+    return qgraph.call(layer.target, *operands, *layer.args[3:], like=layer, **layer.kwargs)

@@ -82,24 +82,17 @@ def _merge(first: Unary, second: Unary) -> Unary | None:
     """One post-operation that does both; None if there is none."""
     if first.name == "none":
         return second
-    low, high = _bounds(first)
-    low2, high2 = _bounds(second)
-    if low is None or low2 is None or high is None or high2 is None:
+    bounds = _bounds(first), _bounds(second)
+    if None in bounds:
         return None
-    return clipping(min(max(low, low2), high2), max(min(high, high2), low2))
+    (low, high), (low2, high2) = bounds  # type: ignore[misc]
+    clip = min(max(low, low2), high2), max(min(high, high2), low2)
+    return Unary("relu") if clip == (0.0, math.inf) else Unary("hardtanh", clip)
 
 
-def _bounds(unary: Unary) -> tuple[float, float] | tuple[None, None]:
-    if unary.name == "relu":
-        return 0.0, math.inf
-    if unary.name == "hardtanh":
-        return unary.scalars[0], unary.scalars[1]
-    return None, None
-
-
-def clipping(low: float, high: float) -> Unary:
-    """The post-operation that clips to [low, high]."""
-    return Unary("relu") if (low, high) == (0.0, math.inf) else Unary("hardtanh", (low, high))
+def _bounds(unary: Unary) -> tuple[float, ...] | None:
+    """What the post-operation clips to; None where it does something else."""
+    return (0.0, math.inf) if unary.name == "relu" else unary.scalars if unary.name == "hardtanh" else None
 
 
 def _rewrite_unary(node: fx.Node, call: Call) -> fx.Node:
@@ -118,27 +111,29 @@ def _find_addition(node: fx.Node) -> Any:
         return No("it does not add two different tensors")
     if not _torch.same_shape(qgraph.value(operands[0]).shape, qgraph.value(operands[1]).shape):
         return No("it broadcasts")
-    declined: Any = No("neither operand is a fused call")
     # Of two calls the later one takes the sum: the earlier one's result is the accumulator.
-    for source, other in sorted(zip(operands, reversed(operands), strict=True), key=lambda pair: pair[0], reverse=True):
-        call = _absorbable(source)
-        if isinstance(call, No):
-            continue
-        if call.binary or call.unary.name != "none":
-            declined = No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
-            continue
-        if not ADDITIONS[call.kernel]:
-            declined = No(f"the {call.kernel} kernel takes no addition")
-            continue
-        found = _find_accumulator(node, call, other)
-        if not isinstance(found, No):
-            return source, *found
-        declined = found
-    return declined
+    earlier, later = sorted(operands)
+    found = _added(node, later, earlier)
+    if not isinstance(found, No):
+        return found
+    instead = _added(node, earlier, later)
+    return found if isinstance(instead, No) and is_call(later) else instead
+
+
+def _added(node: fx.Node, source: fx.Node, other: fx.Node) -> tuple[fx.Node, Call, bool] | No:
+    """`source`, its call with `other` added, and whether that may write into the memory of `other`."""
+    call = _absorbable(source)
+    if isinstance(call, No):
+        return call
+    if call.binary or call.unary.name != "none":
+        return No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
+    if not ADDITIONS[call.kernel]:
+        return No(f"the {call.kernel} kernel takes no addition")
+    found = _find_accumulator(node, call, other)
+    return found if isinstance(found, No) else (source, *found)
 
 
 def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, bool] | No:
-    """The call with `other` added, and whether it may write into the memory of it."""
     quantized = _quantized_output(node)
     if qgraph.is_dequantize(other) and quantized is not None:
         parameters = qgraph.qparams(other)
