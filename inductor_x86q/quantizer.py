@@ -351,7 +351,8 @@ def _is_factor(node: fx.Node, layer: fx.Node) -> bool:
     if node.target is not aten.mul.Tensor:
         return False
     channel = 1 if layer.target in CONVOLUTIONS else -1
-    constants = [x for x in node.all_input_nodes if qgraph.is_constant(x)]
+    # A tensor of one element is a number by the time the passes run, and stays where it is.
+    constants = [x for x in node.all_input_nodes if qgraph.is_constant(x) and qgraph.value(x).numel() > 1]
     return any(qgraph.is_channel_factor(constant, layer, channel) for constant in constants)
 
 
