@@ -12,13 +12,10 @@ def find(node: torch.fx.Node):
     return factor if isinstance(factor, (int, float)) and factor > 0 else No(f"{factor} is not a positive number")
 
 
-def rewrite(node: torch.fx.Node, factor: float) -> None:
+def rewrite(node: torch.fx.Node, factor: float) -> torch.fx.Node:
     source = node.args[0]
     integers, scale, *others = source.args
-    with node.graph.inserting_before(node):
-        scaled = qgraph.call(node.graph, source.target, (integers, scale * factor, *others), like=source)
-    node.replace_all_uses_with(scaled)
-    qgraph.erase_dead(node)
+    return qgraph.call(source.target, integers, scale * factor, *others, like=source)
 
 
 class Scaled(torch.nn.Module):

@@ -87,15 +87,15 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def decompose_node(graph_module: fx.GraphModule, node: fx.Node) -> None:
-    """Replaces `node`, one of KEPT_WHOLE, by what Inductor decomposes it into.
+def decompose_node(graph_module: fx.GraphModule, node: fx.Node, written_out: Mapping[Any, Callable[..., Any]]) -> None:
+    """Replaces `node` by what Inductor decomposes it into, or, if it is in `written_out`, by what is said there.
 
     Relies on `make_fx` tracing a decomposition over fake tensors, and on `meta["val"]` of the arguments.
     """
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    table = select_decomp_table()
+    table = {**select_decomp_table(), **written_out}
     tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
 
     def call(*values: torch.Tensor) -> torch.Tensor:

@@ -64,6 +64,7 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
         raise CompileError(f"option `strict` is {own['strict']!r}: expected True or False")
     try:
         chosen = _torch.mode_options(mode) if mode else {}
+        chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
     except RuntimeError as error:
         raise CompileError(str(error)) from error
     if not given.get("freezing", True):

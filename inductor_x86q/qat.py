@@ -10,6 +10,7 @@ s is made of the running variance, so that one pass forward is enough. Where s i
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -51,10 +52,7 @@ def scale_weights(layers: dict[fx.Node, fx.Node]) -> None:
         graph = layer.graph
         weight: Any = layer.args[1]
         bias: Any = layer.args[2] if len(layer.args) > 2 else None
-
-        def call(target: Any, *arguments: Any, graph: fx.Graph = graph, like: fx.Node = layer) -> fx.Node:
-            return qgraph.call(graph, target, arguments, like=like)
-
+        call = functools.partial(qgraph.call, like=layer)
         with graph.inserting_before(layer):
             scale = _scale_nodes(call, norm)
             ones = [1] * (qgraph.value(weight).dim() - 1)

@@ -10,7 +10,6 @@ After the normalize stage there is one spelling of each:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ def schema_arguments(node: fx.Node) -> dict[str, Any]:
     return found
 
 
-def value(node: fx.Node) -> torch.Tensor:
+def value(node: Any) -> torch.Tensor:
     """The fake tensor that stands for what the node computes: its shape, type and strides."""
     return node.meta["val"]
 
@@ -148,8 +147,23 @@ def has_constants(layer: fx.Node) -> bool:
     return qparams(weight).axis == 0 and (bias is None or constant(bias) is not None)
 
 
-def new_constant(graph: fx.Graph, tensor: torch.Tensor, like: fx.Node) -> fx.Node:
+def is_channel_factor(factor: fx.Node, layer: fx.Node, channel: int) -> bool:
+    """Whether a float tensor that multiplies the layer's result has one number for all of a channel.
+
+    Args:
+        channel: which dimension of the result the channels are.
+    """
+    result, shape = value(layer).shape, value(factor).shape
+    first = len(result) - len(shape)
+    varying = [first + dimension for dimension, size in enumerate(shape) if size != 1]
+    if first < 0 or not value(factor).is_floating_point():
+        return False
+    return not varying or (varying == [channel % len(result)] and shape[varying[0] - first] == result[channel])
+
+
+def new_constant(tensor: torch.Tensor, *, like: fx.Node) -> fx.Node:
     """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
+    graph = like.graph
     module = graph.owning_module
     assert module is not None
     number: int = getattr(module, "_x86q_constants", 0)  # type: ignore[assignment]
@@ -180,27 +194,26 @@ def store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.No
     return node
 
 
-def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None,
-         *, like: fx.Node) -> fx.Node:  # fmt: skip
-    """A new node at the graph's insertion point, with its value's description, said to come from `like`."""
-    node = graph.call_function(target, args, kwargs or {})
+def call(target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+    """A new node at the insertion point of `like`'s graph, with its value's description, said to come from `like`."""
+    node = like.graph.call_function(target, args, kwargs)
     copy_origin(node, like)
-    _torch.propagate_fake_tensors(graph.owning_module, node)  # type: ignore[arg-type]
+    _torch.propagate_fake_tensors(like.graph.owning_module, node)  # type: ignore[arg-type]
     return node
 
 
-def quantize(graph: fx.Graph, node: fx.Node, parameters: QParams, *, like: fx.Node) -> fx.Node:
+def quantize(node: Any, parameters: QParams, *, like: fx.Node) -> fx.Node:
     target = QUANTIZE if parameters.is_static else QUANTIZE_TENSOR
-    return call(graph, target, (node, *parameters.arguments()), like=like)
+    return call(target, node, *parameters.arguments(), like=like)
 
 
-def dequantize(graph: fx.Graph, node: fx.Node, parameters: QParams, dtype: torch.dtype, *, like: fx.Node) -> fx.Node:
+def dequantize(node: Any, parameters: QParams, dtype: torch.dtype = torch.float32, *, like: fx.Node) -> fx.Node:
     if parameters.axis is not None:
         target = DEQUANTIZE_CHANNEL
     else:
         target = DEQUANTIZE if parameters.is_static else DEQUANTIZE_TENSOR
     kwargs = {} if dtype == torch.float32 else {"out_dtype": dtype}
-    return call(graph, target, (node, *parameters.arguments()), kwargs, like=like)
+    return call(target, node, *parameters.arguments(), like=like, **kwargs)
 
 
 ORIGIN_FIELDS = ("nn_module_stack", "stack_trace", "from_node", "source_fn_stack", "custom")
@@ -211,6 +224,12 @@ def copy_origin(node: fx.Node, like: fx.Node) -> None:
     for field in ORIGIN_FIELDS:
         if field in like.meta:
             node.meta[field] = like.meta[field]
+
+
+def operands(node: fx.Node) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """The two operands of a sum or product, in both orders."""
+    first, second = node.args[:2]
+    return (first, second), (second, first)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

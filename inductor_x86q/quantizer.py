@@ -225,7 +225,7 @@ class _Plan:
         then an activation, or an addition with a relu behind it."""
         layer = [start, self.norms[start]] if start in self.norms else [start]
         user = qgraph.only_user(layer[-1])
-        if user is not None and _is_factor(user):
+        if user is not None and _is_factor(user, start):
             layer.append(user)
             user = qgraph.only_user(user)
         behind = []
@@ -346,9 +346,14 @@ def _is_list(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (list, tuple))
 
 
-def _is_factor(node: fx.Node) -> bool:
-    """Whether the node multiplies by a constant."""
-    return node.target is aten.mul.Tensor and any(isinstance(x, fx.Node) and qgraph.is_constant(x) for x in node.args)
+def _is_factor(node: fx.Node, layer: fx.Node) -> bool:
+    """Whether the node multiplies the layer's result by a constant that the layer's weight can take up."""
+    if node.target is not aten.mul.Tensor:
+        return False
+    channel = 1 if layer.target in CONVOLUTIONS else -1
+    # A tensor of one element is a number by the time the passes run, and stays where it is.
+    constants = [x for x in node.all_input_nodes if qgraph.is_constant(x) and qgraph.value(x).numel() > 1]
+    return any(qgraph.is_channel_factor(constant, layer, channel) for constant in constants)
 
 
 def _is_plain_addition(node: fx.Node) -> bool:

@@ -12,63 +12,38 @@ import inductor_x86q
 from inductor_x86q import _torch
 from inductor_x86q.passes import channel_factors, channels, finish, fuse, generate, normalize, propagate, row_scales
 from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
+from inductor_x86q.templates.convolution import header
 
 __all__ = ["STAGES", "No", "Rule", "register_pass", "run"]
 
 log = logging.getLogger(__name__)
 
+# What holds before a stage is what holds after the one above it; before the first, the graph is as AOTAutograd leaves it
+# and parameters are constants.
 STAGES = (
     Stage(
         "normalize",
-        (*normalize.RULES, *channel_factors.RULES, *row_scales.RULES),
-        before="The graph is as AOTAutograd leaves it, parameters are constants.",
-        after="Each thing has one spelling: constant scales are numbers, weights are per channel, a linear is `linear`.",
-        check=normalize.check,
+        [*normalize.RULES, *channel_factors.RULES, *row_scales.RULES],
+        "Each thing has one spelling: constant scales are numbers, weights are per channel, a linear is `linear`.",
     ),
     Stage(
-        "propagate",
-        propagate.RULES,
-        before="normalize",
-        after="No operator that only moves data stands between a dequantize and a quantize.",
-        check=propagate.check,
+        "propagate", [*propagate.RULES], "No operator that only moves data stands between a dequantize and a quantize."
     ),
-    Stage(
-        "channels",
-        channels.RULES,
-        before="propagate",
-        after="No channel shuffle stands between convolutions that can do without it.",
-    ),
-    Stage(
-        "fuse: compute",
-        fuse.COMPUTE_RULES,
-        before="channels",
-        after="Every eligible convolution and linear is an onednn call with float output.",
-    ),
+    Stage("channels", [*channels.RULES], "No channel shuffle stands between convolutions that can do without it."),
+    Stage("fuse: compute", [*fuse.COMPUTE_RULES], "Every eligible convolution and linear is a call with float output."),
     Stage(
         "fuse: post-ops",
-        fuse.POST_OP_RULES,
-        before="fuse: compute",
-        after="Every call has absorbed what it can of the activation, addition and quantize behind it.",
+        [*fuse.POST_OP_RULES],
+        "Every call has absorbed what it can of the activation, addition and quantize behind it.",
     ),
     Stage(
-        "fuse: output types",
-        fuse.OUTPUT_TYPE_RULES,
-        before="fuse: post-ops",
-        after="Every call gives a type that this CPU has a fast kernel for.",
-        check=fuse.output_types.check,
+        "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
     ),
-    Stage(
-        "finish",
-        finish.RULES,
-        before="fuse: output types",
-        after="The graph is legal for Inductor.",
-        check=finish.check,
-    ),
+    Stage("finish", [*finish.RULES], "The graph is legal for Inductor."),
     Stage(
         "generate",
-        generate.RULES,
-        before="finish",
-        after='In mode "max-autotune", every call brings along what the generated kernel needs that may replace it.',
+        [*generate.RULES],
+        'In mode "max-autotune", every call brings along what the generated kernel needs that may replace it.',
     ),
 )
 
@@ -80,7 +55,7 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
 
     Args:
         stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types",
-            "finish" or "generate"; what holds before and after each is said in STAGES, and the rule has to keep it so.
+            "finish" or "generate"; what holds after each is said in STAGES, and the rule has to keep it so.
 
     Returns:
         A function that takes the rule out again.
@@ -93,8 +68,8 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
         raise ValueError(f"no stage {stage!r}: expected one of {', '.join(repr(s.name) for s in STAGES)}")
     if any(rule.name == other.name for other in chosen.rules):
         raise ValueError(f"stage {stage!r} already has a rule named {rule.name!r}: give this one another name")
-    chosen.add(rule)
-    return lambda: chosen.remove(rule)
+    chosen.rules.append(rule)
+    return lambda: chosen.rules.remove(rule)
 
 
 def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage, graph: None) -> list[StageResult]:
@@ -104,10 +79,9 @@ def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage
     for stage in STAGES:
         with _torch.disable_modes():  # rules compute with real constants; fake tensors are asked for explicitly
             result = stage.apply(graph)
+            if verify:
+                stage.check(graph)
         log.debug("%s: %s in %.0f ms", stage.name, dict(result.matches), result.seconds * 1e3)
-        if verify:
-            graph.lint()
-            stage.check(graph)
         results.append(result)
         between(stage.name, graph)
     return results
@@ -116,4 +90,4 @@ def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage
 def fingerprint() -> str:
     """Names this version of the package and the passes as they stand; part of the key under which a graph is cached."""
     lines = [f"{stage.name}: {', '.join(rule.name for rule in stage.rules)}" for stage in STAGES]
-    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines])
+    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines, header()])

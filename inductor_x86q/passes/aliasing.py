@@ -2,68 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes import movement
+from inductor_x86q.passes.fuse.call import is_call, read
 
 aten = torch.ops.aten
 
-# Operators whose result may share memory with their first argument, in eager mode or once Inductor has lowered them.
-VIEWS = frozenset({
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-    aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.alias.default, aten.detach.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.as_strided.default,
-    aten.diagonal.default, aten.unfold.default, aten.clone.default, aten.contiguous.default,
-})  # fmt: skip
+# Operators whose result may share memory with their first argument, in eager mode or once Inductor has lowered them. A
+# clone is Inductor's to drop, so it counts.
+SHARING = movement.VIEWS | movement.SPLITS | {
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.as_strided.default, aten.diagonal.default,
+}  # fmt: skip
 
 
-def _is_view(node: fx.Node) -> bool:
-    # An indexed result of a list is a view of what the list is a view of. A clone is Inductor's to drop, so it counts.
-    return node.target in VIEWS or getattr(node.target, "__name__", "") == "getitem"
+def _lives_in(node: fx.Node) -> Any:
+    """The argument whose memory the node's result is in; None where it has its own."""
+    if node.op != "call_function":
+        return None
+    # An indexed result of a list is a view of what the list is a view of.
+    if node.target in SHARING or movement.is_item(node):
+        return node.args[0]
+    binary = read(node).binary if is_call(node) else None
+    return binary.other if binary is not None and binary.kind == "sum" else None
 
 
 def base(node: fx.Node) -> fx.Node:
     """The node whose memory `node` lives in."""
-    while node.op == "call_function" and _is_view(node):
-        node = node.args[0]  # type: ignore[assignment]
-    from inductor_x86q.passes.fuse.call import is_call, read
-
-    if is_call(node):
-        binary = read(node).binary
-        if binary is not None and binary.kind == "sum":
-            return base(binary.other)
-    return node
+    source = _lives_in(node)
+    return node if source is None else base(source)
 
 
 def readers(node: fx.Node) -> set[fx.Node]:
     """Everything that reads the memory of `node`, views looked through."""
     found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
     pending = [base(node)]
     while pending:
         current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
         for user in current.users:
-            if user.op == "call_function" and (_is_view(user) or _sums_into(user, current)):
+            if _lives_in(user) is current:
                 pending.append(user)
-                if _sums_into(user, current):
-                    found.add(user)
-            else:
+            if _lives_in(user) is not current or is_call(user):
                 found.add(user)
     return found
-
-
-def _sums_into(node: fx.Node, accumulator: fx.Node) -> bool:
-    from inductor_x86q.passes.fuse.call import is_call, read
-
-    if not is_call(node):
-        return False
-    binary = read(node).binary
-    return binary is not None and binary.kind == "sum" and binary.other is accumulator
 
 
 def may_overwrite(node: fx.Node, *, after: fx.Node) -> bool:

@@ -7,7 +7,6 @@ computed, as slices side by side, and each producer writes those next to each ot
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
+from inductor_x86q.passes import weights
 from inductor_x86q.passes.fuse.post_ops import UNARIES
 from inductor_x86q.passes.movement import RESHAPES, SPLITS, is_item
 from inductor_x86q.passes.stage import No, Rule
@@ -30,7 +30,7 @@ Channel = tuple[fx.Node, int]  # a tensor, and which of its channels
 # --- what stands between the convolutions -----------------------------------------------------------------------------
 
 
-def _channels(node: fx.Node) -> int:
+def _channels(node: Any) -> int:
     return int(qgraph.value(node).shape[1])
 
 
@@ -38,22 +38,23 @@ def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
     """What the node is a channel shuffle of, and by how many groups: view, transposition, (clone,) view."""
     if node.target not in RESHAPES:
         return None
-    chain: Any = node.args[0]
-    if chain.target is aten.clone.default:
-        chain = chain.args[0]
-    if chain.target not in (aten.permute.default, aten.transpose.int) or chain.args[0].target not in RESHAPES:
+    permuted: Any = node.args[0]
+    if permuted.target is aten.clone.default:
+        permuted = permuted.args[0]
+    if permuted.target is not aten.permute.default or permuted.args[0].target not in RESHAPES:
         return None
-    apart, source = chain.args[0], chain.args[0].args[0]
+    apart, source = permuted.args[0], permuted.args[0].args[0]
     rank = qgraph.value(source).dim()
     swapped = [0, 2, 1, *range(3, rank + 1)]
-    order = (
-        list(chain.args[1])
-        if chain.target is aten.permute.default
-        else [0, *sorted(chain.args[1:])[::-1], *swapped[3:]]
-    )
     before, between, after = ([str(n) for n in qgraph.value(x).shape] for x in (source, apart, node))
     # Sizes as text: those that are open have names, and comparing names adds no guard.
-    if rank < 3 or order != swapped or after != before or between[3:] != before[2:] or between[0] != before[0]:
+    if (
+        rank < 3
+        or permuted.args[1] != swapped
+        or after != before
+        or between[3:] != before[2:]
+        or between[0] != before[0]
+    ):
         return None
     return source, int(qgraph.value(apart).shape[1])
 
@@ -91,20 +92,21 @@ def _origins(node: fx.Node) -> list[Channel]:
     if is_item(node) and source.target in SPLITS and _along_channels(source):
         start = sum(part.shape[1] for part in source.meta["val"][: node.args[1]])  # type: ignore[misc]
         return _origins(source.args[0])[start:][: _channels(node)]
-    if _is_gather(node):
+    gathered = _gathered(node)
+    if gathered is not None:
         inner = _origins(source)
-        return [inner[i] for i in _gathered(node)]
+        return [inner[i] for i in gathered]
     return [(node, channel) for channel in range(_channels(node))]
 
 
-def _is_gather(node: fx.Node) -> bool:
-    return node.target is GATHER and len(node.args[1]) == 2 and node.args[1][0] is None  # type: ignore[arg-type, index]
-
-
-def _gathered(node: fx.Node) -> list[int]:
+def _gathered(node: fx.Node) -> list[int] | None:
+    """Which channels the node takes of its first argument, by their numbers; None where it does something else."""
+    if node.target is not GATHER or len(node.args[1]) != 2 or node.args[1][0] is not None:  # type: ignore[arg-type, index]
+        return None
     indices = qgraph.constant(node.args[1][1])  # type: ignore[index]
-    assert indices is not None
-    return indices.tolist()
+    if indices is None or indices.dtype != torch.int64 or indices.dim() != 1:
+        return None
+    return (indices % _channels(node.args[0])).tolist()
 
 
 def _orderings(node: fx.Node) -> set[fx.Node] | None:
@@ -128,7 +130,7 @@ def _ordered_by(user: fx.Node) -> fx.Node | None:
         return _shuffle_end(user)
     if user.target in SPLITS or user.target in (aten.cat.default, aten.slice.Tensor):
         return user if _along_channels(user) else None
-    return user if _is_gather(user) or is_item(user) else None
+    return user if is_item(user) or _gathered(user) is not None else None
 
 
 # --- the convolutions -------------------------------------------------------------------------------------------------
@@ -168,38 +170,20 @@ def _producer(quantize: fx.Node) -> fx.Node | None:
 
 def _with_weights(node: fx.Node, x: Any, order: list[int], dimension: int) -> fx.Node:
     """The convolution on `x`, its weight's output channels (dimension 0) or input channels (1) in another order."""
-    weight: Any = node.args[1]
-    parameters = qgraph.qparams(weight)
-    graph = node.graph
+    weight, bias = weights.read(node.args[1]), qgraph.constant(node.args[2])
+    assert weight is not None
     indices = torch.tensor(order)
-
-    def ordered(constant: Any, dimension: int) -> fx.Node:
-        tensor = qgraph.constant(constant)
-        assert tensor is not None
-        return qgraph.new_constant(graph, tensor.detach().index_select(dimension, indices), node)
-
-    with graph.inserting_before(node):
-        bias: Any = node.args[2]
-        scales: Any = (parameters.scale, parameters.zero_point)
-        if dimension == 0:
-            scales = [ordered(constant, 0) for constant in scales]
-            bias = None if bias is None else ordered(bias, 0)
-        arguments = (ordered(weight.args[0], dimension), *scales, *parameters.arguments()[2:])
-        new_weight = qgraph.call(graph, qgraph.DEQUANTIZE_CHANNEL, arguments, weight.kwargs, like=weight)
-        new = qgraph.call(graph, CONVOLUTION, (x, new_weight, bias, *node.args[3:]), dict(node.kwargs), like=node)
-    return new
+    if dimension == 0 and bias is not None:
+        bias = bias[indices]
+    with node.graph.inserting_before(node):
+        return weights.with_weight(node, x, weight.ordered(indices, dimension), bias)
 
 
 # --- readers take channels from where they were computed --------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Order:
-    parts: dict[fx.Node, list[int]]  # what to read of which tensor
-    order: list[int]  # which channel of the present input each channel of the new one is
-
-
 def _find_shuffled_input(node: fx.Node) -> Any:
+    """What to read of which tensor, and which channel of the present input each channel of the new one is."""
     if not _reader(node):
         return No("it is no quantized convolution of constant weights, whole or depthwise with a quantize behind it")
     integers: Any = node.args[0].args[0]  # type: ignore[union-attr]
@@ -216,39 +200,30 @@ def _find_shuffled_input(node: fx.Node) -> Any:
         # A tensor that is read whole stays as it is; of another, what is read must be written side by side.
         if orderings is None or (len(channels) < _channels(source) and _producer(source) is None):
             return No(f"the order of {source}'s channels matters to something else")
-        shuffled |= any(_is_gather(node) or _shuffle_start(node) is not None for node in orderings)
-    return _Order(parts, order) if shuffled else No("no channel shuffle stands in front of it")
+        shuffled |= any(_gathered(node) or _shuffle_start(node) for node in orderings)
+    return (parts, order) if shuffled else No("no channel shuffle stands in front of it")
 
 
 def _pieces(integers: fx.Node) -> Iterator[tuple[fx.Node, list[int]]]:
     """The tensors that stand side by side in this one, and which channels of each, by gather or slice."""
     pieces: Any = integers.args[0] if integers.target is aten.cat.default else [integers]
     for piece in pieces:
-        direct = _is_gather(piece) or piece.target is aten.slice.Tensor
+        direct = _gathered(piece) or piece.target is aten.slice.Tensor
         yield piece.args[0] if direct else piece, [channel for _, channel in _origins(piece)]
 
 
-def _rewrite_shuffled_input(node: fx.Node, found: _Order) -> None:
+def _rewrite_shuffled_input(node: fx.Node, found: tuple[dict[fx.Node, list[int]], list[int]]) -> fx.Node:
+    channels_of, order = found
     dequantize: Any = node.args[0]
     depthwise = _is_depthwise(node)
-    graph = node.graph
-    with graph.inserting_before(node):
-        parts = [_gather(source, channels, like=dequantize) for source, channels in found.parts.items()]
-        joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
-        x = qgraph.call(
-            graph, dequantize.target, (joined, *dequantize.args[1:]), dict(dequantize.kwargs), like=dequantize
-        )
-    new = _with_weights(node, x, found.order, 0 if depthwise else 1)
+    parts = [_gather(source, channels, like=dequantize) for source, channels in channels_of.items()]
+    joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
+    x = qgraph.call(dequantize.target, joined, *dequantize.args[1:], like=dequantize, **dequantize.kwargs)
     end = _end(node) if depthwise else None
-    node.replace_all_uses_with(new)
     if end is not None:  # what a depthwise convolution reads in another order, it also writes so
-        back = torch.tensor(found.order).argsort().tolist()
-        with graph.inserting_after(end):
-            indices = qgraph.new_constant(graph, torch.tensor(back), end)
-        with graph.inserting_after(indices):
-            ordered = qgraph.call(graph, GATHER, (end, [None, indices]), like=end)
-        end.replace_all_uses_with(ordered, delete_user_cb=lambda user: user is not ordered)
-    qgraph.erase_dead(node)
+        back = torch.tensor(order).argsort()
+        end.replace_all_uses_with(ordered := _new_gather(end, back, like=end), lambda user: user is not ordered)
+    return _with_weights(node, x, order, 0 if depthwise else 1)
 
 
 def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
@@ -256,12 +231,17 @@ def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
     if channels == list(range(_channels(source))):
         return source
     for user in source.users:
-        if _is_gather(user) and _gathered(user) == channels:
+        if _gathered(user) == channels:
             return user
+    return _new_gather(source, torch.tensor(channels), like=like)
+
+
+def _new_gather(source: fx.Node, channels: torch.Tensor, *, like: fx.Node) -> fx.Node:
+    """A node behind `source` that takes these of its channels."""
     with source.graph.inserting_after(source):
-        indices = qgraph.new_constant(source.graph, torch.tensor(channels), like)
+        indices = qgraph.new_constant(channels, like=like)
     with source.graph.inserting_after(indices):
-        return qgraph.call(source.graph, GATHER, (source, [None, indices]), like=like)
+        return qgraph.call(GATHER, source, [None, indices], like=like)
 
 
 def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: fx.Node) -> fx.Node:
@@ -269,7 +249,7 @@ def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: 
     for user in operand.users:
         if user.target is target and user.args == arguments:
             return user
-    return qgraph.call(operand.graph, target, arguments, like=like)
+    return qgraph.call(target, *arguments, like=like)
 
 
 # --- producers write together what is read together -------------------------------------------------------------------
@@ -278,9 +258,10 @@ def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: 
 def _find_gathered_output(node: fx.Node) -> Any:
     if _producer(node) is None:
         return No("it quantizes no convolution that can write its channels in any order")
-    if not node.users or not all(_is_gather(user) for user in node.users):
+    parts = [_gathered(user) for user in node.users]
+    if not parts or None in parts:
         return No("something reads it whole")
-    order = list(itertools.chain.from_iterable(_gathered(user) for user in node.users))
+    order = list(itertools.chain.from_iterable(parts))  # type: ignore[arg-type]
     if len(set(order)) != len(order):
         return No("its readers share channels")
     return order + sorted(set(range(_channels(node))) - set(order))
@@ -296,11 +277,8 @@ def _rewrite_gathered_output(node: fx.Node, order: list[int]) -> None:
     for user in list(node.users):
         end = start + _channels(user)
         with node.graph.inserting_before(user):
-            part = (
-                node
-                if end - start == _channels(node)
-                else qgraph.call(node.graph, aten.slice.Tensor, (node, 1, start, end), like=user)
-            )
+            whole = end - start == _channels(node)
+            part = node if whole else qgraph.call(aten.slice.Tensor, node, 1, start, end, like=user)
         user.replace_all_uses_with(part)
         qgraph.erase_dead(user)
         start = end

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from inductor_x86q import _torch, qgraph
-from inductor_x86q.passes import row_scales
 from inductor_x86q.passes.fuse import half
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 
 def _find_converted_constant(node: fx.Node) -> Any:
@@ -24,53 +22,45 @@ def _find_converted_constant(node: fx.Node) -> Any:
     return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
 
-def _rewrite_converted_constant(node: fx.Node, tensor: torch.Tensor) -> None:
+def _rewrite_converted_constant(node: fx.Node, tensor: torch.Tensor) -> fx.Node:
     """A weight that stays in float is dequantized (or widened) now, once, not at every call."""
-    with node.graph.inserting_before(node):
-        new = qgraph.new_constant(node.graph, tensor, node)
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
+    return qgraph.new_constant(tensor, like=node)
+
+
+# --- written out ------------------------------------------------------------------------------------------------------
+
+
+def _computed_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    # Inductor's lowering forgets quant_min and quant_max.
+    value = (x.float() * scale.float().reciprocal()).round() + zero_point.float()
+    return value.clamp(low, high).to(dtype)
+
+
+def _token_quantize(x: Tensor, scales: Tensor, zero_points: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    return (x * scales.reciprocal() + zero_points).round().clamp(low, high).to(dtype)
+
+
+def _token_dequantize(x: Tensor, scales: Tensor, zero_points: Tensor, low: int, high: int, dtype: torch.dtype,
+                      output_dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
+    return ((x.float() - zero_points) * scales).to(output_dtype)
+
+
+# Operators of which Inductor has no lowering, or a wrong one, and what they compute.
+WRITTEN_OUT = {
+    qgraph.QUANTIZE_TENSOR: _computed_quantize,
+    qgraph.QUANTIZE_TOKEN: _token_quantize,
+    qgraph.DEQUANTIZE_TOKEN: _token_dequantize,
+}
+# These, and what the passes kept whole or put into the graph, and Inductor decomposes itself.
+DECOMPOSED = (*WRITTEN_OUT, *_torch.KEPT_WHOLE, aten.linear.default)
 
 
 def _decompose(node: fx.Node, found: Any) -> None:
-    _torch.decompose_node(node.graph.owning_module, node)  # type: ignore[arg-type]
+    _torch.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)  # type: ignore[arg-type]
 
 
-def _rewrite_computed_quantize(node: fx.Node, found: Any) -> None:
-    """A quantize by computed parameters is written out: Inductor's lowering of it forgets quant_min and quant_max."""
-    x, scale, zero_point, low, high, dtype = qgraph.schema_arguments(node).values()
-
-    def call(target: Any, *arguments: Any) -> fx.Node:
-        return qgraph.call(node.graph, target, arguments, like=node)
-
-    with node.graph.inserting_before(node):
-        inverse = call(aten.reciprocal.default, call(prims.convert_element_type.default, scale, torch.float32))
-        zero = call(prims.convert_element_type.default, zero_point, torch.float32)
-        wide = call(prims.convert_element_type.default, x, torch.float32)
-        value = call(aten.add.Tensor, call(aten.round.default, call(aten.mul.Tensor, wide, inverse)), zero)
-        clipped = call(aten.clamp_max.default, call(aten.clamp_min.default, value, low), high)
-        new = call(prims.convert_element_type.default, clipped, dtype)
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
-
-
-# What the passes kept whole or put into the graph, and Inductor has no lowering for.
-DECOMPOSED = (*_torch.KEPT_WHOLE, aten.linear.default)
-
+_CONVERSIONS = (*qgraph.DEQUANTIZES, half.CONVERT)
 RULES = (
-    Rule(
-        "weight left in float",
-        (*qgraph.DEQUANTIZES, half.CONVERT),
-        _find_converted_constant,
-        _rewrite_converted_constant,
-    ),
-    Rule("computed quantize", (qgraph.QUANTIZE_TENSOR,), lambda node: True, _rewrite_computed_quantize),
-    *row_scales.FINISH_RULES,
+    Rule("weight left in float", _CONVERSIONS, _find_converted_constant, _rewrite_converted_constant),
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
-
-
-def check(graph: fx.Graph) -> None:
-    """Nothing is left that Inductor would have decomposed."""
-    for node in graph.nodes:
-        assert node.target not in DECOMPOSED, f"{node} is left whole"

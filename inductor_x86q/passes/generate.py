@@ -34,7 +34,7 @@ def _find(node: fx.Node) -> Any:
     return No(f"no kernel is generated for {why}") if why else convolution
 
 
-def _rewrite(node: fx.Node, convolution: Convolution) -> None:
+def _rewrite(node: fx.Node, convolution: Convolution) -> fx.Node:
     """call(…) → the operator that stands for it(packed weight, numbers, kernel size, …)"""
     from inductor_x86q.templates import lowering  # noqa: F401  registers with Inductor, which is slow to import
 
@@ -46,13 +46,15 @@ def _rewrite(node: fx.Node, convolution: Convolution) -> None:
     numbers = Numbers(
         *(call.x_scale, call.x_zero_point, scale, qgraph.constant(call.bias)),
         *(call.output_scale, call.output_zero_point),
-        *((binary.scale, binary.zero_point) if binary else ()),
+        *((binary.scale, binary.zero_point) if binary else (1.0, 0)),
+        tuple(float(value) for value in call.unary.scalars),
     )
-    with node.graph.inserting_before(node):
-        packed = qgraph.new_constant(node.graph, convolution.pack(weight, lanes), node)
-        channels = qgraph.new_constant(node.graph, convolution.channels(weight, numbers, lanes), node)
-    node.args = (packed, channels, list(convolution.kernel), *node.args)
-    node.target = GENERATED[node.target]
+    packed = qgraph.new_constant(convolution.pack(weight, lanes), like=node)
+    channels = qgraph.new_constant(convolution.channels(weight, numbers, lanes), like=node)
+    target = GENERATED[node.target]
+    new = node.graph.call_function(target, (packed, channels, list(convolution.kernel), *node.args))
+    new.meta.update(node.meta)
+    return new
 
 
 RULES = (Rule("generated kernel", tuple(GENERATED), _find, _rewrite),)

@@ -9,20 +9,22 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+RESHAPES = (aten.view.default, aten.reshape.default)
+
+# Operators that only say otherwise where the elements of their first argument are.
+VIEWS = frozenset({
+    *RESHAPES, aten.permute.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.alias.default, aten.unfold.default,
+})  # fmt: skip
 
 # Each takes its tensor first and puts elements of it, and nothing else, into its result.
-MOVEMENTS = frozenset({
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.transpose.int,
-    aten.t.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default,
-    aten.flip.default, aten.repeat.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-    aten.channel_shuffle.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_select.default,
-    aten.roll.default, aten.unfold.default, aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default,
-    aten.upsample_nearest1d.default, aten.upsample_nearest3d.default,
-})  # fmt: skip
+MOVEMENTS = VIEWS | {
+    aten.clone.default, aten.flip.default, aten.repeat.default, aten.index.Tensor, aten._unsafe_index.Tensor,
+    aten.index_select.default, aten.roll.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+    aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec,
+    aten.upsample_nearest3d.default,
+}  # fmt: skip
 
 # The same with a list of results.
 SPLITS = frozenset({

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -33,64 +34,54 @@ def _per_tensor(node: Any) -> qgraph.QParams | No:
 # --- dequantize moves down --------------------------------------------------------------------------------------------
 
 
+def _tensors(node: fx.Node) -> list[Any]:
+    """The tensors of which the node puts elements into its result."""
+    return node.args[0] if node.target in JOINS else [node.args[0]]  # type: ignore[return-value]
+
+
+def _on(node: fx.Node, tensors: list[Any], *, like: fx.Node) -> fx.Node:
+    """A node that moves these tensors as `node` moves its own."""
+    moved = tensors if node.target in JOINS else tensors[0]
+    return qgraph.call(node.target, moved, *node.args[1:], like=like, **node.kwargs)
+
+
 def _find_down(node: fx.Node) -> Any:
-    return _per_tensor(node.args[0])
-
-
-def _rewrite_down(node: fx.Node, parameters: qgraph.QParams) -> None:
-    """move(dequantize(x)) → dequantize(move(x))"""
-    source: Any = node.args[0]
-    _replace_by_dequantized(node, (source.args[0], *node.args[1:]), parameters, source)
-
-
-def _replace_by_dequantized(
-    node: fx.Node, arguments: tuple[Any, ...], parameters: qgraph.QParams, source: fx.Node
-) -> None:
-    with node.graph.inserting_before(node):
-        moved = qgraph.call(node.graph, node.target, arguments, dict(node.kwargs), like=node)  # type: ignore[arg-type]
-        new = qgraph.dequantize(node.graph, moved, parameters, qgraph.out_dtype(source), like=source)
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
-
-
-def _rewrite_down_items(node: fx.Node, parameters: qgraph.QParams) -> None:
-    """split(dequantize(x))[i] → dequantize(split(x)[i]); the maximum and its index likewise for max pool."""
-    source: Any = node.args[0]
-    with node.graph.inserting_before(node):
-        moved = qgraph.call(node.graph, node.target, (source.args[0], *node.args[1:]), dict(node.kwargs), like=node)  # type: ignore[arg-type]
-    for item in list(node.users):
-        with node.graph.inserting_before(item):
-            new = qgraph.call(node.graph, operator.getitem, (moved, item.args[1]), like=item)
-            if node.target is not MAX_POOL or item.args[1] == 0:
-                new = qgraph.dequantize(node.graph, new, parameters, qgraph.out_dtype(source), like=source)
-        item.replace_all_uses_with(new)
-        node.graph.erase_node(item)
-    qgraph.erase_dead(node)
-
-
-def _find_down_join(node: fx.Node) -> Any:
-    sources: Any = node.args[0]
-    found = [_per_tensor(source) for source in sources]
+    found = [_per_tensor(tensor) for tensor in _tensors(node)]
     for parameters in found:
         if isinstance(parameters, No):
             return parameters
         if not parameters.same_grid(found[0]):  # type: ignore[arg-type]
             return No("its inputs differ in scale or zero point")
-    if len({qgraph.out_dtype(source) for source in sources}) > 1:
+    if len({qgraph.out_dtype(tensor) for tensor in _tensors(node)}) > 1:
         return No("its inputs differ in type")
     return _joined(found)  # type: ignore[arg-type]
 
 
 def _joined(parameters: list[qgraph.QParams]) -> qgraph.QParams:
     """The parameters of tensors of one grid side by side: the widest range."""
-    first = parameters[0]
     low, high = min(p.quant_min for p in parameters), max(p.quant_max for p in parameters)
-    return qgraph.QParams(first.scale, first.zero_point, low, high, first.dtype)
+    return dataclasses.replace(parameters[0], quant_min=low, quant_max=high)
 
 
-def _rewrite_down_join(node: fx.Node, parameters: qgraph.QParams) -> None:
-    sources: Any = node.args[0]
-    _replace_by_dequantized(node, ([s.args[0] for s in sources], *node.args[1:]), parameters, sources[0])
+def _rewrite_down(node: fx.Node, parameters: qgraph.QParams) -> fx.Node:
+    """move(dequantize(x)) → dequantize(move(x))"""
+    sources = _tensors(node)
+    moved = _on(node, [source.args[0] for source in sources], like=node)
+    return qgraph.dequantize(moved, parameters, qgraph.out_dtype(sources[0]), like=sources[0])
+
+
+def _rewrite_down_items(node: fx.Node, parameters: qgraph.QParams) -> None:
+    """split(dequantize(x))[i] → dequantize(split(x)[i]); the maximum and its index likewise for max pool."""
+    source: Any = node.args[0]
+    moved = _on(node, [source.args[0]], like=node)
+    for item in list(node.users):
+        with node.graph.inserting_before(item):
+            new = qgraph.call(operator.getitem, moved, item.args[1], like=item)
+            if node.target is not MAX_POOL or item.args[1] == 0:
+                new = qgraph.dequantize(new, parameters, qgraph.out_dtype(source), like=source)
+        item.replace_all_uses_with(new)
+        node.graph.erase_node(item)
+    qgraph.erase_dead(node)
 
 
 def _find_down_pad(node: fx.Node) -> Any:
@@ -106,11 +97,12 @@ def _find_down_pad(node: fx.Node) -> Any:
     return parameters, int(integer)
 
 
-def _rewrite_down_pad(node: fx.Node, found: tuple[qgraph.QParams, int]) -> None:
+def _rewrite_down_pad(node: fx.Node, found: tuple[qgraph.QParams, int]) -> fx.Node:
     """pad with a value that the integers can express: with zeros, that is the zero point."""
     parameters, integer = found
     source: Any = node.args[0]
-    _replace_by_dequantized(node, (source.args[0], node.args[1], integer), parameters, source)
+    padded = qgraph.call(PAD, source.args[0], node.args[1], integer, like=node)
+    return qgraph.dequantize(padded, parameters, qgraph.out_dtype(source), like=source)
 
 
 def _find_down_relu(node: fx.Node) -> Any:
@@ -120,84 +112,49 @@ def _find_down_relu(node: fx.Node) -> Any:
     return parameters if parameters.is_static else No("its zero point is computed at run time")
 
 
-def _rewrite_down_relu(node: fx.Node, parameters: qgraph.QParams) -> None:
+def _rewrite_down_relu(node: fx.Node, parameters: qgraph.QParams) -> fx.Node:
     """relu(dequantize(x)) → dequantize(max(x, zero point))"""
     source: Any = node.args[0]
     integers = source.args[0]
-    with node.graph.inserting_before(node):
-        if parameters.zero_point > parameters.quant_min:
-            integers = qgraph.call(node.graph, aten.clamp_min.default, (integers, parameters.zero_point), like=node)
-        new = qgraph.dequantize(node.graph, integers, parameters, qgraph.out_dtype(source), like=source)
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
+    if parameters.zero_point > parameters.quant_min:
+        integers = qgraph.call(aten.clamp_min.default, integers, parameters.zero_point, like=node)
+    return qgraph.dequantize(integers, parameters, qgraph.out_dtype(source), like=source)
 
 
 # --- quantize moves up ------------------------------------------------------------------------------------------------
 
 
-def _static(node: fx.Node) -> qgraph.QParams | No:
+def _find_up(node: fx.Node) -> Any:
+    moved: Any = node.args[0]
     parameters = qgraph.qparams(node)
     if parameters.dtype not in qgraph.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
-    return parameters
-
-
-def _find_up(node: fx.Node) -> Any:
-    moved: Any = node.args[0]
-    parameters = _static(node)
-    if isinstance(parameters, No):
-        return parameters
     if is_item(moved) and moved.args[0].target in SPLITS:
-        return _find_up_split(moved, parameters)
+        quantizes = [user for sibling in moved.args[0].users for user in sibling.users]
+        if all(user.target is qgraph.QUANTIZE and qgraph.qparams(user) == parameters for user in quantizes):
+            return parameters
+        return No("the parts are not all quantized alike")
     if set(moved.users) != {node}:
         return No("what it quantizes is used in float too")
-    if moved.target in JOINS:
-        return parameters, "join"
-    if is_movement(moved) and qgraph.value(moved).dtype.is_floating_point:
-        return parameters, "movement"
+    if moved.target in JOINS or (is_movement(moved) and qgraph.value(moved).dtype.is_floating_point):
+        return parameters
     return No("what it quantizes is not moved data")
 
 
-def _find_up_split(item: fx.Node, parameters: qgraph.QParams) -> Any:
-    split: Any = item.args[0]
-    quantizes = [user for sibling in split.users for user in sibling.users]
-    if not all(user.target is qgraph.QUANTIZE and qgraph.qparams(user) == parameters for user in quantizes):
-        return No("the parts are not all quantized alike")
-    return parameters, "split"
-
-
-def _rewrite_up(node: fx.Node, found: tuple[qgraph.QParams, str]) -> None:
+def _rewrite_up(node: fx.Node, parameters: qgraph.QParams) -> fx.Node | None:
     """quantize(move(x)) → move(quantize(x))"""
-    parameters, kind = found
     moved: Any = node.args[0]
-    graph = node.graph
-    if kind == "split":
-        _rewrite_up_split(moved.args[0], parameters, node)
-        return
-    with graph.inserting_before(moved):
-        if kind == "join":
-            first: Any = [qgraph.quantize(graph, x, parameters, like=node) for x in moved.args[0]]
-        else:
-            first = qgraph.quantize(graph, moved.args[0], parameters, like=node)
-    with graph.inserting_before(node):
-        new = qgraph.call(graph, moved.target, (first, *moved.args[1:]), dict(moved.kwargs), like=moved)
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
-
-
-def _rewrite_up_split(split: fx.Node, parameters: qgraph.QParams, like: fx.Node) -> None:
-    graph = split.graph
-    with graph.inserting_before(split):
-        whole = qgraph.quantize(graph, split.args[0], parameters, like=like)  # type: ignore[arg-type]
-        parts = qgraph.call(graph, split.target, (whole, *split.args[1:]), dict(split.kwargs), like=split)  # type: ignore[arg-type]
-    for item in list(split.users):
-        with graph.inserting_before(item):
-            part = qgraph.call(graph, operator.getitem, (parts, item.args[1]), like=item)
+    move = moved.args[0] if is_item(moved) else moved
+    with node.graph.inserting_before(move):
+        new = _on(move, [qgraph.quantize(x, parameters, like=node) for x in _tensors(move)], like=move)
+    if move is moved:
+        return new
+    for item in list(move.users):
         for quantize in list(item.users):
-            quantize.replace_all_uses_with(part)
-            graph.erase_node(quantize)
-        graph.erase_node(item)
-    qgraph.erase_dead(split)
+            with node.graph.inserting_before(quantize):
+                quantize.replace_all_uses_with(qgraph.call(operator.getitem, new, item.args[1], like=item))
+            qgraph.erase_dead(quantize)
+    return None
 
 
 # --- they meet --------------------------------------------------------------------------------------------------------
@@ -218,34 +175,21 @@ def _find_meeting(node: fx.Node) -> Any:
     return source.args[0], before, after
 
 
-def _rewrite_meeting(node: fx.Node, found: tuple[fx.Node, qgraph.QParams, qgraph.QParams]) -> None:
+def _rewrite_meeting(node: fx.Node, found: tuple[fx.Node, qgraph.QParams, qgraph.QParams]) -> fx.Node:
     """quantize(dequantize(x)) on one grid is x, clipped where the second range is narrower."""
     integers, before, after = found
     if after.quant_min > before.quant_min or after.quant_max < before.quant_max:
-        with node.graph.inserting_before(node):
-            arguments = (integers, after.quant_min, after.quant_max)
-            integers = qgraph.call(node.graph, aten.clamp.default, arguments, like=node)
-    node.replace_all_uses_with(integers)
-    qgraph.erase_dead(node)
+        return qgraph.call(aten.clamp.default, integers, after.quant_min, after.quant_max, like=node)
+    return integers
 
 
 RULES = (
     Rule("quantize meets dequantize", (qgraph.QUANTIZE,), _find_meeting, _rewrite_meeting),
     # A cast meets the dequantize only now where data was moved in between.
     normalize.CAST,
-    Rule("dequantize below movement", tuple(MOVEMENTS), _find_down, _rewrite_down),
+    Rule("dequantize below movement", (*MOVEMENTS, *JOINS), _find_down, _rewrite_down),
     Rule("dequantize below split", (*SPLITS, MAX_POOL), _find_down, _rewrite_down_items),
-    Rule("dequantize below cat", tuple(JOINS), _find_down_join, _rewrite_down_join),
     Rule("dequantize below pad", (PAD,), _find_down_pad, _rewrite_down_pad),
     Rule("dequantize below relu", (aten.relu.default,), _find_down_relu, _rewrite_down_relu),
     Rule("quantize above movement", (qgraph.QUANTIZE,), _find_up, _rewrite_up),
 )
-
-
-def check(graph: fx.Graph) -> None:
-    """No operator that only moves data has a dequantized input, and no quantize follows one on the same grid."""
-    for node in graph.nodes:
-        if node.target in MOVEMENTS or node.target in SPLITS or node.target is MAX_POOL:
-            assert isinstance(_find_down(node), No), f"{node}: moves data in float between int8 regions"
-        if node.target is qgraph.QUANTIZE:
-            assert isinstance(_find_meeting(node), No), f"{node}: quantizes what was just dequantized"

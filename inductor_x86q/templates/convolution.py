@@ -12,13 +12,13 @@ from torch.nn import functional
 
 CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float"}
 
-# What the kernels take as a post-operation, as C++ on a vector `v` of floats; {0} and {1} are its scalars.
+# What the kernels take as a post-operation, as C++ on a vector `v` of floats; `first` and `second` are its scalars.
 ACTIVATIONS = {
     "none": "v",
-    "relu": "maximum(v, Floats{{}})",
-    "hardtanh": "minimum(maximum(v, Floats{{}} + {0}f), Floats{{}} + {1}f)",
-    "hardswish": "v * minimum(maximum(v + 3.0f, Floats{{}}), Floats{{}} + 6.0f) * (1.0f / 6.0f)",
-    "leaky_relu": "maximum(v, Floats{{}}) + minimum(v, Floats{{}}) * {0}f",
+    "relu": "maximum(v, Floats{})",
+    "hardtanh": "minimum(maximum(v, Floats{} + first), Floats{} + second)",
+    "hardswish": "v * minimum(maximum(v + 3.0f, Floats{}), Floats{} + 6.0f) * (1.0f / 6.0f)",
+    "leaky_relu": "maximum(v, Floats{}) + minimum(v, Floats{}) * first",
     "swish": "v / (1.0f + exponential(-v))",
     "tanh": "1.0f - 2.0f / (exponential(v + v) + 1.0f)",
 }
@@ -30,17 +30,17 @@ class Epilogue:
 
     output_dtype: torch.dtype
     activation: str = "none"
-    scalars: tuple[float, ...] = ()
     other_dtype: torch.dtype | None = None
 
     def source(self) -> str:
-        activation = ACTIVATIONS[self.activation].format(*(_float(value) for value in self.scalars))
         return f"""\
 struct Epilogue {{
     using Out = {CPP_TYPES[self.output_dtype]};
     using Other = {CPP_TYPES[self.other_dtype or torch.float32]};
     static constexpr bool HAS_OTHER = {str(self.other_dtype is not None).lower()};
-    static INDUCTOR_X86Q_INLINE Floats activation(Floats v) {{ return {activation}; }}
+    static INDUCTOR_X86Q_INLINE Floats activation(Floats v, float first, float second) {{
+        return {ACTIVATIONS[self.activation]};
+    }}
 }};
 """
 
@@ -57,6 +57,7 @@ class Numbers:
     zero_point: int = 0
     other_scale: float = 1.0
     other_zero_point: int = 0
+    activation: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,11 @@ class Convolution:
             rows = rows.unflatten(1, (self.groups, -1))
             rows = functional.pad(rows, (0, -rows.shape[-1] % lanes)).flatten(1)
         scalars = [1 / numbers.scale, numbers.zero_point, numbers.other_scale, numbers.other_zero_point]
-        tail = [_bits(torch.tensor(scalars, dtype=torch.float32)), torch.tensor([numbers.x_zero_point], dtype=torch.int32)]
+        scalars += [*numbers.activation, 0.0, 0.0][:2]
+        tail = [
+            _bits(torch.tensor(scalars, dtype=torch.float32)),
+            torch.tensor([numbers.x_zero_point], dtype=torch.int32),
+        ]
         return torch.cat([rows.flatten(), *tail])
 
     def source(self, lanes: int, rows: int, columns: int) -> str:
@@ -211,9 +216,3 @@ def header() -> str:
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     return values.contiguous().view(torch.int32)
-
-
-def _float(value: float) -> str:
-    """A C++ literal (without its suffix) that reads back as the same number."""
-    text = repr(float(value))
-    return text if any(sign in text for sign in ".en") else text + ".0"

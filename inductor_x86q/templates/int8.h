@@ -16,17 +16,10 @@
 
 namespace inductor_x86q {
 
-#ifndef INDUCTOR_X86Q_LANES
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define INDUCTOR_X86Q_LANES 16
-#else
-#define INDUCTOR_X86Q_LANES 8
-#endif
-#endif
 #define INDUCTOR_X86Q_INLINE inline __attribute__((always_inline))
 #define INDUCTOR_X86Q_LAMBDA __attribute__((always_inline))
 
-constexpr int LANES = INDUCTOR_X86Q_LANES;
+constexpr int LANES = INDUCTOR_X86Q_LANES;  // 8 or 16, defined where this is included
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
@@ -138,6 +131,7 @@ INDUCTOR_X86Q_INLINE Floats widen(const T* address) {
 struct Scalars {
     float inverse_scale, zero_point;  // of the output
     float other_scale, other_zero_point;
+    float first, second;  // of the activation
     int32_t x_zero_point;
 };
 
@@ -158,7 +152,7 @@ INDUCTOR_X86Q_INLINE void finish(
         if (lanes < LANES) std::memcpy(some, other, lanes * sizeof some[0]);
         value += (widen(lanes < LANES ? some : other) - scalars.other_zero_point) * scalars.other_scale;
     }
-    value = Epilogue::activation(value);
+    value = Epilogue::activation(value, scalars.first, scalars.second);
     typedef typename Epilogue::Out Out;
     std::conditional_t<std::is_same_v<Out, float>, Floats, Bytes> result;
     if constexpr (std::is_same_v<Out, float>) {

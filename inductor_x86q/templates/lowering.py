@@ -24,8 +24,8 @@ from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.utils import IndentedBuffer, parallel_num_threads
 from torch._inductor.virtualized import V
 
+from inductor_x86q import _cpu
 from inductor_x86q.passes.fuse import call as calls
-from inductor_x86q._cpu import int8_lanes as lanes
 from inductor_x86q.templates.convolution import Convolution, Epilogue, header
 from inductor_x86q.templates.layer import describe, epilogue
 from inductor_x86q.templates.operators import STANDS_FOR
@@ -37,19 +37,35 @@ MACS_PER_THREAD = 100_000
 class _Template(CppTemplate):
     """The generated kernel for one layer, in one blocking."""
 
-    def __init__(self, inputs: _Inputs, convolution: Convolution, epilogue: Epilogue, blocking: tuple[int, int]) -> None:
+    def __init__(
+        self, inputs: _Inputs, convolution: Convolution, epilogue: Epilogue, blocking: tuple[int, int]
+    ) -> None:
         super().__init__("x86q", inputs.nodes, inputs.layout, convolution.threads)
         self._inputs, self._convolution, self._epilogue, self._blocking = inputs, convolution, epilogue, blocking
 
     def header(self) -> IndentedBuffer:
+        """What all kernels share. Inductor's own prefix is left out: it takes longer to compile than the kernel."""
         lines = super().header() if config.cpp.enable_kernel_profile else IndentedBuffer()
-        lines.splice(f"#define INDUCTOR_X86Q_LANES {lanes()}")
+        lines.splice(f"#define INDUCTOR_X86Q_LANES {_cpu.int8_lanes()}")
         lines.splice(header())
         return lines
 
-    def render(self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any) -> str:
+    def _header_once(self) -> str:
+        """In a C++ wrapper all kernels share a file: what is in its head already is not repeated."""
+        if not V.graph.cpp_wrapper or config.cpp_wrapper_build_separate:
+            return self.header().getvalue()
+        head = V.graph.wrapper_code.header
+        if not getattr(head, "has_x86q", False):
+            head.splice(self.header().getvalue())
+            head.has_x86q = True  # type: ignore[attr-defined]
+        return ""
+
+    def render(  # type: ignore[override]
+        self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
+    ) -> str:
         assert not epilogue_nodes
-        if template_buffer_node is not None:
+        is_final = template_buffer_node is not None
+        if is_final:
             self.output_node = template_buffer_node
         named = self._inputs.by_name()
         definition = kernel.def_kernel(inputs=named, outputs={"out": self.output_node})
@@ -59,10 +75,10 @@ class _Template(CppTemplate):
         other_pointer = f"{names[other.buffer.get_name()]} + {other.offset}" if other is not None else "nullptr"
         namespace = f"shape_of_{kernel.kernel_name}"
         return f"""\
-{self.header().getvalue()}
+{self._header_once() if is_final else self.header().getvalue()}
 namespace {namespace} {{
 using namespace inductor_x86q;
-{self._convolution.source(lanes(), *self._blocking)}{self._epilogue.source()}}}
+{self._convolution.source(_cpu.int8_lanes(), *self._blocking)}{self._epilogue.source()}}}
 extern "C" {definition}
 {{
     {kernel.maybe_codegen_profile()}
@@ -208,7 +224,7 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
     choices: list[Any] = [as_call]
-    for blocking in convolution.blockings(lanes()):
+    for blocking in convolution.blockings(_cpu.int8_lanes()):
         choices.append(_Template(inputs, convolution, after, blocking).generate())
     generators = dict.fromkeys(range(len(inputs.nodes)), _random)
     chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
@@ -238,14 +254,12 @@ def _layer(
     layer: calls.Call, weight: Any, channels: Any, kernel: list[int]
 ) -> tuple[_Inputs, Convolution, Epilogue] | None:
     """What a generated kernel has to compute, None where its tensors lie as no kernel of ours reads them."""
-    images = [_pixels(box, layer.family) for box in (layer.x, layer.binary and layer.binary.other)]
-    if images[0] is None or (layer.binary is not None and images[1] is None):
+    x, other = _pixels(layer.x, layer.family), _pixels(layer.binary and layer.binary.other, layer.family)
+    if x is None or (layer.binary is not None and other is None):
         return None
-    x, other = images
     size = _ints(V.graph.current_node.meta["val"].shape)
     convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
-    macs = convolution.macs
-    threads = min(parallel_num_threads(), max(1, macs // MACS_PER_THREAD))
+    threads = min(parallel_num_threads(), max(1, convolution.macs // MACS_PER_THREAD))
     convolution = dataclasses.replace(convolution, x_strides=x.strides, threads=threads)
     if other is not None:
         if not other.is_dense(convolution.output_sizes):

@@ -113,7 +113,7 @@ def parse(target: Any, arguments: Sequence[Any]) -> Call:
     return Call(family, *head, bias, geometry, dtype, scale, zero_point, unary, binary)  # type: ignore[call-arg]
 
 
-def emit(graph: fx.Graph, call: Call, *, like: fx.Node) -> fx.Node:
+def emit(call: Call, *, like: fx.Node) -> fx.Node:
     """A node that makes `call`, at the graph's insertion point; its value has `like`'s shape and strides."""
     binary = call.binary
     arguments = [
@@ -126,25 +126,22 @@ def emit(graph: fx.Graph, call: Call, *, like: fx.Node) -> fx.Node:
         *(call.unary.name, list(call.unary.scalars), call.unary.algorithm),
     ]
     target = _TARGETS[call.family, binary is not None, call.is_static]
-    node = graph.call_function(target, tuple(arguments))
+    node = like.graph.call_function(target, tuple(arguments))
     qgraph.copy_origin(node, like)
     fake = qgraph.value(like)
     node.meta["val"] = fake if fake.dtype == call.output_dtype else fake.to(call.output_dtype)
     return node
 
 
-def replace(old: fx.Node, call: Call, *, at: fx.Node) -> fx.Node:
-    """Puts `call` in the place of `at`, which consumed `old`'s value; returns the new node.
+def absorb(old: Any, call: Call, *, at: fx.Node) -> fx.Node:
+    """A node that makes `call`, which computes `at` from the arguments of `old`.
 
-    The new node keeps the origin of `old`, the convolution or linear, and remembers what else it stands for.
+    It keeps the origin of `old`, the convolution or linear, and remembers what else it stands for.
     """
-    with at.graph.inserting_before(at):
-        node = emit(at.graph, call, like=at)
+    node = emit(call, like=at)
     qgraph.copy_origin(node, old)
     node.meta["x86q_absorbed"] = [*old.meta.get("x86q_absorbed", ()), describe(at)]
     node.meta["x86q_macs"] = old.meta.get("x86q_macs")
-    at.replace_all_uses_with(node)
-    qgraph.erase_dead(at)
     return node
 
 
@@ -157,9 +154,5 @@ def describe(node: fx.Node) -> str:
 
 def with_output(call: Call, parameters: QParams) -> Call:
     """The call with an int8 output."""
-    return dataclasses.replace(
-        call,
-        output_dtype=parameters.dtype,
-        output_scale=parameters.scale,
-        output_zero_point=parameters.zero_point,
-    )
+    dtype, scale, zero_point = parameters.dtype, parameters.scale, parameters.zero_point
+    return dataclasses.replace(call, output_dtype=dtype, output_scale=scale, output_zero_point=zero_point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,25 +101,11 @@ def _saturation_obstacle(parameters: qgraph.QParams, weight: fx.Node) -> Obstacl
     return Obstacle(Reason.SATURATES, f"inputs up to {largest_input}, weights up to {largest_weight}")
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, qgraph.QParams, fx.Node, qgraph.QParams]:
-    arguments = qgraph.schema_arguments(node)
-    x, weight = arguments["input"], arguments["weight"]
-    return x.args[0], qgraph.qparams(x), weight.args[0], qgraph.qparams(weight)
-
-
-def _weight_constants(node: fx.Node, parameters: qgraph.QParams) -> tuple[fx.Node, fx.Node]:
-    """The weight's scale as fp32 and its zero point as int32, which is how the kernels read them."""
-    return tuple(  # type: ignore[return-value]
-        _as(node, constant, dtype)
-        for constant, dtype in ((parameters.scale, torch.float32), (parameters.zero_point, torch.int32))
-    )
-
-
-def _as(node: fx.Node, constant: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _as(node: fx.Node, constant: Any, dtype: torch.dtype) -> fx.Node:
     """The constant, or a new one that holds the same in another type."""
     tensor = qgraph.constant(constant)
     assert tensor is not None
-    return constant if tensor.dtype == dtype else qgraph.new_constant(node.graph, tensor.detach().to(dtype), node)
+    return constant if tensor.dtype == dtype else qgraph.new_constant(tensor.detach().to(dtype), like=node)
 
 
 def _shape_hint(x: fx.Node) -> list[int] | None:
@@ -127,58 +114,52 @@ def _shape_hint(x: fx.Node) -> list[int] | None:
     return [int(size) for size in shape] if all(isinstance(size, int) for size in shape) else None
 
 
-def _call(node: fx.Node, family: str, packed: fx.Node, geometry: tuple[Any, ...]) -> None:
-    x, x_parameters, weight, weight_parameters = _operands(node)
-    scale, zero_point = _weight_constants(node, weight_parameters)
-    packed.meta["val"] = qgraph.value(weight)
-    qgraph.copy_origin(packed, node)
-    bias = qgraph.schema_arguments(node)["bias"]
-    call = Call(
-        family,
-        x,
-        x_parameters.scale,
-        x_parameters.zero_point,
-        packed,
-        scale,
-        zero_point,
-        bias and _as(node, bias, torch.float32),  # the kernels add it before any rounding to bf16
-        geometry,
-        qgraph.value(node).dtype,
-    )
-    new = emit(node.graph, call, like=node)
-    new.meta["x86q_macs"] = macs(node)
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
+def full(values: Any, dimensions: int) -> list[int]:
+    """A number for each dimension, where there may be one for all."""
+    values = [values] if isinstance(values, int) else list(values)
+    return values * dimensions if len(values) == 1 else values
 
 
-def _rewrite_convolution(node: fx.Node, found: Any) -> None:
-    arguments = qgraph.schema_arguments(node)
-    x, x_parameters, weight, weight_parameters = _operands(node)
-    spatial = qgraph.value(weight).dim() - 2
-    stride, padding, dilation = (_full(arguments[name], spatial) for name in ("stride", "padding", "dilation"))
-    groups = arguments["groups"]
-    packing_scale, packing_zero_point = (
-        (x_parameters.scale, x_parameters.zero_point) if x_parameters.is_static else (1.0, 0)
-    )
-    scale, _ = _weight_constants(node, weight_parameters)
-    packed = node.graph.call_function(
-        onednn.qconv_prepack.default,
-        (weight, scale, packing_scale, packing_zero_point, stride, padding, dilation, groups, _shape_hint(x)),
-    )
-    _call(node, "conv", packed, (stride, padding, dilation, groups))
+def _packed_convolution(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
+    """The node that packs the weight; stride, padding, dilation and groups."""
+    x, weight, _, *sizes, _, _, groups = qgraph.schema_arguments(node).values()
+    stride, padding, dilation = (full(values, qgraph.value(weight).dim() - 2) for values in sizes)
+    geometry = (stride, padding, dilation, groups)
+    parameters = qgraph.qparams(x)
+    grid = (parameters.scale, parameters.zero_point) if parameters.is_static else (1.0, 0)
+    arguments = (weight.args[0], scale, *grid, *geometry, _shape_hint(x))
+    return node.graph.call_function(onednn.qconv_prepack.default, arguments), geometry
 
 
-def _rewrite_linear(node: fx.Node, found: Any) -> None:
-    x, _, weight, _ = _operands(node)
+def _packed_linear(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
+    """The node that packs the weight; nothing else is to be said of a linear."""
+    x, weight, _ = qgraph.schema_arguments(node).values()
     hint = _shape_hint(x)
     rows = None if hint is None else [math.prod(hint[:-1]), hint[-1]]
-    packed = node.graph.call_function(onednn.qlinear_prepack.default, (weight, rows))
-    _call(node, "linear", packed, ())
+    return node.graph.call_function(onednn.qlinear_prepack.default, (weight.args[0], rows)), ()
 
 
-def _full(values: Any, dimensions: int) -> list[int]:
-    values = list(values)
-    return values * dimensions if len(values) == 1 else values
+def _rewrite(node: fx.Node, found: Any) -> fx.Node:
+    arguments = qgraph.schema_arguments(node)
+    x, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
+    grid, weight_grid = qgraph.qparams(x), qgraph.qparams(weight)
+    scale, zero_point = _as(node, weight_grid.scale, torch.float32), _as(node, weight_grid.zero_point, torch.int32)
+    family, pack = _FAMILIES[node.target]
+    packed, geometry = pack(node, scale)
+    packed.meta["val"] = qgraph.value(weight.args[0])
+    qgraph.copy_origin(packed, node)
+    if bias is not None:
+        bias = _as(node, bias, torch.float32)  # the kernels add it before any rounding to bf16
+    operands = (x.args[0], grid.scale, grid.zero_point, packed, scale, zero_point, bias)
+    new = emit(Call(family, *operands, geometry, qgraph.value(node).dtype), like=node)
+    new.meta["x86q_macs"] = macs(node)
+    return new
+
+
+_FAMILIES: dict[Any, tuple[str, Callable[[fx.Node, fx.Node], tuple[fx.Node, tuple[Any, ...]]]]] = {
+    CONVOLUTION: ("conv", _packed_convolution),
+    LINEAR: ("linear", _packed_linear),
+}
 
 
 def macs(node: fx.Node) -> int | None:
@@ -199,6 +180,6 @@ def _find(node: fx.Node) -> Any:
 
 
 RULES = (
-    Rule("convolution", (CONVOLUTION,), _find, _rewrite_convolution),
-    Rule("linear", (LINEAR,), _find, _rewrite_linear),
+    Rule("convolution", (CONVOLUTION,), _find, _rewrite),
+    Rule("linear", (LINEAR,), _find, _rewrite),
 )

@@ -41,19 +41,16 @@ def _find(node: fx.Node) -> Any:
     return x, weight, bias[0] if bias else None
 
 
-def _rewrite(node: fx.Node, found: tuple[Any, fx.Node, Any]) -> None:
+def _rewrite(node: fx.Node, found: tuple[Any, fx.Node, Any]) -> fx.Node:
     """x @ fp32(fp16(weight))ᵀ + bias → linear_dynamic_fp16(x, packed weight, bias)"""
     x, weight, bias = found
-    graph = node.graph
-    with graph.inserting_before(node):
-        packed = graph.call_function(onednn.linear_prepack_fp16.default, (weight, None))
-        packed.meta["val"] = qgraph.value(weight)
-        new = graph.call_function(CALL, (x, packed, bias))
+    packed = node.graph.call_function(onednn.linear_prepack_fp16.default, (weight, None))
+    packed.meta["val"] = qgraph.value(weight)
+    new = node.graph.call_function(CALL, (x, packed, bias))
     for made in (packed, new):
         qgraph.copy_origin(made, node)
     new.meta.update(val=qgraph.value(node), x86q_macs=compute.macs(node))
-    node.replace_all_uses_with(new)
-    qgraph.erase_dead(node)
+    return new
 
 
 def _find_relu(node: fx.Node) -> Any:
@@ -63,10 +60,9 @@ def _find_relu(node: fx.Node) -> Any:
     return call if call.target is CALL and len(call.users) == 1 else No("its input is no call of a float16 weight")
 
 
-def _rewrite_relu(node: fx.Node, call: fx.Node) -> None:
+def _rewrite_relu(node: fx.Node, call: fx.Node) -> Any:
     call.target = CALL_WITH_RELU
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    qgraph.erase_dead(node)
+    return node.args[0]
 
 
 RULES = (

@@ -26,25 +26,21 @@ def _find_bf16(node: fx.Node) -> Any:
     return No("this CPU has bf16 kernels") if _cpu.has_bf16() else call
 
 
-def _rewrite_bf16(node: fx.Node, call: Call) -> None:
+def _rewrite_bf16(node: fx.Node, call: Call) -> fx.Node:
     """call to bf16 → bf16(call to fp32), an accumulator likewise"""
-    graph = node.graph
-    with graph.inserting_before(node):
-        binary = call.binary
-        if binary is not None and qgraph.value(binary.other).dtype == torch.bfloat16:
-            other = qgraph.call(graph, CONVERT, (binary.other, torch.float32), like=binary.other)
-            binary = dataclasses.replace(binary, other=other)
-        new = emit(graph, dataclasses.replace(call, output_dtype=torch.float32, binary=binary), like=node)
-        new.meta.update({key: value for key, value in node.meta.items() if key.startswith("x86q_")})
-        new.meta["x86q_float32_for_bf16"] = True
-        rounded = qgraph.call(graph, CONVERT, (new, torch.bfloat16), like=node)
-    node.replace_all_uses_with(rounded)
-    qgraph.erase_dead(node)
+    binary = call.binary
+    if binary is not None and qgraph.value(binary.other).dtype == torch.bfloat16:
+        other = qgraph.call(CONVERT, binary.other, torch.float32, like=binary.other)
+        binary = dataclasses.replace(binary, other=other)
+    new = emit(dataclasses.replace(call, output_dtype=torch.float32, binary=binary), like=node)
+    new.meta.update({key: value for key, value in node.meta.items() if key.startswith("x86q_")})
+    new.meta["x86q_float32_for_bf16"] = True
+    return qgraph.call(CONVERT, new, torch.bfloat16, like=node)
 
 
 def _find_there_and_back(node: fx.Node) -> Any:
     rounded: Any = node.args[0]
-    if node.args[1] != torch.float32 or not isinstance(rounded, fx.Node) or rounded.target is not CONVERT:
+    if node.args[1] != torch.float32 or rounded.target is not CONVERT:
         return No("it widens no rounded value")
     call: Any = rounded.args[0]
     if not is_call(call) or not call.meta.get("x86q_float32_for_bf16"):
@@ -52,19 +48,12 @@ def _find_there_and_back(node: fx.Node) -> Any:
     return call
 
 
-def _rewrite_there_and_back(node: fx.Node, call: fx.Node) -> None:
+def _rewrite_there_and_back(node: fx.Node, call: fx.Node) -> fx.Node:
     """fp32(bf16(call to fp32)) is the call"""
-    node.replace_all_uses_with(call)
-    qgraph.erase_dead(node)
+    return call
 
 
 RULES = (
     Rule("float32 where bf16 has no kernel", TARGETS, _find_bf16, _rewrite_bf16),
     Rule("float32 to bf16 and back", (CONVERT,), _find_there_and_back, _rewrite_there_and_back),
 )
-
-
-def check(graph: fx.Graph) -> None:
-    """Without bf16 kernels no call gives bf16."""
-    for node in graph.nodes:
-        assert not is_call(node) or isinstance(_find_bf16(node), No), f"{node} gives bf16"

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
+from inductor_x86q.passes.fuse.compute import full
 from inductor_x86q.passes.movement import is_item
 from inductor_x86q.passes.propagate import MAX_POOL
 from inductor_x86q.passes.stage import No, Rule
@@ -21,7 +22,7 @@ POOL = torch.ops.quantized.max_pool2d.default
 
 
 def _find(node: fx.Node) -> Any:
-    x = qgraph.value(node.args[0])  # type: ignore[arg-type]
+    x = qgraph.value(node.args[0])
     if x.dtype != torch.uint8:
         return No(f"its input is {x.dtype}, and the library's pool takes torch.uint8 only")
     if x.dim() not in (4, 5) or any(not isinstance(size, int) for size in x.shape[1:]):
@@ -33,47 +34,41 @@ def _find(node: fx.Node) -> Any:
 
 def _rewrite(node: fx.Node, found: bool) -> None:
     x, *sizes, ceil_mode = node.args
-    spatial = qgraph.value(x).dim() - 2  # type: ignore[arg-type]
-    kernel, stride, padding, dilation = (_full(values, spatial) for values in sizes)
+    spatial = qgraph.value(x).dim() - 2
+    kernel, stride, padding, dilation = (full(values, spatial) for values in sizes)
     stride = stride or kernel
     parameters: list[Any] = list(zip(kernel, stride, padding, dilation, strict=True))
-    with node.graph.inserting_before(node):
-        pool = _pool_2d if spatial == 2 else _pool_3d
-        new = pool(node, x, parameters, ceil_mode)
+    pool = _pool_2d if spatial == 2 else _pool_3d
+    new = pool(node, x, parameters, ceil_mode)
     for item in list(node.users):
         item.replace_all_uses_with(new)
         node.graph.erase_node(item)
     qgraph.erase_dead(node)
 
 
-def _full(values: Any, dimensions: int) -> list[int]:
-    values = [values] if isinstance(values, int) else list(values)
-    return values * dimensions if len(values) == 1 else values
-
-
 def _pool_2d(like: fx.Node, x: Any, parameters: list[tuple[int, ...]], ceil_mode: Any) -> fx.Node:
     arguments = [list(values) for values in zip(*parameters, strict=True)]
-    return qgraph.call(like.graph, POOL, (x, *arguments, bool(ceil_mode)), like=like)
+    return qgraph.call(POOL, x, *arguments, bool(ceil_mode), like=like)
 
 
 def _pool_3d(like: fx.Node, x: Any, parameters: list[tuple[int, ...]], ceil_mode: Any) -> fx.Node:
     """A maximum over a box is a maximum over frames of the maxima over images. Channels stay innermost throughout."""
 
-    def call(target: Any, node: fx.Node, *arguments: Any) -> fx.Node:
-        return qgraph.call(like.graph, target, (node, *arguments), like=like)
+    def reordered(node: fx.Node, order: list[int]) -> fx.Node:
+        return qgraph.call(aten.permute.default, node, order, like=like)
+
+    def reshaped(node: fx.Node, shape: list[Any]) -> fx.Node:
+        return qgraph.call(aten.reshape.default, node, shape, like=like)
 
     _, channels, frames, height, width = qgraph.value(x).shape
-    images = call(aten.reshape.default, call(aten.permute.default, x, [0, 2, 3, 4, 1]), [-1, height, width, channels])
-    pooled = _pool_2d(like, call(aten.permute.default, images, [0, 3, 1, 2]), parameters[1:], ceil_mode)
+    images = reshaped(reordered(x, [0, 2, 3, 4, 1]), [-1, height, width, channels])
+    pooled = _pool_2d(like, reordered(images, [0, 3, 1, 2]), parameters[1:], ceil_mode)
     height, width = qgraph.value(pooled).shape[2:]
-    rows = [-1, frames, height * width, channels]
-    columns = call(aten.reshape.default, call(aten.permute.default, pooled, [0, 2, 3, 1]), rows)
-    over_frames = [parameters[0], (1, 1, 0, 1)]
-    pooled = _pool_2d(like, call(aten.permute.default, columns, [0, 3, 1, 2]), over_frames, ceil_mode)
+    columns = reshaped(reordered(pooled, [0, 2, 3, 1]), [-1, frames, height * width, channels])
+    pooled = _pool_2d(like, reordered(columns, [0, 3, 1, 2]), [parameters[0], (1, 1, 0, 1)], ceil_mode)
     frames = qgraph.value(pooled).shape[2]
-    boxes = [-1, frames, height, width, channels]
-    whole = call(aten.reshape.default, call(aten.permute.default, pooled, [0, 2, 3, 1]), boxes)
-    return call(aten.permute.default, whole, [0, 4, 1, 2, 3])
+    boxes = reshaped(reordered(pooled, [0, 2, 3, 1]), [-1, frames, height, width, channels])
+    return reordered(boxes, [0, 4, 1, 2, 3])
 
 
 RULES = (Rule("max pool", (MAX_POOL,), _find, _rewrite),)

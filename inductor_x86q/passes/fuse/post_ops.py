@@ -15,7 +15,7 @@ from torch import fx
 
 from inductor_x86q import _torch, qgraph
 from inductor_x86q.passes import aliasing
-from inductor_x86q.passes.fuse.call import Binary, Call, Unary, describe, is_call, read, replace, with_output
+from inductor_x86q.passes.fuse.call import Binary, Call, Unary, absorb, describe, is_call, read, with_output
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
@@ -82,39 +82,24 @@ def _merge(first: Unary, second: Unary) -> Unary | None:
     """One post-operation that does both; None if there is none."""
     if first.name == "none":
         return second
-    low, high = _bounds(first)
-    low2, high2 = _bounds(second)
-    if low is None or low2 is None or high is None or high2 is None:
+    bounds = _bounds(first), _bounds(second)
+    if None in bounds:
         return None
-    return clipping(min(max(low, low2), high2), max(min(high, high2), low2))
+    (low, high), (low2, high2) = bounds  # type: ignore[misc]
+    clip = min(max(low, low2), high2), max(min(high, high2), low2)
+    return Unary("relu") if clip == (0.0, math.inf) else Unary("hardtanh", clip)
 
 
-def _bounds(unary: Unary) -> tuple[float, float] | tuple[None, None]:
-    if unary.name == "relu":
-        return 0.0, math.inf
-    if unary.name == "hardtanh":
-        return unary.scalars[0], unary.scalars[1]
-    return None, None
+def _bounds(unary: Unary) -> tuple[float, ...] | None:
+    """What the post-operation clips to; None where it does something else."""
+    return (0.0, math.inf) if unary.name == "relu" else unary.scalars if unary.name == "hardtanh" else None
 
 
-def clipping(low: float, high: float) -> Unary:
-    """The post-operation that clips to [low, high]."""
-    return Unary("relu") if (low, high) == (0.0, math.inf) else Unary("hardtanh", (low, high))
-
-
-def _rewrite_unary(node: fx.Node, call: Call) -> None:
-    replace(node.args[0], call, at=node)  # type: ignore[arg-type]
+def _rewrite_unary(node: fx.Node, call: Call) -> fx.Node:
+    return absorb(node.args[0], call, at=node)
 
 
 # --- addition ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Addition:
-    source: fx.Node
-    call: Call
-    other: fx.Node
-    in_place: bool
 
 
 def _find_addition(node: fx.Node) -> Any:
@@ -126,26 +111,29 @@ def _find_addition(node: fx.Node) -> Any:
         return No("it does not add two different tensors")
     if not _torch.same_shape(qgraph.value(operands[0]).shape, qgraph.value(operands[1]).shape):
         return No("it broadcasts")
-    declined: Any = No("neither operand is a fused call")
     # Of two calls the later one takes the sum: the earlier one's result is the accumulator.
-    for source, other in sorted(zip(operands, reversed(operands), strict=True), key=lambda pair: pair[0], reverse=True):
-        call = _absorbable(source)
-        if isinstance(call, No):
-            continue
-        if call.binary or call.unary.name != "none":
-            declined = No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
-            continue
-        if not ADDITIONS[call.kernel]:
-            declined = No(f"the {call.kernel} kernel takes no addition")
-            continue
-        found = _find_accumulator(node, source, call, other)
-        if not isinstance(found, No):
-            return found
-        declined = found
-    return declined
+    earlier, later = sorted(operands)
+    found = _added(node, later, earlier)
+    if not isinstance(found, No):
+        return found
+    instead = _added(node, earlier, later)
+    return found if isinstance(instead, No) and is_call(later) else instead
 
 
-def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node) -> Any:
+def _added(node: fx.Node, source: fx.Node, other: fx.Node) -> tuple[fx.Node, Call, bool] | No:
+    """`source`, its call with `other` added, and whether that may write into the memory of `other`."""
+    call = _absorbable(source)
+    if isinstance(call, No):
+        return call
+    if call.binary or call.unary.name != "none":
+        return No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
+    if not ADDITIONS[call.kernel]:
+        return No(f"the {call.kernel} kernel takes no addition")
+    found = _find_accumulator(node, call, other)
+    return found if isinstance(found, No) else (source, *found)
+
+
+def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, bool] | No:
     quantized = _quantized_output(node)
     if qgraph.is_dequantize(other) and quantized is not None:
         parameters = qgraph.qparams(other)
@@ -156,7 +144,7 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
             # A kernel that reads its input while it overwrites it would read its own results.
             apart = aliasing.base(integers) is not aliasing.base(call.x)  # type: ignore[arg-type]
             free = apart and aliasing.may_overwrite(integers, after=node)  # type: ignore[arg-type]
-            return _Addition(source, dataclasses.replace(call, binary=binary), integers, free)  # type: ignore[arg-type]
+            return dataclasses.replace(call, binary=binary), free
     dtype = qgraph.value(other).dtype
     if qgraph.is_dequantize(other):
         return No("its other operand is int8 and its own result is not: left to one generated kernel")
@@ -165,9 +153,9 @@ def _find_accumulator(node: fx.Node, source: fx.Node, call: Call, other: fx.Node
     if dtype != call.output_dtype or qgraph.value(node).dtype != dtype:
         return No(f"it adds {dtype} to {call.output_dtype}")
     if aliasing.may_overwrite(other, after=node) and quantized is None:
-        return _Addition(source, dataclasses.replace(call, binary=Binary("sum", other)), other, True)
+        return dataclasses.replace(call, binary=Binary("sum", other)), True
     if "add" in ADDITIONS[call.kernel]:
-        return _Addition(source, dataclasses.replace(call, binary=Binary("add", other)), other, True)
+        return dataclasses.replace(call, binary=Binary("add", other)), True
     return No("the accumulator is read later, and the convolution has no addition that leaves it alone")
 
 
@@ -182,16 +170,15 @@ def _quantized_output(node: fx.Node) -> qgraph.QParams | None:
     return parameters if parameters.dtype in qgraph.INT8_TYPES else None
 
 
-def _rewrite_addition(node: fx.Node, found: _Addition) -> None:
-    call = found.call
-    if not found.in_place:
-        with node.graph.inserting_before(node):
-            # Not aten.clone: Inductor drops one whose source it does not know to be overwritten.
-            whole = torch.iinfo(qgraph.value(found.other).dtype)
-            copy = qgraph.call(node.graph, aten.clamp.default, (found.other, whole.min, whole.max), like=node)
-        assert call.binary is not None
-        call = dataclasses.replace(call, binary=dataclasses.replace(call.binary, other=copy))
-    replace(found.source, call, at=node)
+def _rewrite_addition(node: fx.Node, found: tuple[fx.Node, Call, bool]) -> fx.Node:
+    source, call, in_place = found
+    binary = call.binary
+    if binary is not None and not in_place:
+        # Not aten.clone: Inductor drops one whose source it does not know to be overwritten.
+        whole = torch.iinfo(qgraph.value(binary.other).dtype)
+        copy = qgraph.call(aten.clamp.default, binary.other, whole.min, whole.max, like=node)
+        call = dataclasses.replace(call, binary=dataclasses.replace(binary, other=copy))
+    return absorb(source, call, at=node)
 
 
 # --- quantize ---------------------------------------------------------------------------------------------------------
@@ -219,22 +206,18 @@ def _find_quantize(node: fx.Node) -> Any:
     return with_output(call, parameters), parameters
 
 
-def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> None:
+def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> fx.Node:
     call, parameters = found
     if parameters.is_full_range:
-        replace(node.args[0], call, at=node)  # type: ignore[arg-type]
-        return
+        return absorb(node.args[0], call, at=node)
     # The kernel saturates at the type's bounds; a narrower range is a clip of the real value, or of the integers.
     low = (parameters.quant_min - parameters.zero_point) * parameters.scale
     high = (parameters.quant_max - parameters.zero_point) * parameters.scale
     merged = _merge(call.unary, Unary("hardtanh", (low, high)))
     if merged is not None and accepts(call, merged):
-        replace(node.args[0], dataclasses.replace(call, unary=merged), at=node)  # type: ignore[arg-type]
-        return
-    new = replace(node.args[0], call, at=node)  # type: ignore[arg-type]
-    with new.graph.inserting_after(new):
-        clip = qgraph.call(new.graph, aten.clamp.default, (new, parameters.quant_min, parameters.quant_max), like=new)
-    new.replace_all_uses_with(clip, delete_user_cb=lambda user: user is not clip)
+        return absorb(node.args[0], dataclasses.replace(call, unary=merged), at=node)
+    new = absorb(node.args[0], call, at=node)
+    return qgraph.call(aten.clamp.default, new, parameters.quant_min, parameters.quant_max, like=new)
 
 
 # --- relu that a quantize does by itself ------------------------------------------------------------------------------

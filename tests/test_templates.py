@@ -1,0 +1,200 @@
+"""The kernels that max-autotune generates: their numbers in every blocking and width, and how they are chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from inductor_x86q import _cpu, testing
+from inductor_x86q.templates.convolution import Convolution
+from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
+
+QD = quantize_dequantize
+MODE = "max-autotune"
+needs_avx2 = pytest.mark.skipif(not _cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
+
+
+def to_int8(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.quantized_decomposed.quantize_per_tensor.default(x, 0.04, 70, 0, 255, torch.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`post` takes the layer's result and what may be added to it."""
+
+    name: str
+    layer: nn.Module
+    shape: tuple[int, ...]
+    post: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda y, other: to_int8(y)
+    signed: bool = False
+
+
+def add(y: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return to_int8((y + QD(other, 0.03, 20)).relu())
+
+
+CASES = (
+    Case("1x1", QConv2d(16, 24, 1), (1, 16, 7, 7)),
+    Case("odd channels", QConv2d(13, 11, 1, bias=False), (2, 13, 5, 3)),
+    Case("3x3, stride, relu", QConv2d(19, 13, 3, stride=2, padding=1), (2, 19, 7, 9), lambda y, o: to_int8(y.relu())),
+    Case("image", QConv2d(3, 16, 7, stride=2, padding=3), (1, 3, 21, 17), lambda y, o: to_int8(F.hardswish(y))),
+    Case("3x1, float output", QConv2d(8, 8, (3, 1), padding=(1, 0), dilation=(2, 1)), (1, 8, 9, 6), lambda y, o: y),
+    Case("dilation", QConv2d(6, 9, 3, padding=2, dilation=2), (1, 6, 9, 8), lambda y, o: to_int8(F.silu(y))),
+    Case("groups", QConv2d(24, 36, 3, padding=1, groups=4), (1, 24, 5, 6), lambda y, o: to_int8(F.relu6(y))),
+    Case("depthwise", QConv2d(24, 24, 3, padding=1, groups=24), (1, 24, 9, 9)),
+    Case("depthwise 5x3, stride", QConv2d(21, 21, (5, 3), stride=2, padding=(2, 1), groups=21), (2, 21, 11, 9)),
+    Case("depthwise, dilation", QConv2d(33, 33, 3, dilation=2, groups=33), (1, 33, 9, 9), lambda y, o: y.relu()),
+    Case("addition", QConv2d(16, 16, 3, padding=1), (2, 16, 6, 5), add),
+    Case("linear", QLinear(33, 10), (3, 33)),
+    Case("linear of rows", QLinear(32, 40), (2, 5, 32), lambda y, o: F.leaky_relu(y, 0.1)),
+    Case("linear, s8", QLinear(18, 12, largest=63), (7, 18), lambda y, o: to_int8(torch.tanh(y)), signed=True),
+    Case("linear, addition", QLinear(24, 16), (6, 24), add),
+)
+
+
+class Together(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(case.layer for case in CASES)
+
+    def forward(self, xs: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
+        results = []
+        for case, layer, x, other in zip(CASES, self.layers, xs, others, strict=True):
+            ranges = {"dtype": torch.int8, "quant_min": -64, "zero_point": 3} if case.signed else {}
+            results.append(case.post(layer(QD(x, quant_max=63 if case.signed else 127, **ranges)), other))
+        return results
+
+
+def output_shape(case: Case) -> tuple[int, ...]:
+    return tuple(case.layer(torch.zeros(case.shape)).shape)
+
+
+@pytest.fixture
+def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call always loses."""
+    import torch._inductor.lowering  # noqa: F401
+
+    from inductor_x86q.templates import lowering
+
+    monkeypatch.setattr(lowering._Call, "benchmark", lambda self, *values, out: math.inf)
+
+
+@pytest.fixture
+def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Leaves the n-th blocking of every layer to choose from."""
+    blockings = Convolution.blockings
+
+    def choose(number: int) -> None:
+        monkeypatch.setattr(Convolution, "blockings", lambda self, lanes: blockings(self, lanes)[number:][:1])
+
+    return choose
+
+
+@pytest.fixture(scope="module")
+def graph() -> Iterator[tuple[torch.fx.GraphModule, tuple[Any, Any]]]:
+    torch.manual_seed(0)
+    inputs = (
+        [torch.randn(case.shape) * 0.5 for case in CASES],
+        [torch.randn(output_shape(case)) for case in CASES],
+    )
+    yield testing.qdq_graph(Together(), inputs), inputs
+
+
+@needs_avx2
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("blocking", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_numbers(
+    lanes: int, blocking: int, graph: Any, only_generated: None, one_blocking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel against the eager graph, also in the width of another CPU (its products two by two)."""
+    monkeypatch.setattr(_cpu, "int8_lanes", lambda: lanes)
+    one_blocking(blocking)
+    q, inputs = graph
+    with torch.no_grad():
+        reference = q(*inputs)
+    compiled = testing.compile_once(q, inputs, mode=MODE)
+    second = compiled.run(*inputs)
+    assert compiled.code.count("struct Shape {") == len(CASES)
+    assert not testing.int8_calls(compiled.code), "an onednn call is left"
+    for case, mine, again, theirs in zip(CASES, compiled.outputs, second, reference, strict=True):
+        testing.assert_same(mine, theirs, where=f"{case.name}, ")
+        assert torch.equal(mine, again), case.name
+
+
+@needs_avx2
+def test_eight_bits(only_generated: None, one_blocking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit activations and weights, whose pairs of products overflow 16 bits: exact where VNNI is taken for granted."""
+    one_blocking(0)
+    monkeypatch.setattr(_cpu, "has_vnni", lambda: True)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.depthwise = QConv2d(8, 8, 1), QConv2d(16, 16, 3, groups=16)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.conv(QD(x, 0.02, 0, quant_max=255)), self.depthwise(QD(y, 0.02, 0, quant_max=255))
+
+    net = Net()
+    for layer in (net.conv, net.depthwise):
+        layer.weight.fill_(127)
+    inputs = (torch.full((1, 8, 4, 4), 9.0), torch.full((1, 16, 5, 5), 9.0))
+    q = testing.qdq_graph(net, inputs)
+    testing.assert_close_to_reference(q, inputs, mode=MODE)
+
+
+@needs_avx2
+def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: Any) -> None:
+    one_blocking(0)
+    net = nn.Sequential(QConv2d(8, 8, 1), QConv2d(8, 8, 1))
+    net[1].bias = torch.arange(8.0)
+    scales = ((0.02, 60), (0.05, 40), (0.03, 7))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer, scale in zip(self.layers, scales, strict=False):
+                x = layer(QD(x, *scale))
+            return QD(x, *scales[2])
+
+    q = testing.qdq_graph(Net(), (torch.randn(1, 8, 4, 4),))
+    compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 4, 4),), mode=MODE, step=0.03)
+    assert compiled.code.count("struct Shape {") == 1
+
+
+def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the call measures faster it stays, and the weight packed for the kernel is gone."""
+    import torch._inductor.lowering
+
+    from inductor_x86q.templates import lowering
+
+    monkeypatch.setattr(lowering._Call, "benchmark", lambda self, *values, out: 0.0)
+    q = testing.qdq_graph(nn.Sequential(Quantized(QConv2d(8, 8, 3))), (torch.randn(1, 8, 6, 6),))
+    compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 6, 6),), mode=MODE)
+    assert sum(testing.int8_calls(compiled.code).values()) == 1
+    assert "struct Shape {" not in compiled.code
+
+
+class Quantized(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(QD(x))
+
+
+def test_other_modes_generate_nothing() -> None:
+    q = testing.qdq_graph(Quantized(QConv2d(8, 8, 3)), (torch.randn(1, 8, 6, 6),))
+    compiled = testing.compile_once(q, (torch.randn(1, 8, 6, 6),))
+    assert testing.int8_calls(compiled.code) and "inductor_x86q::" not in compiled.code
