@@ -98,7 +98,11 @@ def _origins(node: fx.Node) -> list[Channel]:
 
 
 def _is_gather(node: fx.Node) -> bool:
-    return node.target is GATHER and len(node.args[1]) == 2 and node.args[1][0] is None  # type: ignore[arg-type, index]
+    """Whether the node picks channels by their numbers, which are known."""
+    if node.target is not GATHER or len(node.args[1]) != 2 or node.args[1][0] is not None:  # type: ignore[arg-type, index]
+        return False
+    indices = qgraph.constant(node.args[1][1])  # type: ignore[index]
+    return indices is not None and indices.dim() == 1 and indices.dtype == torch.int64 and not (indices < 0).any()
 
 
 def _gathered(node: fx.Node) -> list[int]:
