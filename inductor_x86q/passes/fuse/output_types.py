@@ -1,12 +1,14 @@
-"""Calls give a type that this CPU has a kernel for.
+"""Calls give, and add, types that this CPU has kernels for.
 
 Under autocast calls give bfloat16, and other rules see nothing else. A CPU without bf16 instructions has the reference
-kernels for that only, tens of times slower: there a call gives float32, and what reads it a conversion.
+kernels for that only, tens of times slower, and none that adds bfloat16 to an int8 result: there a call gives and adds
+float32, and conversions stand around it. For float16 it is so on every CPU: no convolution gives it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,27 +20,40 @@ from inductor_x86q.passes.stage import No, Rule
 
 CONVERT = torch.ops.prims.convert_element_type.default
 
+# The types that calls need not have kernels for, and whether they have.
+HAS_KERNELS: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: _cpu.has_bf16(),
+    torch.float16: lambda: False,
+}
 
-def _find_bf16(node: fx.Node) -> Any:
+
+def _lacks_kernels(dtype: torch.dtype) -> bool:
+    return dtype in HAS_KERNELS and not HAS_KERNELS[dtype]()
+
+
+def _find_unsupported(node: fx.Node) -> Any:
     call = read(node)
-    if call.output_dtype != torch.bfloat16:
-        return No(f"the call gives {call.output_dtype}")
-    return No("this CPU has bf16 kernels") if _cpu.has_bf16() else call
+    added = call.binary and qgraph.value(call.binary.other).dtype
+    if _lacks_kernels(call.output_dtype) or (added and _lacks_kernels(added)):
+        return call
+    return No(f"this CPU has kernels that give {call.output_dtype}{f' and add {added}' if added else ''}")
 
 
-def _rewrite_bf16(node: fx.Node, call: Call) -> None:
-    """call to bf16 → bf16(call to fp32), an accumulator likewise"""
+def _rewrite_unsupported(node: fx.Node, call: Call) -> None:
+    """call to bf16 → bf16(call to fp32), what it adds likewise"""
     graph = node.graph
     with graph.inserting_before(node):
-        binary = call.binary
-        if binary is not None and qgraph.value(binary.other).dtype == torch.bfloat16:
+        binary, dtype = call.binary, call.output_dtype
+        if binary is not None and _lacks_kernels(qgraph.value(binary.other).dtype):
             other = qgraph.call(graph, CONVERT, (binary.other, torch.float32), like=binary.other)
             binary = dataclasses.replace(binary, other=other)
-        new = emit(graph, dataclasses.replace(call, output_dtype=torch.float32, binary=binary), like=node)
-        new.meta.update({key: value for key, value in node.meta.items() if key.startswith("x86q_")})
-        new.meta["x86q_float32_for_bf16"] = True
-        rounded = qgraph.call(graph, CONVERT, (new, torch.bfloat16), like=node)
-    node.replace_all_uses_with(rounded)
+        widened = torch.float32 if _lacks_kernels(dtype) else dtype
+        result = emit(graph, dataclasses.replace(call, output_dtype=widened, binary=binary), like=node)
+        result.meta.update({key: value for key, value in node.meta.items() if key.startswith("x86q_")})
+        if widened != dtype:
+            result.meta["x86q_float32_for"] = dtype
+            result = qgraph.call(graph, CONVERT, (result, dtype), like=node)
+    node.replace_all_uses_with(result)
     qgraph.erase_dead(node)
 
 
@@ -47,8 +62,8 @@ def _find_there_and_back(node: fx.Node) -> Any:
     if node.args[1] != torch.float32 or not isinstance(rounded, fx.Node) or rounded.target is not CONVERT:
         return No("it widens no rounded value")
     call: Any = rounded.args[0]
-    if not is_call(call) or not call.meta.get("x86q_float32_for_bf16"):
-        return No("what was rounded is no call that would give bf16 elsewhere")
+    if not is_call(call) or call.meta.get("x86q_float32_for") != rounded.args[1]:
+        return No("what was rounded is no call that would give that type elsewhere")
     return call
 
 
@@ -59,12 +74,12 @@ def _rewrite_there_and_back(node: fx.Node, call: fx.Node) -> None:
 
 
 RULES = (
-    Rule("float32 where bf16 has no kernel", TARGETS, _find_bf16, _rewrite_bf16),
-    Rule("float32 to bf16 and back", (CONVERT,), _find_there_and_back, _rewrite_there_and_back),
+    Rule("float32 where 16 bits have no kernel", TARGETS, _find_unsupported, _rewrite_unsupported),
+    Rule("float32 to 16 bits and back", (CONVERT,), _find_there_and_back, _rewrite_there_and_back),
 )
 
 
 def check(graph: fx.Graph) -> None:
-    """Without bf16 kernels no call gives bf16."""
+    """No call gives or adds a type that there are no kernels for."""
     for node in graph.nodes:
-        assert not is_call(node) or isinstance(_find_bf16(node), No), f"{node} gives bf16"
+        assert not is_call(node) or isinstance(_find_unsupported(node), No), f"{node} gives or adds 16 bits"
