@@ -478,15 +478,18 @@ class _EagerInterpreter(fx.Interpreter):
 def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
     """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload.
 
-    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous.
+    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous. One that lies
+    otherwise is converted first, as compiled code does. Compiled code may have laid it out so to begin with, and then
+    adds into its memory: so does this, except where that memory is the input's, which only a converted one may share.
     """
     accumulator: torch.Tensor = args[6]
-    if args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr():
-        raise RuntimeError(f"{target} is asked to add its result to its own input")
     layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
+    shared = args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr() != 0
+    if shared and accumulator.is_contiguous(memory_format=layout):
+        raise RuntimeError(f"{target} is asked to add its result to its own input")
     packed = accumulator.clone(memory_format=layout)
     result = target(*args[:6], packed, *args[7:])
-    if result.dtype != accumulator.dtype:
+    if shared or result.dtype != accumulator.dtype:
         return result
     return accumulator.copy_(result)
 
