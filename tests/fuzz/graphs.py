@@ -297,6 +297,8 @@ class _Draft:
 
     def activation(self, name: str, *, convolved: bool = False) -> tuple[str, _Grid | None]:
         """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
+        if 0 in self.values[name].shape:
+            self.defects.add("NO_KERNEL")
         if self.chance(5):
             grid = self.grids.get(name)
             if grid is None:  # though a dequantize may reach it from further up
@@ -304,8 +306,6 @@ class _Draft:
             if convolved and (grid is None or grid[1].dtype == torch.int8):
                 self.defects.add("ACTIVATION_TYPE")
             return name, grid and grid[1]
-        if 0 in self.values[name].shape:
-            self.defects.add("NO_KERNEL")
         name = self.quantized(name)
         if convolved and self.grids[name][1].dtype == torch.int8:
             if self.chance(20):

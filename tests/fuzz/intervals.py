@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,10 @@ from torch import fx
 
 _q = torch.ops.quantized_decomposed
 
-# Relative to the sum of the magnitudes of what is added up: a product of few hundred terms, its scaling and its bias.
+# Relative to the sum of the magnitudes of what is added up: scaling and bias of a product, and each of its terms, which
+# are added to a bias that may be larger than all of them, or to each other in any order.
 ACCUMULATION_ERROR = 1e-6
+TERM_ERROR = 2.0**-24
 # Relative to the result of a pointwise operator, and absolute for those that kernels approximate.
 POINTWISE_ERROR = 3e-7
 APPROXIMATION_ERROR = 2e-6
@@ -217,7 +220,9 @@ def _average(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
 
 def _weighted_sum(target: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Interval:
     """Convolution and linear."""
-    return _bilinear(lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight))
+    shape = _interval(weight).shape
+    terms = math.prod(shape) // max(shape[1 if target is F.conv_transpose2d else 0], 1)
+    return _bilinear(lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight), terms)
 
 
 def _channels(target: Any, bias: Any, weight: Any) -> Any:
@@ -228,14 +233,15 @@ def _channels(target: Any, bias: Any, weight: Any) -> Any:
 
 
 def _matrix_product(target: Any, x: Any, y: Any) -> Interval:
-    return _bilinear(target, x, y, None)
+    return _bilinear(target, x, y, None, _interval(x).shape[-1])
 
 
 def _matrix_product_and_sum(target: Any, bias: Any, x: Any, y: Any, *, alpha: float = 1, beta: float = 1) -> Interval:
-    return _bilinear(torch.matmul, _product(target, x, alpha), y, _product(target, bias, beta))
+    return _bilinear(torch.matmul, _product(target, x, alpha), y, _product(target, bias, beta), _interval(x).shape[-1])
 
 
-def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) -> Interval:
+def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any, terms: int) -> Interval:
+    """A product whose elements are sums of so many terms."""
     x, y = _interval(x), _interval(y)
     center = multiply(x.center, y.center)
     magnitude = multiply(x.magnitude, y.magnitude)
@@ -245,7 +251,7 @@ def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) 
         added = _interval(bias)
         result = Interval(result.low + added.low, result.high + added.high)
         magnitude = magnitude + added.magnitude
-    return result.widened(ACCUMULATION_ERROR * magnitude)
+    return result.widened((ACCUMULATION_ERROR + TERM_ERROR * terms) * magnitude)
 
 
 def _quantize(
