@@ -461,6 +461,7 @@ class _EagerInterpreter(fx.Interpreter):
 
     Integer max pools run in float: eager mode's integer pool counts its indices in 8 bits. Views may copy: a kernel's
     real result has other strides than the fake one for which the view was made, and Inductor lays it out as needed.
+    What a call adds is laid out as Inductor does it, since a linear takes any other strides for rows one after another.
     A sum always takes the accumulator's memory, which Inductor may make it do, whatever the kernel does by itself.
     """
 
@@ -470,26 +471,27 @@ class _EagerInterpreter(fx.Interpreter):
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
-        if str(target).startswith("onednn.") and "sum" in args:
-            return _sum_in_place(target, args)
+        if str(target).startswith("onednn.") and ".binary" in str(target):
+            return _binary(target, args)
         return super().call_function(target, args, kwargs)
 
 
-def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
-    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload.
+def _binary(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """A call that adds its seventh argument; relies on that being so in every `binary` overload.
 
     Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous. One that lies
     otherwise is converted first, as compiled code does. Compiled code may have laid it out so to begin with, and then
-    adds into its memory: so does this, except where that memory is the input's, which only a converted one may share.
+    sums into its memory: so does this, except where that memory is the input's, which only a converted one may share.
     """
     accumulator: torch.Tensor = args[6]
     layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
+    in_place = "sum" in args
     shared = args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr() != 0
-    if shared and accumulator.is_contiguous(memory_format=layout):
+    if in_place and shared and accumulator.is_contiguous(memory_format=layout):
         raise RuntimeError(f"{target} is asked to add its result to its own input")
     packed = accumulator.clone(memory_format=layout)
     result = target(*args[:6], packed, *args[7:])
-    if shared or result.dtype != accumulator.dtype:
+    if not in_place or shared or result.dtype != accumulator.dtype:
         return result
     return accumulator.copy_(result)
 

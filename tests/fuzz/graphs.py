@@ -72,6 +72,18 @@ class Graph:
             "",
         ])  # fmt: skip
 
+    def pairs(self) -> set[tuple[str, str]]:
+        """Each operator that computes something, and one that reads it; what only converts is looked through."""
+        behind: dict[str, set[str]] = {name: {"input"} for name, _ in self.inputs}
+        found = set()
+        for line in self.lines:
+            name, expression = line.split(" = ", 1)
+            read = set[str]().union(*(behind.get(operand, set()) for operand in re.findall(r"\b[vx]\d+\b", expression)))
+            operator = _operator(expression)
+            found |= {(before, operator) for before in read if operator}
+            behind[name] = {operator} if operator else read
+        return found
+
     def module(self) -> torch.nn.Module:
         namespace = dict(_HELPERS)
         source = self.source()
@@ -104,6 +116,23 @@ class Graph:
             "for e, a in zip(expected, actual, strict=True):\n"
             "    print(tuple(e.shape), e.dtype, (e.double() - a.double()).abs().max().item() if e.numel() else 0)\n"
         )
+
+
+_SIGNS = {"+": "add", "-": "sub", "*": "mul"}
+
+
+def _operator(expression: str) -> str:
+    """The operator that a line computes; empty for quantize, dequantize, conversions and the parts of a split."""
+    called = re.match(r"(?:torch|F)\.(\w+)\(", expression)
+    if called:
+        return called[1]
+    sign = re.match(r"\(?[vx]\d+ ([+*-]) ", expression)
+    if sign:
+        return _SIGNS[sign[1]]
+    method = re.match(r"[vx]\d+\.(\w+)\(", expression)
+    if method:
+        return method[1] if method[1] != "to" else ""
+    return "slice" if ":" in expression and not expression.startswith("q.") else ""
 
 
 def written(lines: str, constants: Mapping[str, str], inputs: Mapping[str, str], *, defects: str = "",
@@ -409,7 +438,9 @@ class _Draft:
 
     def note(self, kind: str, x: str) -> None:
         """A product that reads `x`."""
-        self.kinds.append(kind if self.dtype(x) == torch.float32 else f"{kind} in {self.dtype(x)}".replace("torch.", ""))
+        self.kinds.append(
+            kind if self.dtype(x) == torch.float32 else f"{kind} in {self.dtype(x)}".replace("torch.", "")
+        )
         self.products += 1
 
     def linear(self, name: str | None = None, *, same_shape: bool = False) -> str | None:
@@ -569,7 +600,9 @@ class _Draft:
         if self.chance(20):
             return self.quantized(name)
         value = self.values[name]
-        return self.quantized(name, self.grid(float(value.min()), float(value.max()), "seven bits", "seven bits", "narrow"))
+        return self.quantized(
+            name, self.grid(float(value.min()), float(value.max()), "seven bits", "seven bits", "narrow")
+        )
 
     def laid_out(self, source: str, kind: str) -> str:
         """The value in another layout, or as a view, of its own shape."""

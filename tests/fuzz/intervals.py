@@ -222,7 +222,9 @@ def _weighted_sum(target: Any, x: Any, weight: Any, bias: Any = None, *args: Any
     """Convolution and linear."""
     shape = _interval(weight).shape
     terms = math.prod(shape) // max(shape[1 if target is F.conv_transpose2d else 0], 1)
-    return _bilinear(lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight), terms)
+    return _bilinear(
+        lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight), terms
+    )
 
 
 def _channels(target: Any, bias: Any, weight: Any) -> Any:
@@ -279,7 +281,9 @@ def _dequantize(
     return result.widened(POINTWISE_ERROR * result.magnitude).of_type(out_dtype)
 
 
-def _dequantize_channels(target: Any, x: torch.Tensor, *arguments: Any, out_dtype: torch.dtype = torch.float32) -> Interval:
+def _dequantize_channels(
+    target: Any, x: torch.Tensor, *arguments: Any, out_dtype: torch.dtype = torch.float32
+) -> Interval:
     """A weight's constant integers."""
     return Interval.exact(target(x, *arguments)).of_type(out_dtype)
 
