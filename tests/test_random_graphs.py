@@ -165,7 +165,8 @@ FOUND |= {
         f"""{QUANTIZE.strip()}
         c = (z * 0.5).contiguous(memory_format=torch.channels_last)
         d = F.linear(b, {PER_TENSOR})
-        y = d + c""",
+        y = d + c
+        return y, c""",
         MATRIX_16, {name: "reals(SEED, (2, 4, 3, 6), -2.0, 2.0)" for name in "xz"}),
 } | {
     f"a linear whose {dtype} sum is quantized": written(
