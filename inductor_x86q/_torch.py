@@ -293,23 +293,34 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         lowering = [_filtered(p) for p in post_grad.pass_patterns]
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
-        stack.enter_context(_channels_last_pools())
+        stack.enter_context(_laid_out_operands())
         yield
 
 
 @contextlib.contextmanager
-def _channels_last_pools() -> Iterator[None]:
-    """Within this context the library's int8 max pool gets its images with channels innermost.
+def _laid_out_operands() -> Iterator[None]:
+    """Within this context two kinds of operators get operands that lie as they take them.
 
-    Its fake kernel says that its result lies so, which holds where its input does; generated code asserts it. Relies
-    on lowering looking the constraints of an operator's inputs up in `lowering._maybe_layout_constraints`.
+    The library's int8 max pool gets images with channels innermost: its fake kernel says that its result lies so, which
+    holds where its input does; generated code asserts it. What a linear adds is a buffer: lowering leaves it an expression
+    where nothing else reads it, such as a conversion, and then refuses it. Relies on lowering looking the constraints of
+    an operator's inputs up in `lowering._maybe_layout_constraints`.
     """
     from torch._inductor import ir, lowering
 
-    def constrained(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+    def channels_last(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
         return (ir.ExternKernel.require_channels_last(x), *arguments), keywords
 
-    constraints = {**lowering._maybe_layout_constraints, torch.ops.quantized.max_pool2d.default: constrained}
+    def contiguous_addend(node: fx.Node, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+        return (*arguments[:6], ir.ExternKernel.require_contiguous(arguments[6]), *arguments[7:]), keywords
+
+    linear = torch.ops.onednn.qlinear_pointwise
+    constraints = {
+        **lowering._maybe_layout_constraints,
+        torch.ops.quantized.max_pool2d.default: channels_last,
+        linear.binary: contiguous_addend,
+        linear.binary_tensor: contiguous_addend,
+    }
     with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
 
