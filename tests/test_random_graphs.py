@@ -200,6 +200,11 @@ FOUND_COMPILED |= {
 }  # fmt: skip
 
 
+FOUND_COMPILED["an input in bfloat16, added to a linear"] = written(
+    QUANTIZE + f"c = {HALF.format('linear', *['torch.bfloat16'] * 2)}\n y = c + z", MATRIX_16,
+    {"x": "reals(SEED, (3, 6), -2.0, 2.0)", "z": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.bfloat16)"})  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name: str) -> None:
     check(FOUND[name])

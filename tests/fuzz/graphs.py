@@ -737,6 +737,8 @@ class _Draft:
             return self.emit(f"F.adaptive_avg_pool{rank}d({name}, {self.pick(1, 2)})", name)
         if self.chance(50):
             name = self.quantized(name)
+        if kind == "avg" and rank == 3:
+            name = self.typed(name, torch.float32)  # eager mode has no other
         stride, padding = self.pick(1, 2, kernel), self.number(0, kernel // 2)
         return self.emit(f"F.{kind}_pool{rank}d({name}, {kernel}, {stride}, {padding})", name)
 
