@@ -300,23 +300,34 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         lowering = [_filtered(p) for p in post_grad.pass_patterns]
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
-        stack.enter_context(_channels_last_pools())
+        stack.enter_context(_laid_out_operands())
         yield
 
 
 @contextlib.contextmanager
-def _channels_last_pools() -> Iterator[None]:
-    """Within this context the library's int8 max pool gets its images with channels innermost.
+def _laid_out_operands() -> Iterator[None]:
+    """Within this context two kinds of operators get operands that lie as they take them.
 
-    Its fake kernel says that its result lies so, which holds where its input does; generated code asserts it. Relies
-    on lowering looking the constraints of an operator's inputs up in `lowering._maybe_layout_constraints`.
+    The library's int8 max pool gets images with channels innermost: its fake kernel says that its result lies so, which
+    holds where its input does; generated code asserts it. What a linear adds is a buffer: lowering leaves it an expression
+    where nothing else reads it, such as a conversion, and then refuses it. Relies on lowering looking the constraints of
+    an operator's inputs up in `lowering._maybe_layout_constraints`.
     """
     from torch._inductor import ir, lowering
 
-    def constrained(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+    def channels_last(node: fx.Node, x: Any, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
         return (ir.ExternKernel.require_channels_last(x), *arguments), keywords
 
-    constraints = {**lowering._maybe_layout_constraints, torch.ops.quantized.max_pool2d.default: constrained}
+    def contiguous_addend(node: fx.Node, *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+        return (*arguments[:6], ir.ExternKernel.require_contiguous(arguments[6]), *arguments[7:]), keywords
+
+    linear = torch.ops.onednn.qlinear_pointwise
+    constraints = {
+        **lowering._maybe_layout_constraints,
+        torch.ops.quantized.max_pool2d.default: channels_last,
+        linear.binary: contiguous_addend,
+        linear.binary_tensor: contiguous_addend,
+    }
     with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
 
@@ -468,6 +479,7 @@ class _EagerInterpreter(fx.Interpreter):
 
     Integer max pools run in float: eager mode's integer pool counts its indices in 8 bits. Views may copy: a kernel's
     real result has other strides than the fake one for which the view was made, and Inductor lays it out as needed.
+    What a call adds is laid out as Inductor does it, since a linear takes any other strides for rows one after another.
     A sum always takes the accumulator's memory, which Inductor may make it do, whatever the kernel does by itself.
     """
 
@@ -477,23 +489,27 @@ class _EagerInterpreter(fx.Interpreter):
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
-        if str(target).startswith("onednn.") and "sum" in args:
-            return _sum_in_place(target, args)
+        if str(target).startswith("onednn.") and ".binary" in str(target):
+            return _binary(target, args)
         return super().call_function(target, args, kwargs)
 
 
-def _sum_in_place(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
-    """A call that adds to its seventh argument; relies on that being the accumulator in every `binary` overload.
+def _binary(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
+    """A call that adds its seventh argument; relies on that being so in every `binary` overload.
 
-    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous.
+    Convolutions take accumulators whose channels lie innermost, linears those whose rows are contiguous. One that lies
+    otherwise is converted first, as compiled code does. Compiled code may have laid it out so to begin with, and then
+    sums into its memory: so does this, except where that memory is the input's, which only a converted one may share.
     """
     accumulator: torch.Tensor = args[6]
-    if args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr():
-        raise RuntimeError(f"{target} is asked to add its result to its own input")
     layout = torch.channels_last if "conv" in str(target) else torch.contiguous_format
+    in_place = "sum" in args
+    shared = args[0].untyped_storage().data_ptr() == accumulator.untyped_storage().data_ptr() != 0
+    if in_place and shared and accumulator.is_contiguous(memory_format=layout):
+        raise RuntimeError(f"{target} is asked to add its result to its own input")
     packed = accumulator.clone(memory_format=layout)
     result = target(*args[:6], packed, *args[7:])
-    if result.dtype != accumulator.dtype:
+    if not in_place or shared or result.dtype != accumulator.dtype:
         return result
     return accumulator.copy_(result)
 

@@ -489,14 +489,20 @@ def collect(graph: fx.Graph) -> Report:
     return report
 
 
+# Why a call does not give the graph's own type, for the types of which that can be said.
+_GIVE_FLOAT32 = {
+    torch.bfloat16: "this CPU has no bf16 instructions: {} give float32 under autocast, which is then rounded to bfloat16",
+    torch.float16: "no int8 kernel gives float16: {} give float32, which is then rounded to float16",
+}
+
+
 def _notes(graph: fx.Graph) -> list[str]:
-    widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for_bf16")]
-    if not widened:
-        return []
-    return [
-        f"this CPU has no bf16 instructions: {', '.join(widened)} give float32 under autocast, which is then rounded "
-        "to bfloat16"
-    ]
+    notes = []
+    for dtype, text in _GIVE_FLOAT32.items():
+        widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for") == dtype]
+        if widened:
+            notes.append(text.format(", ".join(widened)))
+    return notes
 
 
 # What is float for one of these reasons is so by design; for any other, it should have been int8.

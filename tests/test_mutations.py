@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -19,8 +19,8 @@ import pytest
 
 from inductor_x86q import _torch
 from inductor_x86q.passes import aliasing, finish, normalize, propagate
-from inductor_x86q.passes.fuse import call, compute, pool, post_ops
-from tests.fuzz.check import Mismatch, check
+from inductor_x86q.passes.fuse import call, compute, output_types, pool, post_ops
+from tests.fuzz.check import Mismatch, check, check_exactly
 from tests.fuzz.graphs import Graph, written
 
 # --- graphs -----------------------------------------------------------------------------------------------------------
@@ -68,6 +68,7 @@ def image(*lines: str, defects: str = "") -> Graph:
     return rows(*lines, inputs=IMAGE, defects=defects)
 
 
+LINEAR_16 = f"F.linear(a.to(torch.float16), {W.format(axis=0)}.to(torch.float16))"
 LINEAR_A, CONVOLUTION_A = LINEAR.format(x="a"), CONVOLUTION.format(x="a")
 
 GRAPHS = {
@@ -105,6 +106,14 @@ GRAPHS = {
         "i = q.quantize_per_tensor(x, 0.013, 5, 0, 255, torch.uint8)\n"
         "a = q.dequantize_per_tensor(i, 0.013, 5, 0, 255, torch.uint8, out_dtype=torch.bfloat16)\n" + qd("y", "a", "0.013, 5, 0, 255, torch.uint8"),
         CONSTANTS, {"x": "reals(SEED, (8, 8), -0.1, 3.3)"}),
+
+    "dequantized to bf16": rows("y = a.to(torch.bfloat16)"),
+    "moved in bf16": rows("b = a.to(torch.bfloat16)", "y = b.transpose(0, 1)"),
+    "rounded before a quantize": written("b = x.to(torch.bfloat16)\n" + qd("y", "b", "0.003, 5, 0, 255, torch.uint8"),
+                                         CONSTANTS, {"x": "reals(SEED, (8, 8), -0.1, 0.8)"}),
+    "cat of bf16 and fp32": rows("b = a.to(torch.bfloat16)", "y = torch.cat([b, a], 0)"),
+    "linear in fp16": rows(f"y = {LINEAR_16}"),
+    "residual in fp16": rows(f"b = {LINEAR_16}", "c = b + z.to(torch.float16)", qd("y", "c"), inputs=TWO_ROWS),
 
     "convolution": image(f"y = {CONVOLUTION_A}"),
     "dilated convolution": image(f"y = {CONVOLUTION_A.replace('1, 1)', '1, 1, 2)')}"),
@@ -173,13 +182,14 @@ GRAPHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """A function, one piece of its source, what stands there instead, and the graph that shows it."""
+    """A function, one piece of its source, what stands there instead, and the graph that shows it to `check`."""
 
     name: str
     function: Any
     old: str
     new: str
     graph: str
+    check: Callable[[Graph], Any] = check
 
 
 BROKEN = {
@@ -201,6 +211,10 @@ BROKEN = {
         Broken("take any lower bound for relu", normalize._find_clamp, "high is None and low == 0", "high is None",
                "clamp on one side"),
         Broken("take any gate for its own", normalize._find_gated, "gate.args[0] is x", "True", "gate of another"),
+        Broken("drop a cast to bf16", normalize._find_cast, "True if dtype == torch.float32 else", "True if True else",
+               "rounded before a quantize", check_exactly),
+        Broken("forget the type of a cast", normalize._rewrite_cast, "node.args[1], like", "torch.float32, like",
+               "dequantized to bf16"),
         Broken("move a transpose before a linear", normalize.keeps_rows, 'arguments["dims"][-1] % len(before) == last', "True",
                "transposed linear"),
     ],
@@ -220,8 +234,12 @@ BROKEN = {
                "requantized"),
         Broken("quantize the parts of a split alike", propagate._find_up, "if all(", "if any(",
                "split to two grids"),
+        Broken("forget the type of what moves", propagate._replace_by_dequantized, "qgraph.out_dtype(source)",
+               "torch.float32", "moved in bf16"),
+        Broken("join two types", propagate._find_down_join, "len({qgraph.out_dtype(source) for source in sources}) > 1",
+               "False", "cat of bf16 and fp32"),
         Broken("drop a rounding to bf16", propagate._find_meeting, "qgraph.out_dtype(source) != torch.float32",
-               "False", "rounded to bf16"),
+               "False", "rounded to bf16", check_exactly),
     ],
     "compute": [
         Broken("drop the input's zero point", compute._rewrite, "grid.scale, grid.zero_point,", "grid.scale, 0,", "linear"),
@@ -269,6 +287,12 @@ BROKEN = {
                "residual of the other int8"),
         Broken("ignore a narrow range", post_ops._rewrite_quantize, "parameters.is_full_range", "True",
                "linear to a narrow range"),
+        Broken("forget to round to fp16", output_types._rewrite_unsupported, "new, dtype, like",
+               "new, torch.float32, like", "linear in fp16"),
+        Broken("give fp32 for int8 where fp16 is added", output_types._rewrite_unsupported,
+               "torch.float32 if _lacks_kernels(dtype) else dtype", "torch.float32", "residual in fp16"),
+        Broken("add fp16 as it is", output_types._rewrite_unsupported, "replace(binary, other=other)",
+               "replace(binary)", "residual in fp16"),
         Broken("drop the result's zero point", call.with_output, "output_zero_point=zero_point",
                "output_zero_point=0", "convolution to int8"),
     ],
@@ -333,9 +357,14 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_unbroken(name: str) -> None:
-    check(GRAPHS[name])
+CHECKS = [(name, check) for name in GRAPHS] + [
+    (broken.graph, broken.check) for rows in BROKEN.values() for broken in rows if broken.check is not check
+]
+
+
+@pytest.mark.parametrize(("name", "checked"), [pytest.param(n, c, id=f"{n}: {c.__name__}") for n, c in CHECKS])
+def test_unbroken(name: str, checked: Callable[[Graph], Any]) -> None:
+    checked(GRAPHS[name])
 
 
 @pytest.mark.parametrize(
@@ -344,7 +373,7 @@ def test_unbroken(name: str) -> None:
 def test_broken(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broken.function, "__code__", broken_code(broken))
     with pytest.raises(Mismatch):
-        check(GRAPHS[broken.graph])
+        broken.check(GRAPHS[broken.graph])
 
 
 def test_each_pass_is_broken_in_five_ways() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from inductor_x86q import _torch
 from tests.fuzz import campaign
 from tests.fuzz.check import Mismatch, check, check_together
 from tests.fuzz.graphs import Graph, graphs, written
@@ -31,9 +32,9 @@ def quiet() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def failures(seed: int, count: int, *, generate: bool = False) -> str:
+def failures(seed: int, count: int, *, compile_every: int = 0) -> str:
     tally = campaign.Tally()
-    for _ in campaign.run(seed, count, tally, generate=generate):
+    for _ in campaign.run(seed, count, tally, compile_every=compile_every):
         pass
     assert tally.graphs == count and tally.kernels
     return "\n\n".join(message for message, _ in tally.failures)
@@ -48,7 +49,7 @@ def test_fused_graphs(seed: int) -> None:
 @pytest.mark.parametrize("seed", [100, 101, *(pytest.param(n, marks=pytest.mark.slow) for n in range(102, 108))])
 def test_compiled_graphs(seed: int) -> None:
     """Through generated and compiled C++, several graphs to a compile."""
-    problems = failures(seed, campaign.TOGETHER, generate=True)
+    problems = failures(seed, campaign.TOGETHER, compile_every=1)
     assert not problems, problems
 
 
@@ -139,6 +140,45 @@ FOUND["a uint8 product added to int8"] = written(
     {"c0": "integers(0, (2, 2, 3, 3), -60, 60, torch.int8)"},
     {name: "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)" for name in "xz"})  # fmt: skip
 
+HALF = f"F.{{}}(b.to({{}}), {PER_TENSOR}.to({{}}))"
+MATRIX_16 = {"c0": "integers(0, (6, 6), -64, 64, torch.int8)"}
+FOUND |= {
+    "a convolution in float16, which no kernel gives": written(
+        QUANTIZE + f"y = {HALF.format('conv2d', *['torch.float16'] * 2)}",
+        {"c0": "integers(0, (5, 2, 3, 3), -60, 60, torch.int8)"}, {"x": "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)"}),
+    "channels in an order computed at run time": written(
+        f"""{QUANTIZE.strip()}
+        c = F.conv2d(b, {PER_TENSOR})
+        d = torch.roll(c, 1, 1)
+        e = q.quantize_per_tensor(d, 0.02, 60, 0, 127, torch.uint8)
+        y = q.dequantize_per_tensor(e, 0.02, 60, 0, 127, torch.uint8)""",
+        {"c0": "integers(0, (5, 2, 3, 3), -60, 60, torch.int8)"}, {"x": "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)"}),
+    "channels numbered from the end": written(
+        f"""{QUANTIZE.strip()}
+        c = F.conv2d(b, {PER_TENSOR})
+        d = q.quantize_per_tensor(c, 0.02, 60, 0, 127, torch.uint8)
+        e = d[:, self.c1]
+        y = q.dequantize_per_tensor(e, 0.02, 60, 0, 127, torch.uint8)""",
+        {"c0": "integers(0, (5, 2, 3, 3), -60, 60, torch.int8)", "c1": "torch.tensor([-1, 0, 3, 1])"},
+        {"x": "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)"}),
+    "a linear that adds an image whose channels lie innermost": written(
+        f"""{QUANTIZE.strip()}
+        c = (z * 0.5).contiguous(memory_format=torch.channels_last)
+        d = F.linear(b, {PER_TENSOR})
+        y = d + c
+        return y, c""",
+        MATRIX_16, {name: "reals(SEED, (2, 4, 3, 6), -2.0, 2.0)" for name in "xz"}),
+} | {
+    f"a linear whose {dtype} sum is quantized": written(
+        f"""{QUANTIZE.strip()}
+        c = {HALF.format('linear', dtype, dtype)}
+        d = torch.relu(c + z.to({dtype}))
+        e = q.quantize_per_tensor(d, 0.02, 0, 0, 255, torch.uint8)
+        y = q.dequantize_per_tensor(e, 0.02, 0, 0, 255, torch.uint8)""",
+        MATRIX_16, {name: "reals(SEED, (3, 6), -2.0, 2.0)" for name in "xz"})
+    for dtype in ("torch.bfloat16", "torch.float16")
+}  # fmt: skip
+
 # These need Inductor's lowering to fail.
 FOUND_COMPILED = {
     f"{source} in, {target} out": written(
@@ -160,6 +200,11 @@ FOUND_COMPILED |= {
 }  # fmt: skip
 
 
+FOUND_COMPILED["an input in bfloat16, added to a linear"] = written(
+    QUANTIZE + f"c = {HALF.format('linear', *['torch.bfloat16'] * 2)}\n y = c + z", MATRIX_16,
+    {"x": "reals(SEED, (3, 6), -2.0, 2.0)", "z": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.bfloat16)"})  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name: str) -> None:
     check(FOUND[name])
@@ -167,6 +212,36 @@ def test_found(name: str) -> None:
 
 def test_found_in_compiled_code() -> None:
     check_together(list(FOUND_COMPILED.values()), generate=True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_uncompiled_run_lays_out_what_a_convolution_adds_to(layout: torch.memory_format, shared: bool) -> None:
+    """One that lies otherwise is converted; the sum is written into its memory unless the convolution reads that."""
+    scale, zero = torch.full((2,), 0.01), torch.zeros(2, dtype=torch.int32)
+    weight = torch.randint(-60, 60, (2, 2, 3, 3), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    onednn, geometry = torch.ops.onednn, ([1, 1], [1, 1], [1, 1], 1)
+    packed = onednn.qconv_prepack(weight, scale, 0.02, 60, *geometry, [1, 2, 5, 5])
+    graph = torch.fx.Graph()
+    x, accumulator = graph.placeholder("x"), graph.placeholder("accumulator")
+    constants = {"packed": packed, "scale": scale, "zero": zero}
+    nodes = {name: graph.get_attr(name) for name in constants}
+    arguments = (x, 0.02, 60, *nodes.values(), accumulator, None, *geometry, 0.03, 50, torch.uint8, 0.02, 60, "sum", 1.0,
+                 "none", [], "")  # fmt: skip
+    graph.output(graph.call_function(onednn.qconv2d_pointwise.binary, arguments))
+    run = _torch.run_uncompiled(torch.fx.GraphModule(constants, graph), [])
+
+    image = torch.randint(0, 127, (1, 2, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    given = image.clone(memory_format=layout)
+    if shared and layout is torch.channels_last:
+        with pytest.raises(RuntimeError, match="its own input"):
+            run([given, given])
+        return
+    result = run([given if shared else image, given])
+    last = image.clone(memory_format=torch.channels_last)
+    values = [last, 0.02, 60, packed, scale, zero, last.clone(), *arguments[7:]]
+    assert torch.equal(result, onednn.qconv2d_pointwise.binary(*values))
+    assert torch.equal(given, image if shared else result)
 
 
 def test_a_failure_is_made_small_and_printed_as_a_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,14 +21,18 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0, help="the first; each next batch of graphs takes the next seed")
     parser.add_argument("--graphs", type=int, default=sys.maxsize, help="stop after so many")
-    parser.add_argument("--generate", action="store_true", help="generate and compile the C++ too")
+    parser.add_argument("--compile-every", type=int, default=25, metavar="K",
+                        help=f"of every K groups of {campaign.TOGETHER} graphs generate and compile the C++ of one (0: none)")  # fmt: skip
+    parser.add_argument("--record", metavar="FILE", help="write the figures there as JSON")
     arguments = parser.parse_args()
     logging.getLogger("inductor_x86q").setLevel(logging.ERROR)  # misses are checked here
     torch.set_num_threads(1)
-    end = time.monotonic() + 60 * arguments.minutes
+    began = time.monotonic()
+    end = began + 60 * arguments.minutes
     tally, seed, shown = campaign.Tally(), arguments.seed, 0
     while time.monotonic() < end and tally.graphs < arguments.graphs:
-        for _ in campaign.run(seed, min(PER_SEED, arguments.graphs), tally, generate=arguments.generate):
+        count = min(PER_SEED, arguments.graphs - tally.graphs)
+        for _ in campaign.run(seed, count, tally, compile_every=arguments.compile_every):
             for message, _graph in tally.failures[shown:]:
                 print(f"--- seed {seed}\n{message}\n", flush=True)
             shown = len(tally.failures)
@@ -34,7 +40,12 @@ def main() -> int:
                 break
         print(f"seed {seed} done: {tally.graphs} graphs, {shown} failures", flush=True)
         seed += 1
+    minutes = (time.monotonic() - began) / 60
+    print(f"seeds {arguments.seed} to {seed - 1}, {minutes:.1f} minutes, {tally.graphs / minutes:.0f} graphs a minute")
     print(tally)
+    if arguments.record:
+        record = {"seeds": [arguments.seed, seed - 1], "minutes": round(minutes, 1), **tally.record()}
+        Path(arguments.record).write_text(json.dumps(record, indent=1))
     return 1 if tally.failures else 0
 
 

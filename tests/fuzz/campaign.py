@@ -7,9 +7,10 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from inductor_x86q.report import Report
-from tests.fuzz.check import Mismatch, check, check_together
+from tests.fuzz.check import Mismatch, Unexplained, check, check_together
 from tests.fuzz.graphs import Graph, random_graph
 from tests.fuzz.reduction import reduced
 
@@ -21,26 +22,58 @@ class Tally:
     """What was tried: graphs, the operators in them, the kernels they became, the reasons why some did not."""
 
     graphs: int = 0
+    compiled: int = 0  # of them through generated and compiled C++, the others' fused graphs are run as they are
+    # In how many graphs: each kind of operator, each operator that reads what another computed, with or without q/dq.
     operators: Counter[str] = dataclasses.field(default_factory=Counter)
+    pairs: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    unexplained: int = 0  # graphs with a layer that stays float for no reason that was put in on purpose
     failures: list[tuple[str, Graph]] = dataclasses.field(default_factory=list)
 
-    def add(self, drawn: list[Graph], report: Report) -> None:
-        self.graphs += len(drawn)
-        for graph in drawn:
-            self.operators.update(set(graph.kinds))
+    def add(self, report: Report) -> None:
         for fusion in report.fused:
             name = fusion.kernel.removeprefix("onednn.")
             self.kernels["+".join((name, *fusion.absorbed))] += 1
         for miss in (*report.missed, *report.kept_float):
             self.reasons[miss.reason.name] += 1
 
+    def count(self, drawn: list[Graph], *, generate: bool) -> None:
+        self.graphs += len(drawn)
+        self.compiled += len(drawn) if generate else 0
+        for graph in drawn:
+            self.operators.update(set(graph.kinds))
+            self.pairs.update(graph.pairs())
+
+    def record(self) -> dict[str, Any]:
+        """The figures, as JSON takes them."""
+        misses = sum(self.reasons.values())
+        return {
+            "graphs": self.graphs,
+            "compiled": self.compiled,
+            "int8_calls": sum(self.kernels.values()),
+            "mismatches": len(self.failures) - self.unexplained,
+            "misses": misses + self.unexplained,
+            "misses_explained_percent": round(100 * misses / max(misses + self.unexplained, 1), 2),
+            "kinds_of_operators": len(self.operators),
+            "pairs_of_operators": len(self.pairs),
+            "operators": dict(self.operators.most_common()),
+            "pairs": {" > ".join(pair): count for pair, count in self.pairs.most_common()},
+            "kernels": dict(self.kernels.most_common()),
+            "left_float": dict(self.reasons.most_common()),
+        }
+
     def __str__(self) -> str:
-        parts = [f"{self.graphs} graphs, {sum(self.kernels.values())} int8 calls, {len(self.failures)} failures"]
-        for title, counter in (("operators", self.operators), ("kernels", self.kernels), ("left float", self.reasons)):
-            parts.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counter.most_common()))
-        return "\n".join(parts)
+        record = self.record()
+        lines = ["{graphs} graphs, {compiled} of them compiled to C++: {int8_calls} int8 calls, {mismatches} mismatches, "
+                 "{misses} layers left float, {misses_explained_percent} % of them explained".format(**record),
+                 "{kinds_of_operators} kinds of operators, {pairs_of_operators} pairs of operators".format(**record)]  # fmt: skip
+        for title in ("operators", "pairs", "kernels", "left_float"):
+            counts = list(record[title].items())
+            more = f", and {len(counts) - 60} more" if len(counts) > 60 else ""
+            shown = ", ".join(f"{name} {count}" for name, count in counts[:60])
+            lines.append(f"{title.replace('_', ' ')}: {shown}{more}")
+        return "\n".join(lines)
 
 
 def draw(seed: int, count: int) -> list[Graph]:
@@ -49,29 +82,34 @@ def draw(seed: int, count: int) -> list[Graph]:
     return [random_graph(generator) for _ in range(count)]
 
 
-def run(seed: int, count: int, tally: Tally, *, generate: bool = False) -> Iterator[Tally]:
-    """Checks `count` graphs of `seed`, a group at a time; failures are reduced and noted in `tally`, not raised."""
+def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0) -> Iterator[Tally]:
+    """Checks `count` graphs of `seed`, a group at a time; failures are reduced and noted in `tally`, not raised.
+
+    The first of every `compile_every` groups is compiled to C++ too; none where that is 0.
+    """
     drawn = draw(seed, count)
-    for start in range(0, len(drawn), TOGETHER):
+    for number, start in enumerate(range(0, len(drawn), TOGETHER)):
         group = drawn[start : start + TOGETHER]
+        generate = bool(compile_every) and number % compile_every == 0
+        tally.count(group, generate=generate)
         try:
-            tally.add(group, check_together(group, generate=generate))
-        except Mismatch:
-            _one_by_one(group, tally, generate=generate)
+            tally.add(check_together(group, generate=generate))
+        except Mismatch as mismatch:
+            _one_by_one(group, tally, mismatch, generate=generate)
         yield tally
 
 
-def _one_by_one(group: list[Graph], tally: Tally, *, generate: bool) -> None:
+def _one_by_one(group: list[Graph], tally: Tally, together: Mismatch, *, generate: bool) -> None:
     alone = 0
     for graph in group:
         try:
-            tally.add([graph], check_together([graph], generate=generate))
+            tally.add(check_together([graph], generate=generate))
         except Mismatch as mismatch:
             alone += 1
-            tally.graphs += 1
+            tally.unexplained += isinstance(mismatch, Unexplained)
             tally.failures.append(explained(graph, mismatch))
     if not alone:
-        tally.failures.append(("a group fails whose graphs do not fail alone", group[0]))
+        tally.failures.append((f"a group fails whose graphs do not fail alone: {together}", group[0]))
 
 
 def explained(graph: Graph, mismatch: Mismatch) -> tuple[str, Graph]:

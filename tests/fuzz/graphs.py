@@ -72,6 +72,18 @@ class Graph:
             "",
         ])  # fmt: skip
 
+    def pairs(self) -> set[tuple[str, str]]:
+        """Each operator that computes something, and one that reads it; what only converts is looked through."""
+        behind: dict[str, set[str]] = {name: {"input"} for name, _ in self.inputs}
+        found = set()
+        for line in self.lines:
+            name, expression = line.split(" = ", 1)
+            read = set[str]().union(*(behind.get(operand, set()) for operand in re.findall(r"\b[vx]\d+\b", expression)))
+            operator = _operator(expression)
+            found |= {(before, operator) for before in read if operator}
+            behind[name] = {operator} if operator else read
+        return found
+
     def module(self) -> torch.nn.Module:
         namespace = dict(_HELPERS)
         source = self.source()
@@ -104,6 +116,23 @@ class Graph:
             "for e, a in zip(expected, actual, strict=True):\n"
             "    print(tuple(e.shape), e.dtype, (e.double() - a.double()).abs().max().item() if e.numel() else 0)\n"
         )
+
+
+_SIGNS = {"+": "add", "-": "sub", "*": "mul"}
+
+
+def _operator(expression: str) -> str:
+    """The operator that a line computes; empty for quantize, dequantize, conversions and the parts of a split."""
+    called = re.match(r"(?:torch|F)\.(\w+)\(", expression)
+    if called:
+        return called[1]
+    sign = re.match(r"\(?[vx]\d+ ([+*-]) ", expression)
+    if sign:
+        return _SIGNS[sign[1]]
+    method = re.match(r"[vx]\d+\.(\w+)\(", expression)
+    if method:
+        return method[1] if method[1] != "to" else ""
+    return "slice" if ":" in expression and not expression.startswith("q.") else ""
 
 
 def written(lines: str, constants: Mapping[str, str], inputs: Mapping[str, str], *, defects: str = "",
@@ -164,8 +193,11 @@ class _Draft:
         self.floats: list[str] = []  # what steps work on, oldest first
         self.grids: dict[str, tuple[str, _Grid]] = {}  # a dequantized value's integers and their parameters
         self.read: set[str] = set()
-        self.weights: list[tuple[str, tuple[int, ...], str]] = []
+        self.weights: list[tuple[str, tuple[Any, ...], str]] = []
         self.dynamic_batch = self.chance(15)
+        # What is not quantized is computed in these, as in a model under autocast or one converted to 16 bits.
+        self.types = self.pick(*[(torch.float32,)] * 7, *[(torch.bfloat16, torch.float32)] * 2, (torch.bfloat16,),
+                               (torch.bfloat16, torch.float16, torch.float32))  # fmt: skip
 
     # --- drawing
 
@@ -201,16 +233,33 @@ class _Draft:
             self.floats.append(name)
         return name
 
-    def input(self, shape: tuple[int, ...]) -> str:
+    def input(self, shape: tuple[int, ...], *, integers: int = 20) -> str:
+        """A float tensor, or in so many of a hundred cases integers, dequantized."""
         name = f"x{len(self.inputs)}"
-        if self.chance(20):
+        if self.chance(integers):
             grid = self.grid(0.0, 4.0)
             expression = f"integers(SEED, {shape}, {grid.quant_min}, {grid.quant_max}, {grid.dtype})"
             self._input(name, expression)
             return self.dequantized(name, grid)
-        self._input(name, f"reals(SEED, {shape}, -2.0, 2.0)")
+        dtype = self.pick(*self.types)
+        converted = "" if dtype == torch.float32 else f".to({dtype})"
+        self._input(name, f"reals(SEED, {shape}, -2.0, 2.0){converted}")
         self.floats.append(name)
         return name
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.values[name].dtype
+
+    def typed(self, name: str, dtype: torch.dtype | None = None) -> str:
+        """The value converted to `dtype`, or to one that is drawn; itself where it has that type."""
+        dtype = dtype or self.pick(*self.types)
+        if self.dtype(name) == dtype or not _fits(self.values[name], dtype):
+            return name
+        self.kinds.append(f"{self.dtype(name)} to {dtype}".replace("torch.", ""))
+        converted = self.emit(f"{name}.to({dtype})", name)
+        if name in self.grids:
+            self.grids[converted] = self.grids[name]
+        return converted
 
     def _input(self, name: str, expression: str) -> None:
         self.inputs.append((name, expression))
@@ -218,10 +267,9 @@ class _Draft:
 
     # --- quantization
 
-    def grid(self, low: float, high: float) -> _Grid:
-        kind = self.pick(
-            "seven bits", "seven bits", "seven bits", "seven bits", "narrow", "eight bits", "signed", "signed narrow"
-        )
+    def grid(self, low: float, high: float, *kinds: str) -> _Grid:
+        """Parameters for values from `low` to `high`, of one of `kinds` if any are given."""
+        kind = self.pick(*(kinds or ("seven bits",) * 4 + ("narrow", "eight bits", "signed", "signed narrow")))
         quant_min, quant_max, dtype = {
             "seven bits": (0, 127, torch.uint8),
             "narrow": (3, 100, torch.uint8),
@@ -257,14 +305,20 @@ class _Draft:
             value = self.values[name]
             low, high = (float(value.min()), float(value.max())) if value.numel() else (-1.0, 1.0)
             grid = self.grid(low, high)
-        integers = self.emit(f"q.quantize_per_tensor({name}, {grid.text()})", name, is_float=False)
+        rounded = self.typed(name, torch.float32) if self.chance(30) else name
+        integers = self.emit(f"q.quantize_per_tensor({rounded}, {grid.text()})", rounded, is_float=False)
         self.quantized_from[integers] = name
         return self.dequantized(integers, grid)
 
     def dequantized(self, integers: str, grid: _Grid) -> str:
-        name = self.emit(f"q.dequantize_per_tensor({integers}, {grid.text()})", integers)
+        dtype = self.pick(*self.types)
+        # float16 might not hold the numbers; `typed` looks at them.
+        out_dtype = ", out_dtype=torch.bfloat16" if dtype == torch.bfloat16 and self.chance(50) else ""
+        name = self.emit(f"q.dequantize_per_tensor({integers}, {grid.text()}{out_dtype})", integers)
         self.grids[name] = (integers, grid)
-        return name
+        if out_dtype:
+            self.kinds.append("dequantize to bfloat16")
+        return self.typed(name, dtype)
 
     @property
     def quantized_from(self) -> dict[str, str]:
@@ -272,6 +326,8 @@ class _Draft:
 
     def activation(self, name: str, *, convolved: bool = False) -> tuple[str, _Grid | None]:
         """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
+        if 0 in self.values[name].shape:
+            self.defects.add("NO_KERNEL")
         if self.chance(5):
             grid = self.grids.get(name)
             if grid is None:  # though a dequantize may reach it from further up
@@ -279,8 +335,6 @@ class _Draft:
             if convolved and (grid is None or grid[1].dtype == torch.int8):
                 self.defects.add("ACTIVATION_TYPE")
             return name, grid and grid[1]
-        if 0 in self.values[name].shape:
-            self.defects.add("NO_KERNEL")
         name = self.quantized(name)
         if convolved and self.grids[name][1].dtype == torch.int8:
             if self.chance(20):
@@ -289,9 +343,10 @@ class _Draft:
                 name = self.quantized(name, _Grid("0.03", "64", 0, 127, torch.uint8))
         return name, self.grids[name][1]
 
-    def weight(self, shape: tuple[int, ...], grid: _Grid | None, *, axis: int = 0) -> str:
+    def weight(self, shape: tuple[int, ...], grid: _Grid | None, dtype: torch.dtype, *, axis: int = 0) -> str:
         """An expression for a dequantized weight; `axis` is the one of its output channels."""
-        shared = [(text, known) for known, shape_, text in self.weights if shape_ == (*shape, axis)]
+        key = (*shape, axis, dtype)
+        shared = [(text, known) for known, key_, text in self.weights if key_ == key]
         if shared and self.chance(40):
             self.kinds.append("shared weight")
             self.note_saturation(grid, shared[0][1])
@@ -300,10 +355,13 @@ class _Draft:
         limit = self.pick(64, 64, 64, 127) if eight_bits else self.pick(127, 127, 64, 1)
         self.note_saturation(grid, str(limit))
         spread = max(math.sqrt(math.prod(shape) / shape[axis]) * limit, 1e-9)
-        scale = self.pick(1.0, 1.0, 1.0, 1e-4, 1e4) / spread
+        scale = self.pick(1.0, 1.0, 1.0, *((1.0,) if dtype == torch.float16 else (1e-4, 1e4))) / spread
         weight = self.constant(f"integers({self.seed()}, {shape}, {-limit}, {limit}, torch.int8)")
         text = self._weight_text(weight, shape, axis, float(f"{scale:.3g}"))
-        self.weights.append((str(limit), (*shape, axis), text))
+        if dtype != torch.float32:
+            one = text.startswith("q.") and self.chance(50)
+            text = f"{text[:-1]}, out_dtype={dtype})" if one else f"{text}.to({dtype})"
+        self.weights.append((str(limit), key, text))
         return text
 
     def _weight_text(self, weight: str, shape: tuple[int, ...], axis: int, scale: float) -> str:
@@ -334,8 +392,15 @@ class _Draft:
         if width == 1 or (rows == 1 and (outputs == 1 or (width <= 16 and outputs <= 16))):
             self.defects.add("NO_KERNEL")
 
-    def bias(self, width: int) -> str:
-        return self.constant(f"reals({self.seed()}, ({width},), -1.0, 1.0)") if self.chance(60) else "None"
+    def bias(self, width: int, dtype: torch.dtype) -> str:
+        return self.vector((width,), dtype) if self.chance(60) else "None"
+
+    def vector(self, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+        """A float constant: of that type, or of float32 and converted where it is used, as autocast does."""
+        text = f"reals({self.seed()}, {shape}, -1.0, 1.0)"
+        if dtype == torch.float32:
+            return self.constant(text)
+        return self.constant(f"{text}.to({dtype})") if self.chance(50) else f"{self.constant(text)}.to({dtype})"
 
     # --- choosing operands
 
@@ -364,15 +429,18 @@ class _Draft:
         padding = [k // 2 if same_shape else self.number(0, 2) for k in kernel]
         dilation = 1 if same_shape or not all(s + 2 * p > 2 * (k - 1) for s, p, k in zip(image, padding, kernel, strict=True)) \
             else self.pick(1, 1, 2)  # fmt: skip
-        weight = self.weight((outputs, channels // groups, *kernel), grid)
-        bias = self.bias(outputs)
+        weight = self.weight((outputs, channels // groups, *kernel), grid, self.dtype(name))
+        bias = self.bias(outputs, self.dtype(name))
         rank = len(image)
-        self.note("depthwise" if groups == channels > 1 else f"conv{rank}d")
+        self.note("depthwise" if groups == channels > 1 else f"conv{rank}d", name)
         arguments = f"{name}, {weight}, {bias}, {stride}, {tuple(padding)}, {dilation}, {groups}"
         return self.emit(f"F.conv{rank}d({arguments})", name)
 
-    def note(self, kind: str) -> None:
-        self.kinds.append(kind)
+    def note(self, kind: str, x: str) -> None:
+        """A product that reads `x`."""
+        self.kinds.append(
+            kind if self.dtype(x) == torch.float32 else f"{kind} in {self.dtype(x)}".replace("torch.", "")
+        )
         self.products += 1
 
     def linear(self, name: str | None = None, *, same_shape: bool = False) -> str | None:
@@ -383,9 +451,9 @@ class _Draft:
         width = self.values[name].shape[-1]
         outputs = width if same_shape else self.pick(1, 2, 3, 8, 16, 17, 32)
         self.note_small(self.values[name].numel() // width, width, outputs)
-        weight = self.weight((outputs, width), grid)
-        self.note(f"linear {self.values[name].dim()}d")
-        return self.emit(f"F.linear({name}, {weight}, {self.bias(outputs)})", name)
+        weight = self.weight((outputs, width), grid, self.dtype(name))
+        self.note(f"linear {self.values[name].dim()}d", name)
+        return self.emit(f"F.linear({name}, {weight}, {self.bias(outputs, self.dtype(name))})", name)
 
     def matrix_product(self) -> str | None:
         name = self.choose(lambda shape: len(shape) in (2, 3) and shape[-1] > 0)
@@ -396,12 +464,12 @@ class _Draft:
         outputs = self.pick(1, 2, 5, 16)
         operator = self.pick(*(("mm", "addmm") if len(rows) == 1 else ("bmm", "baddbmm")), "matmul")
         self.note_small(rows[-1], width, outputs)
-        weight = self.weight((width, outputs), grid, axis=1)
+        weight = self.weight((width, outputs), grid, self.dtype(name), axis=1)
         if operator in ("bmm", "baddbmm"):
             weight = f"{weight}.expand({name}.shape[0], {width}, {outputs})"
-        self.note(operator)
+        self.note(operator, name)
         if operator in ("addmm", "baddbmm"):
-            added = self.constant(f"reals({self.seed()}, {self.pick((outputs,), (1, outputs), (1,))}, -1.0, 1.0)")
+            added = self.vector(self.pick((outputs,), (1, outputs), (1,)), self.dtype(name))
             return self.emit(f"torch.{operator}({added}, {name}, {weight})", name)
         return self.emit(f"torch.{operator}({name}, {weight})", name)
 
@@ -411,9 +479,9 @@ class _Draft:
             return None
         name, grid = self.activation(name)
         channels = self.values[name].shape[1]
-        weight = self.weight((channels, 3, 2, 2), grid, axis=1)
+        weight = self.weight((channels, 3, 2, 2), grid, self.dtype(name), axis=1)
         self.defects |= {"NO_KERNEL", "NOT_QUANTIZED"}
-        self.note("transposed convolution")
+        self.note("transposed convolution", name)
         return self.emit(f"F.conv_transpose2d({name}, {weight}, None, 2)", name)
 
     def product_of_two(self) -> str | None:
@@ -421,8 +489,10 @@ class _Draft:
         if name is None:
             return None
         name, other = self.quantized(name), self.quantized(name)
+        if self.dtype(name) != self.dtype(other):
+            name, other = self.typed(name, torch.float32), self.typed(other, torch.float32)
         self.defects |= {"NO_KERNEL", "NOT_QUANTIZED", "WEIGHT_NOT_CONSTANT"}
-        self.note("bmm of two activations")
+        self.note("bmm of two activations", name)
         return self.emit(f"torch.bmm({name}, {other}.transpose(1, 2))", name, other)
 
     def unary(self, name: str | None = None) -> str | None:
@@ -457,7 +527,7 @@ class _Draft:
         if fitting is not None and self.chance(50):
             return fitting
         small = self.pick((1,), shape[-1:], tuple(s if i == 1 else 1 for i, s in enumerate(shape)))
-        return self.constant(f"reals({self.seed()}, {small}, -1.0, 1.0)")
+        return self.vector(small, self.pick(*self.types))
 
     def multiplication(self) -> str | None:
         name = self.choose()
@@ -499,6 +569,75 @@ class _Draft:
         if self.chance(20):
             self.emit(f"{self.pick(first, other)} * 2.0", first)
         return total
+
+    def accumulated(self) -> str | None:
+        """A product added to an accumulator that is needed elsewhere, or does not lie in memory as the product does."""
+        name = self.choose(lambda shape: 2 <= len(shape) <= 4 and 0 not in shape)
+        if name is None:
+            return None
+        start = self.unsigned(name)
+        shape = tuple(self.values[start].shape)
+        product = self.convolution if len(shape) == 4 and self.chance(80) else self.linear
+        kind = self.pick("read later", "input", "view", "own input", "contiguous", "channels last", "two sums", "chain")
+        same = [n for n in self.floats if tuple(self.values[n].shape) == shape]
+        source = self.input(shape, integers=60) if kind == "input" else start if kind == "own input" else \
+            product(start, same_shape=True) if self.chance(40) else self.pick(*reversed(same))  # fmt: skip
+        assert source is not None
+        laid_out = self.laid_out(source, kind)
+        accumulator = self.unsigned(laid_out) if self.chance(50) else laid_out
+        self.kinds.append(f"sum: {kind}")
+        total = self.sum_of(product, start, accumulator)
+        if kind == "two sums":
+            self.sum_of(product, start, accumulator)
+        if kind == "chain":
+            self.sum_of(product, total, total)
+        if kind == "read later" or self.chance(20):
+            self.read_later(self.pick(accumulator, laid_out, source))
+        return total
+
+    def unsigned(self, name: str) -> str:
+        """The value quantized to uint8 as a rule, since sums in place take no other type."""
+        if self.chance(20):
+            return self.quantized(name)
+        value = self.values[name]
+        return self.quantized(
+            name, self.grid(float(value.min()), float(value.max()), "seven bits", "seven bits", "narrow")
+        )
+
+    def laid_out(self, source: str, kind: str) -> str:
+        """The value in another layout, or as a view, of its own shape."""
+        rank = self.values[source].dim()
+        if kind == "contiguous":
+            return self.emit(f"({source} * 0.5).contiguous()", source)
+        if kind == "channels last" and rank == 4:
+            return self.emit(f"({source} * 0.5).contiguous(memory_format=torch.channels_last)", source)
+        if kind != "view":
+            return source
+        text = self.pick(
+            f"torch.cat([{source}, {source}], 1)[:, {self.values[source].shape[1]}:]",
+            f"torch.stack([{source}, {source}], 1).select(1, 0)",
+            f"{source}[:, :1].expand{tuple(self.values[source].shape)}" if not self.dynamic_batch else None,
+            f"{source}.flatten(1).reshape({source}.shape)",
+            f"{source}.unsqueeze(1).squeeze(1)",
+        )
+        return self.emit(text or f"{source}.flatten(1).reshape({source}.shape)", source)
+
+    def sum_of(self, product: Callable[..., str | None], start: str, accumulator: str) -> str:
+        first = product(start, same_shape=True)
+        assert first is not None
+        left, right = (first, accumulator) if self.chance(50) else (accumulator, first)
+        total = self.emit(f"{left} + {right}", left, right)
+        if self.chance(40):
+            total = self.emit(f"torch.relu({total})", total)
+        return self.unsigned(total) if self.chance(60) else total
+
+    def read_later(self, name: str) -> None:
+        integers, grid = self.grids.get(name, (None, None))
+        if integers is not None and grid is not None and self.chance(60):
+            # Another scale, else one dequantize is made of both.
+            self.dequantized(integers, dataclasses.replace(grid, scale="0.05"))
+        else:
+            self.emit(f"{name} * 2.0", name)
 
     def movement(self) -> str | None:
         name = self.choose()
@@ -598,6 +737,8 @@ class _Draft:
             return self.emit(f"F.adaptive_avg_pool{rank}d({name}, {self.pick(1, 2)})", name)
         if self.chance(50):
             name = self.quantized(name)
+        if kind == "avg" and rank == 3:
+            name = self.typed(name, torch.float32)  # eager mode has no other
         stride, padding = self.pick(1, 2, kernel), self.number(0, kernel // 2)
         return self.emit(f"F.{kind}_pool{rank}d({name}, {kernel}, {stride}, {padding})", name)
 
@@ -613,7 +754,7 @@ class _Draft:
 
 _STEPS = (
     *["convolution"] * 6, *["linear"] * 4, *["matrix_product"] * 2, *["unary"] * 4, *["addition"] * 4,
-    *["residual"] * 4, *["movement"] * 4, "split", *["join"] * 2, *["pool"] * 2, "multiplication",
+    *["residual"] * 4, *["accumulated"] * 4, *["movement"] * 4, "split", *["join"] * 2, *["pool"] * 2, "multiplication",
     *["requantize"] * 4, "transposed", "product_of_two",
 )  # fmt: skip
 
@@ -655,7 +796,13 @@ def drawn(number: Callable[[int, int], int], most_steps: int = 7) -> Graph:
 
 
 def _usable(value: torch.Tensor) -> bool:
-    return value.numel() <= MOST_ELEMENTS and bool(((value == 0) | ((value.abs() < 1e6) & (value.abs() > 1e-12))).all())
+    return value.numel() <= MOST_ELEMENTS and _fits(value, value.dtype)
+
+
+def _fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether numbers of about this size are far from the ends of what the type holds."""
+    small, large = (1e-4, 1e3) if dtype == torch.float16 else (1e-12, 1e6)
+    return bool(((value == 0) | ((value.abs() < large) & (value.abs() > small))).all())
 
 
 def _finished(draft: _Draft) -> Graph:

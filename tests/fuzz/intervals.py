@@ -4,11 +4,17 @@ A fused kernel computes what the graph says, in other floating-point operations.
 by some units in the last place; where the value lies that near to a tie, either integer is right, and what follows may
 see either. So the graph is run on intervals in double precision: each operator widens them by the error that single
 precision may make there, and a quantize rounds both ends. What is not near a tie comes out as a single integer.
+
+Where the graph computes in 16 bits it rounds each result, to 8 bits of mantissa in bfloat16 and 11 in float16. A kernel
+that does several operators at once keeps more than that in between, so a result may be rounded or not: the interval
+holds both, and everything between them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +25,10 @@ from torch import fx
 
 _q = torch.ops.quantized_decomposed
 
-# Relative to the sum of the magnitudes of what is added up: a product of few hundred terms, its scaling and its bias.
+# Relative to the sum of the magnitudes of what is added up: scaling and bias of a product, and each of its terms, which
+# are added to a bias that may be larger than all of them, or to each other in any order.
 ACCUMULATION_ERROR = 1e-6
+TERM_ERROR = 2.0**-24
 # Relative to the result of a pointwise operator, and absolute for those that kernels approximate.
 POINTWISE_ERROR = 3e-7
 APPROXIMATION_ERROR = 2e-6
@@ -29,16 +37,23 @@ APPROXIMATION_ERROR = 2e-6
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
+ROUNDED = (torch.bfloat16, torch.float16)
+
+
 @dataclasses.dataclass
 class Interval:
-    """Every element lies between `low` and `high`, float64 tensors of one shape; integers are kept as floats too."""
+    """Every element lies between `low` and `high`, float64 tensors of one shape; integers are kept as floats too.
+
+    `dtype` is the type that the graph itself has there.
+    """
 
     low: torch.Tensor
     high: torch.Tensor
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def exact(cls, tensor: torch.Tensor) -> Interval:
-        return cls(tensor.double(), tensor.double())
+        return cls(tensor.double(), tensor.double(), tensor.dtype)
 
     @property
     def center(self) -> torch.Tensor:
@@ -58,7 +73,14 @@ class Interval:
 
     def widened(self, error: torch.Tensor) -> Interval:
         error = error + SMALLEST
-        return Interval(self.low - error, self.high + error)
+        return Interval(self.low - error, self.high + error, self.dtype)
+
+    def of_type(self, dtype: torch.dtype) -> Interval:
+        """The same values, and in 16 bits what they may be rounded to; rounding is monotone."""
+        if dtype not in ROUNDED:
+            return Interval(self.low, self.high, dtype)
+        low, high = (end.to(dtype).double() for end in (self.low, self.high))
+        return Interval(torch.minimum(self.low, low), torch.maximum(self.high, high), dtype)
 
 
 def _interval(value: Any) -> Interval:
@@ -80,23 +102,35 @@ def bounds(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> list[Int
 
 class _IntervalInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not _mentions_interval((args, kwargs)):
+        operands = _operands((args, kwargs))
+        if target in _CONVERSIONS:
+            return rule(target)(target, *args, **kwargs)
+        if not any(isinstance(operand, Interval) for operand in operands):
             return target(*args, **kwargs)
-        return rule(target)(target, *args, **kwargs)
+        return _typed(rule(target)(target, *args, **kwargs), _promoted(operands))
 
     def call_method(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        function: Any = getattr(torch.Tensor, target)
-        if not _mentions_interval((args, kwargs)):
-            return function(*args, **kwargs)
-        return rule(function)(function, *args, **kwargs)
+        return self.call_function(getattr(torch.Tensor, target), args, kwargs)
 
 
-def _mentions_interval(value: Any) -> bool:
+def _operands(value: Any) -> list[Interval | torch.Tensor]:
     if isinstance(value, (tuple, list)):
-        return any(_mentions_interval(v) for v in value)
+        return [operand for v in value for operand in _operands(v)]
     if isinstance(value, dict):
-        return any(_mentions_interval(v) for v in value.values())
-    return isinstance(value, Interval)
+        return _operands(list(value.values()))
+    return [value] if isinstance(value, (Interval, torch.Tensor)) else []
+
+
+def _promoted(operands: list[Interval | torch.Tensor]) -> torch.dtype:
+    """The type of a result: torch's rule for tensors of at least one dimension; an index has no say in it."""
+    found = [operand.dtype for operand in operands if operand.dtype != torch.int64]
+    return functools.reduce(torch.promote_types, found)
+
+
+def _typed(result: Any, dtype: torch.dtype) -> Any:
+    if isinstance(result, (tuple, list)):
+        return [_typed(part, dtype) for part in result]
+    return result.of_type(dtype) if isinstance(result, Interval) else result
 
 
 def rule(target: Any) -> Callable[..., Any]:
@@ -110,8 +144,8 @@ def rule(target: Any) -> Callable[..., Any]:
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _getattr(target: Any, value: Interval, name: str) -> Any:
-    return getattr(value.low, name)
+def _getattr(target: Any, value: Any, name: str) -> Any:
+    return getattr(_interval(value).low, name)
 
 
 def _movement(target: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +196,7 @@ def _negative(target: Any, x: Interval) -> Interval:
 
 def _addition(target: Any, x: Any, y: Any, *, alpha: float = 1.0) -> Interval:
     x, y = _interval(x), _interval(y)
-    y = _product(operator.mul, y, alpha) if alpha != 1 else y
+    y = _product(operator.mul, y, alpha).of_type(y.dtype) if alpha != 1 else y
     return Interval(x.low + y.low, x.high + y.high).widened(POINTWISE_ERROR * (x.magnitude + y.magnitude))
 
 
@@ -180,30 +214,36 @@ def _product(target: Any, x: Any, y: Any) -> Interval:
 def _average(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
     magnitude = target(x.magnitude, *args, **kwargs).abs()
     low, high = target(x.low, *args, **kwargs), target(x.high, *args, **kwargs)
-    return Interval(low, high).widened(ACCUMULATION_ERROR * magnitude)
+    # The sum may be rounded before it is divided: an error of the same size, relative to the result.
+    return Interval(low, high).of_type(x.dtype).widened(ACCUMULATION_ERROR * magnitude)
 
 
 def _weighted_sum(target: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Interval:
     """Convolution and linear."""
-    return _bilinear(lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight))
+    shape = _interval(weight).shape
+    terms = math.prod(shape) // max(shape[1 if target is F.conv_transpose2d else 0], 1)
+    return _bilinear(
+        lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight), terms
+    )
 
 
 def _channels(target: Any, bias: Any, weight: Any) -> Any:
     """The bias in the shape in which it is added."""
     if bias is None or target is F.linear:
         return bias
-    return bias.reshape(-1, *[1] * (_interval(weight).low.dim() - 2))
+    return _movement(torch.Tensor.reshape, _interval(bias), (-1, *[1] * (_interval(weight).low.dim() - 2)))
 
 
 def _matrix_product(target: Any, x: Any, y: Any) -> Interval:
-    return _bilinear(target, x, y, None)
+    return _bilinear(target, x, y, None, _interval(x).shape[-1])
 
 
 def _matrix_product_and_sum(target: Any, bias: Any, x: Any, y: Any, *, alpha: float = 1, beta: float = 1) -> Interval:
-    return _bilinear(torch.matmul, _product(target, x, alpha), y, _product(target, bias, beta))
+    return _bilinear(torch.matmul, _product(target, x, alpha), y, _product(target, bias, beta), _interval(x).shape[-1])
 
 
-def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) -> Interval:
+def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any, terms: int) -> Interval:
+    """A product whose elements are sums of so many terms."""
     x, y = _interval(x), _interval(y)
     center = multiply(x.center, y.center)
     magnitude = multiply(x.magnitude, y.magnitude)
@@ -213,7 +253,7 @@ def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any) 
         added = _interval(bias)
         result = Interval(result.low + added.low, result.high + added.high)
         magnitude = magnitude + added.magnitude
-    return result.widened(ACCUMULATION_ERROR * magnitude)
+    return result.widened((ACCUMULATION_ERROR + TERM_ERROR * terms) * magnitude)
 
 
 def _quantize(
@@ -225,23 +265,34 @@ def _quantize(
         (torch.round(v) + float(zero_point)).clamp(quant_min, quant_max)
         for v in (x.low * inverse - error, x.high * inverse + error)
     )
-    return Interval(low, high)
+    return Interval(low, high, dtype)
 
 
-def _cast(target: Any, x: Interval, dtype: torch.dtype) -> Interval:
-    """To a float type: rounding is monotone."""
-    return Interval(x.low.to(dtype).double(), x.high.to(dtype).double())
+def _cast(target: Any, x: Any, dtype: torch.dtype) -> Interval:
+    return _interval(x).of_type(dtype)
 
 
 def _dequantize(
-    target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, out_dtype: torch.dtype | None = None
+    target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, out_dtype: torch.dtype = torch.float32
 ) -> Interval:
     x = _interval(x)
     result = Interval((x.low - float(zero_point)) * float(scale), (x.high - float(zero_point)) * float(scale))
     # The scale is rounded to float32, then the product.
-    result = result.widened(POINTWISE_ERROR * result.magnitude)
-    return result if out_dtype is None else _cast(target, result, out_dtype)
+    return result.widened(POINTWISE_ERROR * result.magnitude).of_type(out_dtype)
 
+
+def _dequantize_channels(
+    target: Any, x: torch.Tensor, *arguments: Any, out_dtype: torch.dtype = torch.float32
+) -> Interval:
+    """A weight's constant integers."""
+    return Interval.exact(target(x, *arguments)).of_type(out_dtype)
+
+
+# These give a type of their own; constants go through them too.
+_CONVERSIONS = frozenset({
+    getattr, torch.Tensor.to, _q.quantize_per_tensor, _q.dequantize_per_tensor, _q.dequantize_per_tensor.default,
+    _q.dequantize_per_channel,
+})  # fmt: skip
 
 _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({getattr}), _getattr),
@@ -249,6 +300,7 @@ _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({torch.Tensor.to}), _cast),
     (frozenset({_q.quantize_per_tensor}), _quantize),
     (frozenset({_q.dequantize_per_tensor, _q.dequantize_per_tensor.default}), _dequantize),
+    (frozenset({_q.dequantize_per_channel}), _dequantize_channels),
     (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d}), _weighted_sum),
     (frozenset({torch.mm, torch.bmm, torch.matmul}), _matrix_product),
     (frozenset({torch.addmm, torch.baddbmm}), _matrix_product_and_sum),

@@ -34,26 +34,25 @@ def _smaller(graph: Graph) -> Iterator[Graph]:
             yield without_dead_code(dataclasses.replace(graph, outputs=(name,)))
     if graph.dynamic_batch:
         yield dataclasses.replace(graph, dynamic_batch=False)
-    shapes = _shapes(graph)
-    for name, shape in reversed(shapes.items()):
+    for name, stand_in in reversed(_stand_ins(graph).items()):
         if name not in graph.outputs:
             # A new input stands for the value; nothing that computed it remains.
             lines = tuple(line.replace(line, f"{name} = x{name[1:]}00") if line.startswith(f"{name} = ") else line
                           for line in graph.lines)  # fmt: skip
-            inputs = (*graph.inputs, (f"x{name[1:]}00", f"reals(SEED, {shape}, -2.0, 2.0)"))
+            inputs = (*graph.inputs, (f"x{name[1:]}00", stand_in))
             smaller = without_dead_code(dataclasses.replace(graph, lines=lines, inputs=inputs))
             if len(smaller.lines) < len(graph.lines):
                 yield smaller
 
 
-def _shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """The shape of each float tensor that the graph computes."""
+def _stand_ins(graph: Graph) -> dict[str, str]:
+    """For each float tensor that the graph computes an input of its shape and type."""
     everything = tuple(line.split(" = ")[0] for line in graph.lines)
     values = dataclasses.replace(graph, outputs=(*everything, "0")).module()(*graph.example(0))
     return {
-        name: tuple(value.shape)
+        name: f"reals(SEED, {tuple(value.shape)}, -2.0, 2.0).to({value.dtype})"
         for name, value in zip(everything, values, strict=False)
-        if isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
     }
 
 

@@ -1,12 +1,14 @@
-"""Calls give a type that this CPU has a kernel for.
+"""Calls give, and add, types that this CPU has kernels for.
 
 Under autocast calls give bfloat16, and other rules see nothing else. A CPU without bf16 instructions has the reference
-kernels for that only, tens of times slower: there a call gives float32, and what reads it a conversion.
+kernels for that only, tens of times slower, and none that adds bfloat16 to an int8 result: there a call gives and adds
+float32, and conversions stand around it. For float16 it is so on every CPU: no convolution gives it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,24 +20,38 @@ from inductor_x86q.passes.stage import No, Rule
 
 CONVERT = torch.ops.prims.convert_element_type.default
 
+# The types that calls need not have kernels for, and whether they have.
+HAS_KERNELS: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: _cpu.has_bf16(),
+    torch.float16: lambda: False,
+}
 
-def _find_bf16(node: fx.Node) -> Any:
+
+def _lacks_kernels(dtype: torch.dtype) -> bool:
+    return dtype in HAS_KERNELS and not HAS_KERNELS[dtype]()
+
+
+def _find_unsupported(node: fx.Node) -> Any:
     call = read(node)
-    if call.output_dtype != torch.bfloat16:
-        return No(f"the call gives {call.output_dtype}")
-    return No("this CPU has bf16 kernels") if _cpu.has_bf16() else call
+    added = call.binary and qgraph.value(call.binary.other).dtype
+    if _lacks_kernels(call.output_dtype) or (added and _lacks_kernels(added)):
+        return call
+    return No(f"this CPU has kernels that give {call.output_dtype}{f' and add {added}' if added else ''}")
 
 
-def _rewrite_bf16(node: fx.Node, call: Call) -> fx.Node:
-    """call to bf16 → bf16(call to fp32), an accumulator likewise"""
-    binary = call.binary
-    if binary is not None and qgraph.value(binary.other).dtype == torch.bfloat16:
+def _rewrite_unsupported(node: fx.Node, call: Call) -> fx.Node:
+    """call to bf16 → bf16(call to fp32), what it adds likewise"""
+    binary, dtype = call.binary, call.output_dtype
+    if binary is not None and _lacks_kernels(qgraph.value(binary.other).dtype):
         other = qgraph.call(CONVERT, binary.other, torch.float32, like=binary.other)
         binary = dataclasses.replace(binary, other=other)
-    new = emit(dataclasses.replace(call, output_dtype=torch.float32, binary=binary), like=node)
+    widened = torch.float32 if _lacks_kernels(dtype) else dtype
+    new = emit(dataclasses.replace(call, output_dtype=widened, binary=binary), like=node)
     new.meta.update({key: value for key, value in node.meta.items() if key.startswith("x86q_")})
-    new.meta["x86q_float32_for_bf16"] = True
-    return qgraph.call(CONVERT, new, torch.bfloat16, like=node)
+    if widened == dtype:
+        return new
+    new.meta["x86q_float32_for"] = dtype
+    return qgraph.call(CONVERT, new, dtype, like=node)
 
 
 def _find_there_and_back(node: fx.Node) -> Any:
@@ -43,8 +59,8 @@ def _find_there_and_back(node: fx.Node) -> Any:
     if node.args[1] != torch.float32 or rounded.target is not CONVERT:
         return No("it widens no rounded value")
     call: Any = rounded.args[0]
-    if not is_call(call) or not call.meta.get("x86q_float32_for_bf16"):
-        return No("what was rounded is no call that would give bf16 elsewhere")
+    if not is_call(call) or call.meta.get("x86q_float32_for") != rounded.args[1]:
+        return No("what was rounded is no call that would give that type elsewhere")
     return call
 
 
@@ -54,6 +70,6 @@ def _rewrite_there_and_back(node: fx.Node, call: fx.Node) -> fx.Node:
 
 
 RULES = (
-    Rule("float32 where bf16 has no kernel", TARGETS, _find_bf16, _rewrite_bf16),
-    Rule("float32 to bf16 and back", (CONVERT,), _find_there_and_back, _rewrite_there_and_back),
+    Rule("float32 where 16 bits have no kernel", TARGETS, _find_unsupported, _rewrite_unsupported),
+    Rule("float32 to 16 bits and back", (CONVERT,), _find_there_and_back, _rewrite_there_and_back),
 )
