@@ -58,3 +58,15 @@ def _rewrite(node: fx.Node, convolution: Convolution) -> fx.Node:
 
 
 RULES = (Rule("generated kernel", tuple(GENERATED), _find, _rewrite),)
+
+
+def calls_left(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
+    """The calls that no generated kernel may replace, and why; none but in mode "max-autotune"."""
+    if not _torch.is_autotuning():
+        return []
+    found = [(node, _find(node)) for node in graph.nodes if node.target in GENERATED]
+    return [(node, found.why) for node, found in found] + [
+        (node, "no kernel is generated for scales computed at run time")
+        for node in graph.nodes
+        if calls.is_call(node) and node.target not in GENERATED
+    ]
