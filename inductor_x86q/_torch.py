@@ -301,6 +301,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
         stack.enter_context(_laid_out_operands())
+        stack.enter_context(_weights_left_quantized())
         yield
 
 
@@ -329,6 +330,24 @@ def _laid_out_operands() -> Iterator[None]:
         linear.binary_tensor: contiguous_addend,
     }
     with _replaced(lowering, "_maybe_layout_constraints", constraints):
+        yield
+
+
+@contextlib.contextmanager
+def _weights_left_quantized() -> Iterator[None]:
+    """Within this context constant folding does not compute what it would throw away, the float form of each weight.
+
+    Relies on `ConstantFolder.run_node` computing by `_deduce_value` first and asking `is_impure` afterwards, and on an
+    impure node's result being `unknown_value` whatever was computed.
+    """
+    from torch._inductor.constant_folding import ConstantFolder
+
+    stock = ConstantFolder._deduce_value
+
+    def deduce_value(self: Any, node: fx.Node) -> Any:
+        return self.unknown_value if self.is_impure(node) else stock(self, node)
+
+    with _replaced(ConstantFolder, "_deduce_value", deduce_value):
         yield
 
 

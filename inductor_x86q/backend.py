@@ -126,6 +126,8 @@ def run_passes(
 
     results = passes.run(graph, between)
     assert report is not None
+    for node, why in passes.generate.calls_left(graph):
+        report.notes.append(f"{layer(node)} stays a call: {why}")
     report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
     dump.finish(results, report)
     if report.missed:

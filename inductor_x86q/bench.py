@@ -4,12 +4,17 @@ The engines of one network are set up one after the other and then run in short 
 whose turn it is not is stopped (SIGSTOP), so that no spinning thread pool takes time from another. Ratios are of
 medians over all slices of one run. Outputs are checked against the float model's, and an engine that fails is listed
 with its error.
+
+With --starts each engine is set up in two processes, of which the first finds an empty cache directory and the second
+what the first left there: `cold` and `warm` are the seconds of the first call, with imports and quantization done before.
+For x86q-package, cold is building the package, loading it and the first call, and warm is loading and the first call.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,8 +22,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +41,9 @@ class Result:
     median: float = math.nan
     low: float = math.nan  # 10th and 90th percentile
     high: float = math.nan
-    compile_seconds: float = math.nan
+    compile_seconds: float = math.nan  # from the float model to the first result, with caches as they are
+    cold_seconds: float = math.nan  # the first call, with empty caches
+    warm_seconds: float = math.nan  # the first call in another process, with the caches that the cold one left
     snr: float = math.nan
     error: str = ""
 
@@ -49,7 +58,13 @@ class Settings:
     seconds: float = 4.0  # of running, an engine
 
 
-# --- engines: each takes the model and its input and returns what to call ---------------------------------------------
+# --- engines: each takes the model and its input and returns what to call; it compiles at the first call --------------
+
+
+def _at_first_call(start: Callable[[], Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
+    """What `start` returns, started at the first call, as what `torch.compile` returns does by itself."""
+    started = functools.cache(start)
+    return lambda: started()()
 
 
 def _eager(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -101,27 +116,40 @@ def _ours(mode: str | None) -> Callable[[torch.nn.Module, torch.Tensor], Callabl
     return engine
 
 
+def _package(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Where a process before this one has left the package in the cache directory, it is loaded and nothing quantized."""
+    import inductor_x86q
+
+    directory = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.mkdtemp()
+    path = Path(directory) / "model.pt2"
+    quantized = None if path.exists() else inductor_x86q.quantize(model, (x,), calibration=[x])
+
+    def start() -> Callable[[], torch.Tensor]:
+        if quantized is not None:
+            inductor_x86q.package(quantized, (x,), path)
+        loaded = torch._inductor.aoti_load_package(str(path))
+        return lambda: loaded(x)
+
+    return _at_first_call(start)
+
+
 def _openvino(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     import nncf
     import openvino
 
     converted = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
     quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]))
-    core = openvino.Core()
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(quantized, "CPU", options)
-    request, array = compiled.create_infer_request(), x.numpy()
+    array = x.numpy()
 
-    def run() -> torch.Tensor:
-        return torch.from_numpy(next(iter(request.infer([array], share_inputs=True).values())))
+    def start() -> Callable[[], torch.Tensor]:
+        request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
+        return lambda: torch.from_numpy(next(iter(request.infer([array], share_inputs=True).values())))
 
-    return run
+    return _at_first_call(start)
 
 
 def _onnxruntime(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    import tempfile
-    from pathlib import Path
-
     import onnxruntime
     from onnxruntime import quantization
     from onnxruntime.quantization import shape_inference
@@ -149,11 +177,16 @@ def _onnxruntime(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.
             per_channel=True,
             reduce_range=not _cpu.has_vnni(),
         )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+        quantized = Path(target).read_bytes()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     feed = {"x": x.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+    def start() -> Callable[[], torch.Tensor]:
+        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+        return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+    return _at_first_call(start)
 
 
 ENGINES: dict[str, Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.Tensor]]] = {
@@ -163,6 +196,7 @@ ENGINES: dict[str, Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.
     "stock-int8": _stock,
     "x86q": _ours(None),
     "x86q-max-autotune": _ours("max-autotune-no-cudagraphs"),
+    "x86q-package": _package,
     "openvino-int8": _openvino,
     "onnxruntime-int8": _onnxruntime,
 }
@@ -217,11 +251,13 @@ def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[s
     with torch.no_grad():
         run = ENGINES[request["engine"]](model, x)
     with torch.inference_mode():
+        called = time.perf_counter()
         output = run()
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
         for _ in range(2):
             run()
-    return run, {"compile_seconds": seconds, "snr": snr(output.float(), reference)}
+    values = {"compile_seconds": ended - started, "first_call_seconds": ended - called}
+    return run, {**values, "snr": snr(output.float(), reference)}
 
 
 def snr(output: torch.Tensor, reference: torch.Tensor) -> float:
@@ -232,8 +268,9 @@ def snr(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 class _Worker:
-    def __init__(self, engine: str, network: str, settings: Settings) -> None:
+    def __init__(self, engine: str, network: str, settings: Settings, caches: str | None = None) -> None:
         self.result = Result(engine)
+        self.first_call_seconds = math.nan
         self.times: list[float] = []
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from inductor_x86q.bench import worker; worker()"],
@@ -241,13 +278,14 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(settings.threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(settings.threads), **_cache_directory(caches)},
         )
         request = {**dataclasses.asdict(settings), "engine": engine, "network": network, "channels_last": False}
         reply = self._ask(json.dumps(request))
         self.result.error = reply.get("error", "")
         if not self.result.error:
             self.result.compile_seconds, self.result.snr = reply["compile_seconds"], reply["snr"]
+            self.first_call_seconds = reply["first_call_seconds"]
         self._process.send_signal(signal.SIGSTOP)
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -282,9 +320,29 @@ class _Worker:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def measure(network: str, engines: Sequence[str], settings: Settings, rounds: int = 8) -> list[Result]:
-    """All engines on one network, in turn."""
-    workers = [_Worker(engine, network, settings) for engine in engines]
+def _cache_directory(path: str | None) -> dict[str, str]:
+    # A package is unpacked in TMPDIR, and a process that is killed leaves it there.
+    return {"TORCHINDUCTOR_CACHE_DIR": path, "TMPDIR": path} if path else {}
+
+
+def _started_twice(engine: str, network: str, settings: Settings) -> _Worker:
+    """The second of two processes that share a cache directory of their own; its result has the seconds of both."""
+    with tempfile.TemporaryDirectory() as caches:
+        first = _Worker(engine, network, settings, caches)
+        cold, error = first.first_call_seconds, first.finish().error
+        if error:
+            return first
+        second = _Worker(engine, network, settings, caches)
+    second.result.cold_seconds, second.result.warm_seconds = cold, second.first_call_seconds
+    return second
+
+
+def measure(
+    network: str, engines: Sequence[str], settings: Settings, rounds: int = 8, starts: bool = False
+) -> list[Result]:
+    """All engines on one network, in turn; with `starts` the seconds of a cold and a warm start, too."""
+    set_up = _started_twice if starts else _Worker
+    workers = [set_up(engine, network, settings) for engine in engines]
     try:
         for _ in range(rounds):
             for one in workers:
@@ -307,9 +365,11 @@ def geometric_means(table: dict[str, list[Result]], baseline: str = BASELINE) ->
 
 
 def text(table: dict[str, list[Result]]) -> str:
-    """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to compile."""
+    """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to start."""
+    starts = any(not math.isnan(r.cold_seconds) for results in table.values() for r in results)
     lines = [
         f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'SNR dB':>7s} {'compile s':>9s}"
+        + (f" {'cold s':>7s} {'warm s':>7s}" if starts else "")
     ]
     for network, results in table.items():
         base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
@@ -320,6 +380,7 @@ def text(table: dict[str, list[Result]]) -> str:
             lines.append(
                 f"{network:24s} {r.engine:18s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
                 f"{r.snr:7.1f} {r.compile_seconds:9.1f}"
+                + (f" {r.cold_seconds:7.1f} {r.warm_seconds:7.1f}" if starts else "")
             )
     means = geometric_means(table)
     if means:
@@ -330,7 +391,7 @@ def text(table: dict[str, list[Result]]) -> str:
 
 
 def run(
-    networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8
+    networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8, starts: bool = False
 ) -> dict[str, list[Result]]:
     """The whole benchmark, with a progress bar on a terminal."""
     from torch.hub import tqdm
@@ -339,9 +400,14 @@ def run(
     table: dict[str, list[Result]] = {}
     with tqdm(total=len(names), disable=not sys.stderr.isatty()) as bar:
         for network in names:
-            table[network] = measure(network, engines, settings, rounds)
+            table[network] = measure(network, engines, settings, rounds, starts)
             bar.update(1)
     return table
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
 def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
@@ -349,7 +415,7 @@ def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
     from inductor_x86q import __version__, _cpu
 
     machine = {"vnni": _cpu.has_vnni(), "bf16": _cpu.has_bf16(), "amx": _cpu.has_amx(), "torch": torch.__version__}
-    results = {network: [dataclasses.asdict(r) for r in rows] for network, rows in table.items()}
+    results = {network: [_without_nan(dataclasses.asdict(r)) for r in rows] for network, rows in table.items()}
     body = {"version": __version__, "machine": machine, "settings": dataclasses.asdict(settings), "results": results}
     return json.dumps(body, indent=1)
 
@@ -394,21 +460,20 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="to run each engine (default: %(default)s)")
+    parser.add_argument("--starts", action="store_true", help="measure cold and warm starts, in caches of their own")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="FILE", help="write a bar chart (PNG; needs matplotlib)")
     parser.set_defaults(run=_command)
 
 
 def _command(parsed: Any) -> int:
-    from pathlib import Path
-
     engines = parsed.engines.split(",")
     unknown = [engine for engine in engines if engine not in ENGINES]
     if unknown:
         print(f"x86q bench: unknown engine {unknown[0]!r}: expected one of {', '.join(ENGINES)}", file=sys.stderr)
         return 2
     settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.seconds)
-    table = run(parsed.network, engines, settings)
+    table = run(parsed.network, engines, settings, starts=parsed.starts)
     print(text(table))
     if parsed.json:
         Path(parsed.json).write_text(to_json(table, settings))

@@ -101,3 +101,29 @@ def test_what_changes_the_code_or_the_weights_misses(caches, change):
     changed = compile_once(directory, **change)
     assert outcome(changed) == (0, 1, 0)
     assert changed["error"] < 0.01 * changed["size"]
+
+
+def test_folding_constants_leaves_weights_quantized_and_does_not_compute_their_float_form():
+    """A dequantize that cannot be computed, since its weight has another type than it says, shows that none is."""
+    import torch
+    from torch import fx
+    from torch._inductor.freezing import constant_fold
+
+    from inductor_x86q import _torch
+
+    _torch.register_quantized_decomposed()
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    graph = fx.Graph()
+    weight, scales, points = (graph.get_attr(name) for name in ("weight", "scales", "points"))
+    doubled = graph.call_function(torch.ops.aten.add.Tensor, (scales, scales))
+    graph.output(graph.call_function(dequantize, (weight, doubled, points, 0, 0, 255, torch.uint8)))
+    values = {"weight": torch.ones(2, 3, dtype=torch.int8), "scales": torch.ones(2), "points": torch.zeros(2).long()}
+    module = fx.GraphModule(values, graph)
+    with _torch.pipeline_scope(lambda graph: None):
+        constant_fold(module)
+    (left,) = (node for node in module.graph.nodes if node.op == "call_function")
+    folded = left.args[1]
+    assert left.target is dequantize and folded.op == "get_attr"
+    assert torch.equal(getattr(module, folded.target), torch.full((2,), 2.0))
+    with pytest.raises(AssertionError, match="dtype"):  # stock computes it
+        constant_fold(module)

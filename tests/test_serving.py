@@ -78,7 +78,7 @@ def port(package: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int
 
 def load_test(package: str, port: int, clients: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, EXAMPLE / "load_test.py", package, "--port", str(port), "--seconds", "5"]
-    command += ["--clients", str(clients)]
+    command += ["--clients", str(clients), "--host", "127.0.0.1", "localhost"]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
@@ -90,6 +90,8 @@ def test_a_few_clients_get_the_answers_of_the_package_and_bad_requests_a_reason(
     assert "neither array nor image: 400 the body is neither a .npy array nor an image" in done.stdout
     answered, shed = map(int, re.findall(r"(\d+) answered and checked, (\d+) shed", done.stdout)[0])
     assert answered > 20 and shed == 0
+    machines = re.findall(r"computed by (\d+\.\d+\.\d+\.\d+): (\d+)$", done.stdout, re.MULTILINE)
+    assert [int(count) for _, count in machines] == [answered]
 
 
 def test_too_many_clients_are_shed_and_the_others_served(package, port):

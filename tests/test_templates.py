@@ -198,3 +198,13 @@ def test_other_modes_generate_nothing() -> None:
     q = testing.qdq_graph(Quantized(QConv2d(8, 8, 3)), (torch.randn(1, 8, 6, 6),))
     compiled = testing.compile_once(q, (torch.randn(1, 8, 6, 6),))
     assert testing.int8_calls(compiled.code) and "inductor_x86q::" not in compiled.code
+
+
+def test_what_is_not_generated_is_named() -> None:
+    """A layer of a kind for which there is no kernel keeps its call, and the report says so."""
+    q = testing.qdq_graph(Quantized(QConv2d(4, 8, 3, groups=4)), (torch.randn(1, 4, 6, 6),))
+    compiled = testing.assert_close_to_reference(q, (torch.randn(1, 4, 6, 6),), mode=MODE)
+    assert testing.int8_calls(compiled.code)
+    assert "layer stays a call: no kernel is generated for a depthwise convolution with more than one" in str(
+        compiled.report
+    )

@@ -2,10 +2,11 @@
 
     python load_test.py model.pt2 --clients 16 --seconds 10
 
-First a request of each kind, most of which must be refused, then the load: each client sends arrays over a connection of its
-own and waits for each answer; refused with a 503, it waits a little and tries again. Prints requests per second, the
-median and the 99th percentile of the time to an answer, and how many requests were shed. Exits with 1 when an answer
-differs from what the package gives when it is run here, or a status is not the expected one.
+First a request of each kind, most of which must be refused, then the load: each client sends arrays over a connection of
+its own and waits for each answer; refused with a 503, it waits a little and tries again. With several --host, clients
+take turns at them, as behind a load balancer. Prints requests per second, the median and the 99th percentile of the time
+to an answer, how many requests were shed, and which machine computed how many. Exits with 1 when an answer differs from
+what the package gives when it is run here, or a status is not the expected one.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from service import row_shape
+from service import MACHINE, row_shape
 
 PAUSE = 0.05  # seconds before a client that was shed tries again
 
@@ -33,6 +35,7 @@ class Tally:
     """What one client saw."""
 
     seconds: list[float] = field(default_factory=list)
+    machines: Counter[str] = field(default_factory=Counter)
     shed: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -42,9 +45,10 @@ class Client:
         self._connection = http.client.HTTPConnection(host, port, timeout=60)
 
     def send(self, body: bytes, method: str = "POST", path: str = "/") -> tuple[int, bytes]:
-        """Status and body of one answer."""
+        """Status and body of one answer; `machine` is then the one that computed it."""
         self._connection.request(method, path, body)
         answer = self._connection.getresponse()
+        self.machine = answer.headers.get(MACHINE, "?")
         return answer.status, answer.read()
 
 
@@ -95,7 +99,7 @@ def check_statuses(client: Client, shape: tuple[int, ...]) -> list[str]:
 
 
 def one_client(parsed: Any, bodies: list[bytes], expected: list[np.ndarray], first: int, tally: Tally) -> None:
-    client = Client(parsed.host, parsed.port)
+    client = Client(parsed.host[first % len(parsed.host)], parsed.port)
     deadline, position = time.perf_counter() + parsed.seconds, first
     while time.perf_counter() < deadline:
         number = position % len(bodies)
@@ -103,6 +107,7 @@ def one_client(parsed: Any, bodies: list[bytes], expected: list[np.ndarray], fir
         status, body = client.send(bodies[number])
         if status == 200:
             tally.seconds.append(time.perf_counter() - started)
+            tally.machines[client.machine] += 1
             position += 1
             if differs(np.load(io.BytesIO(body)), expected[number]):
                 tally.wrong.append(f"the answer to array {number} is not what the package gives")
@@ -134,6 +139,8 @@ def load(parsed: Any, bodies: list[bytes], expected: list[np.ndarray]) -> list[s
         f" ms, 99% {seconds[int(0.99 * (len(seconds) - 1))] * 1e3:.0f} ms, {len(seconds)} answered and checked, "
         f"{sum(tally.shed for tally in tallies)} shed"
     )
+    machines = sum((tally.machines for tally in tallies), Counter())
+    print("computed by " + ", ".join(f"{machine}: {count}" for machine, count in sorted(machines.items())))
     return [w for tally in tallies for w in tally.wrong]
 
 
@@ -142,7 +149,7 @@ def main() -> int:
     parser.add_argument("package", help="the .pt2 that is served")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--host", nargs="+", default=["127.0.0.1"], help="one, or several to take turns")
     parser.add_argument("--port", type=int, default=8000)
     parsed = parser.parse_args()
 
@@ -151,7 +158,7 @@ def main() -> int:
     run = torch._inductor.aoti_load_package(parsed.package)
     with torch.inference_mode():
         expected = [run(row[None])[0].numpy() for row in rows]
-    wrong = check_statuses(Client(parsed.host, parsed.port), shape)
+    wrong = [line for host in parsed.host for line in check_statuses(Client(host, parsed.port), shape)]
     wrong += load(parsed, [npy(row.numpy()) for row in rows], expected)
     for line in dict.fromkeys(wrong):
         print(f"WRONG: {line}", file=sys.stderr)

@@ -10,9 +10,8 @@ The package takes a batch of any size of one float32 input, [batch, ...]; a requ
 rows are [3, height, width]. Requests that wait together are computed together. A body that is neither, or of another
 shape or type, gets a 400 that says so; when more requests wait than --queue, further ones get a 503 at once.
 
-More than one machine: `ray start --head` on the first, `ray start --address=FIRST:6379` on the others, the package
-under the same path on each, then this program on any of them with --address auto and as many --replicas as the machines
-have room for. Each machine with a replica answers at its port, so a load balancer goes in front of them.
+An answer's `machine` header is the address of the machine that computed it. README.md beside this file says how to serve
+on more than one machine.
 
 Loading needs the libraries of torch alone. A replica has --threads threads; the package should have been made with as
 many, since generated kernels keep the number with which they were compiled.
@@ -39,6 +38,7 @@ from inductor_x86q.aot import read_report
 
 MAX_BODY = 20 * 1024 * 1024
 NPY = b"\x93NUMPY"
+MACHINE = "machine"  # the header of an answer with the address of the machine that computed it
 
 
 class BadRequest(Exception):
@@ -50,6 +50,7 @@ class Classifier:
     """A replica: a process with the package loaded and threads of its own."""
 
     def __init__(self, path: str, threads: int, max_batch: int, wait: float, mean: float, std: float) -> None:
+        self._headers = {MACHINE: ray.util.get_node_ip_address()}
         self.shape = row_shape(path)
         self.mean, self.std = mean, std
         self._run = torch._inductor.aoti_load_package(path)
@@ -73,10 +74,10 @@ class Classifier:
             return PlainTextResponse(f"{error}\n", 400)
         output = await self._batched(row)
         if not body.startswith(NPY):
-            return JSONResponse({"top": top(output, 5)})
+            return JSONResponse({"top": top(output, 5)}, headers=self._headers)
         file = io.BytesIO()
         np.save(file, output)
-        return Response(file.getvalue(), media_type="application/octet-stream")
+        return Response(file.getvalue(), headers=self._headers, media_type="application/octet-stream")
 
     async def check_health(self) -> None:
         """Ray calls it; a replica where it fails, or does not return in time, is replaced."""

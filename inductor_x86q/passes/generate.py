@@ -64,9 +64,6 @@ def calls_left(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
     """The calls that no generated kernel may replace, and why; none but in mode "max-autotune"."""
     if not _torch.is_autotuning():
         return []
-    found = [(node, _find(node)) for node in graph.nodes if node.target in GENERATED]
-    return [(node, found.why) for node, found in found] + [
-        (node, "no kernel is generated for scales computed at run time")
-        for node in graph.nodes
-        if calls.is_call(node) and node.target not in GENERATED
-    ]
+    left = [node for node in graph.nodes if calls.is_call(node)]
+    dynamic = No("its scales are computed at run time")
+    return [(node, (_find(node) if node.target in GENERATED else dynamic).why) for node in left]

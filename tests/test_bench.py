@@ -1,0 +1,46 @@
+"""x86q bench: what it prints and stores of starts, and that a second process starts from what the first left."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from inductor_x86q import bench
+
+
+def test_an_engine_compiles_at_its_first_call_and_only_then():
+    started = []
+
+    def start():
+        started.append(1)
+        return lambda: len(started)
+
+    run = bench._at_first_call(start)
+    assert not started
+    assert [run(), run()] == [1, 1]
+
+
+def test_starts_have_columns_where_they_were_measured():
+    plain = {"resnet18": [bench.Result("x86q", median=2.0, low=1.0, high=3.0, compile_seconds=9.0, snr=30.0)]}
+    assert "cold s" not in bench.text(plain)
+    started = {"resnet18": [bench.Result("x86q", 2.0, 1.0, 3.0, 9.0, cold_seconds=8.25, warm_seconds=2.5, snr=30.0)]}
+    header, row, *_ = bench.text(started).splitlines()
+    assert header.endswith(" cold s  warm s") and row.endswith("     8.2     2.5")
+    assert len(header) == len(row)
+
+
+def test_json_holds_null_for_what_was_not_measured():
+    table = {"resnet18": [bench.Result("x86q", median=2.0, cold_seconds=8.25)]}
+    text = bench.to_json(table, bench.Settings())
+    (row,) = json.loads(text, parse_constant=pytest.fail)["results"]["resnet18"]
+    assert (row["cold_seconds"], row["warm_seconds"]) == (8.25, None)
+
+
+@pytest.mark.slow
+def test_a_second_process_starts_from_the_package_of_the_first():
+    pytest.importorskip("torchvision")
+    settings = bench.Settings(size=32, seconds=0.1)
+    (result,) = bench.measure("resnet18", ["x86q-package"], settings, rounds=1, starts=True)
+    assert result.error == "" and result.snr > 10
+    assert result.warm_seconds < result.cold_seconds / 4
