@@ -36,6 +36,18 @@ def _decompose(node: fx.Node, found: Any) -> None:
     _torch.decompose_node(node.graph.owning_module, node)  # type: ignore[arg-type]
 
 
+def _find_float16_quantize(node: fx.Node) -> Any:
+    source: Any = node.args[0]
+    return source if qgraph.value(source).dtype == torch.float16 else No("it quantizes no float16")
+
+
+def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
+    """quantize(fp16) → quantize(fp32(fp16)): Inductor's lowering takes float32 and bfloat16 only."""
+    with node.graph.inserting_before(node):
+        wide = qgraph.call(node.graph, prims.convert_element_type.default, (source, torch.float32), like=node)
+    node.update_arg(0, wide)
+
+
 def _rewrite_computed_quantize(node: fx.Node, found: Any) -> None:
     """A quantize by computed parameters is written out: Inductor's lowering of it forgets quant_min and quant_max."""
     x, scale, zero_point, low, high, dtype = qgraph.schema_arguments(node).values()
@@ -63,6 +75,12 @@ RULES = (
         (*qgraph.DEQUANTIZES, half.CONVERT),
         _find_converted_constant,
         _rewrite_converted_constant,
+    ),
+    Rule(
+        "quantize of float16",
+        (qgraph.QUANTIZE, qgraph.QUANTIZE_CHANNEL),
+        _find_float16_quantize,
+        _rewrite_float16_quantize,
     ),
     Rule("computed quantize", (qgraph.QUANTIZE_TENSOR,), lambda node: True, _rewrite_computed_quantize),
     *row_scales.FINISH_RULES,
