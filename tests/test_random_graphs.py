@@ -200,6 +200,8 @@ FOUND_COMPILED |= {
 }  # fmt: skip
 
 
+FOUND_COMPILED["a quantize of float16"] = written(
+    QUANTIZE, {}, {"x": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.float16)"})  # fmt: skip
 FOUND_COMPILED["an input in bfloat16, added to a linear"] = written(
     QUANTIZE + f"c = {HALF.format('linear', *['torch.bfloat16'] * 2)}\n y = c + z", MATRIX_16,
     {"x": "reals(SEED, (3, 6), -2.0, 2.0)", "z": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.bfloat16)"})  # fmt: skip

@@ -59,8 +59,20 @@ def _decompose(node: fx.Node, found: Any) -> None:
     _torch.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)  # type: ignore[arg-type]
 
 
+def _find_float16_quantize(node: fx.Node) -> Any:
+    source: Any = node.args[0]
+    return source if qgraph.value(source).dtype == torch.float16 else No("it quantizes no float16")
+
+
+def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
+    """quantize(fp16) → quantize(fp32(fp16)): Inductor's lowering takes float32 and bfloat16 only."""
+    node.update_arg(0, qgraph.call(half.CONVERT, source, torch.float32, like=node))
+
+
 _CONVERSIONS = (*qgraph.DEQUANTIZES, half.CONVERT)
+_QUANTIZES = (qgraph.QUANTIZE, qgraph.QUANTIZE_CHANNEL)
 RULES = (
     Rule("weight left in float", _CONVERSIONS, _find_converted_constant, _rewrite_converted_constant),
+    Rule("quantize of float16", _QUANTIZES, _find_float16_quantize, _rewrite_float16_quantize),
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
