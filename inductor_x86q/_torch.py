@@ -301,6 +301,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
         stack.enter_context(_laid_out_operands())
+        stack.enter_context(_channels_last_results())
         stack.enter_context(_weights_left_quantized())
         yield
 
@@ -330,6 +331,25 @@ def _laid_out_operands() -> Iterator[None]:
         linear.binary_tensor: contiguous_addend,
     }
     with _replaced(lowering, "_maybe_layout_constraints", constraints):
+        yield
+
+
+@contextlib.contextmanager
+def _channels_last_results() -> Iterator[None]:
+    """Within this context int8 convolutions are known to give channels innermost, whatever the batch size is.
+
+    Inductor says otherwise of an input that is both contiguous and channels-last (one channel, or one pixel) and of a
+    size not known when compiling, and the generated code then stops at the result's strides. Relies on
+    `mkldnn_ir._prepare_convolution_fusion_create` asking `is_contiguous_storage_and_layout` for that only.
+    """
+    from torch._inductor import mkldnn_ir
+
+    stock = mkldnn_ir.is_contiguous_storage_and_layout
+
+    def is_contiguous(x: Any) -> bool:
+        return x.get_dtype() not in (torch.uint8, torch.int8) and stock(x)
+
+    with _replaced(mkldnn_ir, "is_contiguous_storage_and_layout", is_contiguous):
         yield
 
 

@@ -102,6 +102,27 @@ def test_batches_of_one_and_of_sixteen_where_the_size_is_unbacked() -> None:
     assert_serves(done, q, inputs, 40)
 
 
+@pytest.mark.parametrize("lines", [False, True], ids=["images", "lines"])
+def test_one_pixel_with_padding(lines: bool) -> None:
+    """An image of one pixel lies both ways at once; the int8 kernels take and give channels innermost."""
+    layer = (testing.QConv1d if lines else testing.QConv2d)(13, 8, 1, padding=1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(testing.quantize_dequantize(x))
+
+    x = torch.randn(2, 13, 1) if lines else torch.randn(2, 13, 1, 1)
+    q = testing.qdq_graph(Net(), (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    torch._dynamo.mark_dynamic(x, 0)
+    done = testing.compile_once(q, (x,))
+    assert testing.int8_calls(done.code) == {"qconv": 1}
+    assert_serves(done, q, [torch.randn(batch, *x.shape[1:]) for batch in (2, 5)], 40)
+
+
 # --- examples of size 1 -----------------------------------------------------------------------------------------------
 
 

@@ -207,6 +207,16 @@ FOUND_COMPILED["an input in bfloat16, added to a linear"] = written(
     {"x": "reals(SEED, (3, 6), -2.0, 2.0)", "z": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.bfloat16)"})  # fmt: skip
 
 
+FOUND_COMPILED["a view of a convolved line"] = written(
+    f"""{QUANTIZE.strip()}
+    c = F.conv1d(b, {PER_TENSOR}, None, 2)
+    d = q.quantize_per_tensor(c, 0.02, 60, 0, 127, torch.uint8)
+    e = q.dequantize_per_tensor(d, 0.02, 60, 0, 127, torch.uint8)
+    y = F.linear(e, {PER_TENSOR.replace("c0", "c1")})""",
+    {"c0": "integers(0, (1, 13, 3), -60, 60, torch.int8)", "c1": "integers(1, (5, 5), -60, 60, torch.int8)"},
+    {"x": "reals(SEED, (2, 13, 11), -2.0, 2.0)"})  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FOUND)
 def test_found(name: str) -> None:
     check(FOUND[name])

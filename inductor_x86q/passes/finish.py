@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from inductor_x86q import _torch, qgraph
+from inductor_x86q.passes.fuse import call as calls
 from inductor_x86q.passes.fuse import half
 from inductor_x86q.passes.stage import No, Rule
 
@@ -69,10 +71,43 @@ def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
     node.update_arg(0, qgraph.call(half.CONVERT, source, torch.float32, like=node))
 
 
+# --- convolutions of lines ----------------------------------------------------------------------------------------------
+
+
+def _find_line(node: fx.Node) -> Any:
+    call = calls.read(node)
+    return call if call.kernel == "conv1d" else No("it is no convolution of one dimension")
+
+
+def _rewrite_line(node: fx.Node, call: calls.Call) -> fx.Node:
+    """A 1-d convolution is a 2-d one of images one pixel high.
+
+    The library packs its weight as that; where Inductor then asks for the call's shape, 1-d strides meet a 2-d kernel.
+    """
+    arguments: Any = call.weight.args
+    weight, *rest = arguments
+    pack: Any = call.weight.target
+    sizes: Any = call.geometry
+    tensor = qgraph.constant(weight)
+    assert tensor is not None
+    (stride, padding, dilation, groups), hint = sizes, rest[-1]
+    geometry = ([1, *stride], [0, *padding], [1, *dilation], groups)
+    shape = hint and [*hint[:2], 1, *hint[2:]]
+    image = qgraph.call(aten.unsqueeze.default, call.x, 2, like=node)
+    flat = qgraph.new_constant(tensor.unsqueeze(2), like=node)
+    packed = node.graph.call_function(pack, (flat, *rest[:3], *geometry, shape))
+    packed.meta["val"] = qgraph.value(flat)
+    new = calls.emit(dataclasses.replace(call, x=image, weight=packed, geometry=geometry), like=node)
+    with _torch.fake_mode(node.graph):
+        new.meta["val"] = qgraph.value(node).unsqueeze(2)
+    return qgraph.call(aten.squeeze.dim, new, 2, like=node)
+
+
 _CONVERSIONS = (*qgraph.DEQUANTIZES, half.CONVERT)
 _QUANTIZES = (qgraph.QUANTIZE, qgraph.QUANTIZE_CHANNEL)
 RULES = (
     Rule("weight left in float", _CONVERSIONS, _find_converted_constant, _rewrite_converted_constant),
     Rule("quantize of float16", _QUANTIZES, _find_float16_quantize, _rewrite_float16_quantize),
+    Rule("convolution of lines", calls.TARGETS, _find_line, _rewrite_line),
     Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
 )
