@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import inductor_x86q
 from inductor_x86q import _cpu, testing
 from inductor_x86q.templates.convolution import Convolution
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
@@ -208,3 +209,15 @@ def test_what_is_not_generated_is_named() -> None:
     assert "layer stays a call: no kernel is generated for a depthwise convolution with more than one" in str(
         compiled.report
     )
+
+
+@needs_avx2
+def test_package(tmp_path: Any, only_generated: None, one_blocking: Any) -> None:
+    """Generated kernels in a package, whose kernels are compiled apart from its wrapper."""
+    one_blocking(0)
+    x = torch.randn(1, 8, 6, 6)
+    q = testing.qdq_graph(Quantized(QConv2d(8, 8, 3)), (x,))
+    path = inductor_x86q.package(q, (x,), tmp_path / "model.pt2", options={"max_autotune": True})
+    run = torch._inductor.aoti_load_package(path)
+    with torch.no_grad():
+        testing.assert_same(run(x), q(x))

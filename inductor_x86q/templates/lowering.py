@@ -51,13 +51,18 @@ class _Template(CppTemplate):
         return lines
 
     def _header_once(self) -> str:
-        """In a C++ wrapper all kernels share a file: what is in its head already is not repeated."""
-        if not V.graph.cpp_wrapper or config.cpp_wrapper_build_separate:
+        """The header for a kernel that is a file of its own; kernels that share one find it at the file's beginning.
+
+        Relies on a C++ wrapper writing its kernels behind either of these two buffers' text, as it compiles them
+        together or apart.
+        """
+        if not V.graph.cpp_wrapper:
             return self.header().getvalue()
-        head = V.graph.wrapper_code.header
-        if not getattr(head, "has_x86q", False):
-            head.splice(self.header().getvalue())
-            head.has_x86q = True  # type: ignore[attr-defined]
+        wrapper = V.graph.wrapper_code
+        if not getattr(wrapper, "has_x86q", False):
+            wrapper.header.splice(self.header().getvalue())
+            wrapper.kernel_declarations.splice(self.header().getvalue())
+            wrapper.has_x86q = True  # type: ignore[attr-defined]
         return ""
 
     def render(  # type: ignore[override]
