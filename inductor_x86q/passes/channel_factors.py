@@ -32,6 +32,8 @@ def _find(node: fx.Node) -> Any:
             continue
         if not qgraph.is_channel_factor(other, layer, CHANNELS[layer.target]):
             return No("the factor differs along another dimension than the output channels")
+        if qgraph.value(node).dtype != qgraph.value(layer).dtype:
+            return No("the product has a wider type than the layer")
         weight = weights.read(layer.args[1])
         if weight is None or not bool(factor.isfinite().all()):
             return No("the factor is not finite, or the weight's scale is not constant")
