@@ -294,6 +294,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_replaced(post_grad, "pass_patterns", lowering))
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
         stack.enter_context(_laid_out_operands())
+        stack.enter_context(_shapes_of_1d_convolutions())
         yield
 
 
@@ -323,6 +324,36 @@ def _laid_out_operands() -> Iterator[None]:
     }
     with _replaced(lowering, "_maybe_layout_constraints", constraints):
         yield
+
+
+@contextlib.contextmanager
+def _shapes_of_1d_convolutions() -> Iterator[None]:
+    """Within this context a 1-D convolution's fake result has the shape of the real one.
+
+    The packed weight has a dimension more than the weight, and the operator's fake kernel takes the first two of its
+    sizes for the kernel's: what reads the result then fails, or goes wrong, where Inductor traces the graph anew. Relies
+    on fake tensors asking `fake_impls.register_op_impl` before the fake kernel, and asking on after NotImplemented.
+    """
+    from torch._subclasses import fake_impls
+
+    convolution = torch.ops.onednn.qconv_pointwise
+
+    def fake(mode: Any, target: Any, *arguments: Any, **keywords: Any) -> Any:
+        x, weight = arguments[0], arguments[3]
+        if x.dim() != 3 or weight.dim() != 4:
+            return NotImplemented
+        outputs, inputs, _, width = weight.shape
+        with mode:
+            unpacked = torch.empty(outputs, inputs, width, dtype=weight.dtype, device=weight.device)
+            return target(*arguments[:3], unpacked, *arguments[4:], **keywords)
+
+    targets = [t for t in (convolution.default, convolution.tensor) if not fake_impls._is_op_registered_to_fake_rule(t)]
+    fake_impls.register_op_impl(targets)(fake)
+    try:
+        yield
+    finally:
+        for target in targets:
+            fake_impls._deregister_op_impl(target)
 
 
 @contextlib.contextmanager
