@@ -250,6 +250,7 @@ def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any, 
     radius = multiply(x.radius, y.magnitude) + multiply(x.magnitude, y.radius)
     result = Interval(center - radius, center + radius)
     if bias is not None:
+        result = result.of_type(x.dtype)  # eager mode adds it in a second step for some shapes
         added = _interval(bias)
         result = Interval(result.low + added.low, result.high + added.high)
         magnitude = magnitude + added.magnitude
