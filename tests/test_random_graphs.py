@@ -153,6 +153,11 @@ FOUND |= {
         e = q.quantize_per_tensor(d, 0.02, 60, 0, 127, torch.uint8)
         y = q.dequantize_per_tensor(e, 0.02, 60, 0, 127, torch.uint8)""",
         {"c0": "integers(0, (5, 2, 3, 3), -60, 60, torch.int8)"}, {"x": "reals(SEED, (1, 2, 4, 3), -2.0, 2.0)"}),
+    "a factor in float32 of a linear in bfloat16": written(
+        f"""{QUANTIZE.strip()}
+        c = {HALF.format('linear', 'torch.bfloat16', 'torch.bfloat16')}
+        y = c * self.c1""",
+        MATRIX_16 | {"c1": "reals(1, (6,), -1.0, 1.0)"}, {"x": "reals(SEED, (3, 6), -2.0, 2.0)"}),
     "channels numbered from the end": written(
         f"""{QUANTIZE.strip()}
         c = F.conv2d(b, {PER_TENSOR})
@@ -200,6 +205,14 @@ FOUND_COMPILED |= {
 }  # fmt: skip
 
 
+FOUND_COMPILED |= {
+    f"a 1-D convolution and {name}": written(
+        QUANTIZE + f"c = F.conv1d(b, {PER_TENSOR}, None, 1, 1)\n{tail}",
+        {"c0": "integers(0, (4, 3, 3), -60, 60, torch.int8)"},
+        {"x": "reals(SEED, (2, 3, 7), -2.0, 2.0)", "z": "reals(SEED, (2, 4, 7), -2.0, 2.0)"})
+    for name, tail in {"cat": "y = torch.cat([c, z], 1)", "addition": "y = torch.relu(c + z)",
+                       "split": "d = torch.split(c, [4, 3], 2)\ny = d[1] + 1.0\nu = z * 2.0\nreturn y, u"}.items()
+}  # fmt: skip
 FOUND_COMPILED["a quantize of float16"] = written(
     QUANTIZE, {}, {"x": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.float16)"})  # fmt: skip
 FOUND_COMPILED["an input in bfloat16, added to a linear"] = written(
