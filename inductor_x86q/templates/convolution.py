@@ -82,7 +82,7 @@ class Convolution:
     fits_16: bool  # no sum of two products exceeds 16 bits
     x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
     other_pixel: int = 0
-    threads: int = 1
+    threads: int = 1  # 0: as many as there are when it runs
 
     @property
     def out_h(self) -> int:
@@ -203,7 +203,7 @@ struct Shape {{
         if self.depthwise:
             return [(1, min(columns, self.out_w)) for columns in (4,)]
         vectors, pixels = self.group_vectors(lanes), self.n * self.out_h * self.out_w
-        wanted = ((6, 2), (4, 3), (3, 4), (12, 1)) if lanes == 8 else ((6, 4), (12, 2), (8, 3), (14, 1))
+        wanted = ((6, 2), (3, 4)) if lanes == 8 else ((6, 4), (12, 2))
         found = [(min(rows, pixels), min(columns, vectors)) for rows, columns in wanted]
         return list(dict.fromkeys(found))
 

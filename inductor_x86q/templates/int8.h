@@ -291,7 +291,7 @@ inline void convolution(
     constexpr int64_t PADDED_ROWS = (int64_t)Shape::N * Shape::PADDED_HEIGHT;
     const Scalars numbers = scalars<Shape::CHANNELS>(channels);
     const Scratch padded(Shape::COPIED ? PADDED_ROWS * Shape::PADDED_WIDTH * Shape::C : 0);
-#pragma omp parallel num_threads(Shape::THREADS) if (Shape::THREADS > 1)
+#pragma omp parallel num_threads(Shape::THREADS ? Shape::THREADS : omp_get_max_threads()) if (Shape::THREADS != 1)
     {
         const uint8_t* image = x;
         if constexpr (Shape::COPIED) {
@@ -377,7 +377,7 @@ inline void depthwise(
     constexpr int64_t PADDED_ROWS = (int64_t)Shape::N * Shape::PADDED_HEIGHT;
     const Scalars numbers = scalars<Shape::CHANNELS>(channels);
     const Scratch padded(Shape::COPIED ? PADDED_ROWS * Shape::PADDED_WIDTH * Shape::C : 0);
-#pragma omp parallel num_threads(Shape::THREADS) if (Shape::THREADS > 1)
+#pragma omp parallel num_threads(Shape::THREADS ? Shape::THREADS : omp_get_max_threads()) if (Shape::THREADS != 1)
     {
         const uint8_t* image = x;
         if constexpr (Shape::COPIED) {

@@ -264,8 +264,7 @@ def _layer(
         return None
     size = _ints(V.graph.current_node.meta["val"].shape)
     convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
-    threads = min(parallel_num_threads(), max(1, convolution.macs // MACS_PER_THREAD))
-    convolution = dataclasses.replace(convolution, x_strides=x.strides, threads=threads)
+    convolution = dataclasses.replace(convolution, x_strides=x.strides, threads=_threads(convolution.macs))
     if other is not None:
         if not other.is_dense(convolution.output_sizes):
             return None
@@ -276,6 +275,13 @@ def _layer(
     )
     inputs = _Inputs(x, _buffer(weight), _buffer(channels), other, layout)
     return inputs, convolution, epilogue(layer, other.box.get_dtype() if other is not None else None)
+
+
+def _threads(macs: int) -> int:
+    """How many threads share so much work; 0 for as many as there are when it runs, where Inductor is told so."""
+    if config.cpp.dynamic_threads:
+        return 0 if macs >= 2 * MACS_PER_THREAD else 1
+    return min(parallel_num_threads(), max(1, macs // MACS_PER_THREAD))
 
 
 for _target, _call in STANDS_FOR.items():
