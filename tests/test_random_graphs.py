@@ -220,6 +220,19 @@ FOUND_COMPILED["an input in bfloat16, added to a linear"] = written(
     {"x": "reals(SEED, (3, 6), -2.0, 2.0)", "z": "reals(SEED, (3, 6), -2.0, 2.0).to(torch.bfloat16)"})  # fmt: skip
 
 
+PLAIN, WIDE = "0.02, 0, 0, 127, torch.uint8", "torch.uint8, out_dtype=torch.bfloat16"
+FOUND_COMPILED["a linear in bfloat16, read in float32 behind a sum into it"] = written(
+    f"""a = q.dequantize_per_tensor(q.quantize_per_tensor(x, {PLAIN}), {PLAIN}, out_dtype=torch.bfloat16)
+    b = F.linear(a, {PER_TENSOR}.to(torch.bfloat16))
+    c = b.to(torch.float32)
+    d = q.dequantize_per_tensor(q.quantize_per_tensor(c, 0.05, 60, 0, 127, torch.uint8), 0.05, 60, 0, 127, {WIDE})
+    y = torch.relu(b + F.linear(d, {PER_TENSOR.replace("c0", "c1")}.to(torch.bfloat16)))
+    e = torch.chunk(c, 2, 0)
+    f = q.dequantize_per_tensor(q.quantize_per_tensor(e[0], 0.3, 0, 0, 127, torch.uint8), 0.3, 0, 0, 127, {WIDE})
+    g = q.dequantize_per_tensor(q.quantize_per_tensor(e[1], {PLAIN}), {PLAIN})
+    h = F.linear(g.to(torch.bfloat16), {PER_TENSOR}.to(torch.bfloat16))
+    return y, f, h""",
+    {f"c{n}": f"integers({n}, (6, 6), 1, 63, torch.int8)" for n in (0, 1)}, {"x": "reals(SEED, (2, 6), 0.0, 2.0)"})  # fmt: skip
 FOUND_COMPILED["a view of a convolved line"] = written(
     f"""{QUANTIZE.strip()}
     c = F.conv1d(b, {PER_TENSOR}, None, 2)

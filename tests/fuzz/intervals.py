@@ -214,8 +214,10 @@ def _product(target: Any, x: Any, y: Any) -> Interval:
 def _average(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
     magnitude = target(x.magnitude, *args, **kwargs).abs()
     low, high = target(x.low, *args, **kwargs), target(x.high, *args, **kwargs)
-    # The sum may be rounded before it is divided: an error of the same size, relative to the result.
-    return Interval(low, high).of_type(x.dtype).widened(ACCUMULATION_ERROR * magnitude)
+    # The sum may be rounded before it is divided: an error of the same size, relative to the result. In 16 bits some of
+    # eager mode's pools round the partial sums too.
+    partial = torch.finfo(x.dtype).eps if x.dtype in ROUNDED else 0.0
+    return Interval(low, high).of_type(x.dtype).widened((ACCUMULATION_ERROR + partial) * magnitude)
 
 
 def _weighted_sum(target: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Interval:
@@ -239,7 +241,8 @@ def _matrix_product(target: Any, x: Any, y: Any) -> Interval:
 
 
 def _matrix_product_and_sum(target: Any, bias: Any, x: Any, y: Any, *, alpha: float = 1, beta: float = 1) -> Interval:
-    return _bilinear(torch.matmul, _product(target, x, alpha), y, _product(target, bias, beta), _interval(x).shape[-1])
+    scaled = dataclasses.replace(_product(target, x, alpha), dtype=_interval(x).dtype)
+    return _bilinear(torch.matmul, scaled, y, _product(target, bias, beta), _interval(x).shape[-1])
 
 
 def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any, terms: int) -> Interval:

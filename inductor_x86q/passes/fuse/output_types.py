@@ -61,7 +61,14 @@ def _find_there_and_back(node: fx.Node) -> Any:
     call: Any = rounded.args[0]
     if not is_call(call) or call.meta.get("x86q_float32_for") != rounded.args[1]:
         return No("what was rounded is no call that would give that type elsewhere")
+    if any(_sums_into(user, node) for user in node.users) and (len(call.users) > 1 or len(rounded.users) > 1):
+        return No("a sum is written into it, and the call's result is read elsewhere")
     return call
+
+
+def _sums_into(user: fx.Node, node: fx.Node) -> bool:
+    binary = read(user).binary if is_call(user) else None
+    return binary is not None and binary.kind == "sum" and binary.other is node
 
 
 def _rewrite_there_and_back(node: fx.Node, call: fx.Node) -> fx.Node:
