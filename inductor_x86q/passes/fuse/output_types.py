@@ -61,8 +61,11 @@ def _find_there_and_back(node: fx.Node) -> Any:
     call: Any = rounded.args[0]
     if not is_call(call) or call.meta.get("x86q_float32_for") != rounded.args[1]:
         return No("what was rounded is no call that would give that type elsewhere")
-    if any(_sums_into(user, node) for user in node.users) and (len(call.users) > 1 or len(rounded.users) > 1):
+    # Only one of them may read the call's memory: the sum that is written there, or what may come after it.
+    if any(_sums_into(user, node) for user in node.users) and len(call.users) > 1:
         return No("a sum is written into it, and the call's result is read elsewhere")
+    if any(_sums_into(user, call) for user in call.users):
+        return No("a sum is written into the call's result")
     return call
 
 
