@@ -201,7 +201,7 @@ struct Shape {{
     def blockings(self, lanes: int) -> list[tuple[int, int]]:
         """Rows and columns of the register blocks that are worth trying, best guess first."""
         if self.depthwise:
-            return [(1, min(columns, self.out_w)) for columns in (4,)]
+            return [(1, min(4, self.out_w))]
         vectors, pixels = self.group_vectors(lanes), self.n * self.out_h * self.out_w
         wanted = ((6, 2), (3, 4)) if lanes == 8 else ((6, 4), (12, 2))
         found = [(min(rows, pixels), min(columns, vectors)) for rows, columns in wanted]

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 
 namespace inductor_x86q {
@@ -214,7 +215,7 @@ INDUCTOR_X86Q_INLINE void multiply(const uint8_t* const* bases, const int8_t* we
 struct Scratch {
     uint8_t* const bytes;
     explicit Scratch(int64_t size) : bytes(size ? (uint8_t*)std::malloc(size) : nullptr) {
-        if (size && !bytes) std::abort();
+        if (size && !bytes) throw std::bad_alloc();
     }
     ~Scratch() { std::free(bytes); }
     Scratch(const Scratch&) = delete;
@@ -280,14 +281,9 @@ inline void block(
         }
 }
 
-template <class Shape, class Epilogue>
-inline void convolution(
-    const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other* other,
-    typename Epilogue::Out* out) {
-    constexpr int GROUP_VECTORS = Shape::VECTORS / Shape::GROUPS;
-    constexpr int64_t PIXELS = (int64_t)Shape::N * Shape::OUT_H * Shape::OUT_W;
-    constexpr int64_t TASKS = (PIXELS + Shape::ROWS - 1) / Shape::ROWS *
-        ((GROUP_VECTORS + Shape::COLUMNS - 1) / Shape::COLUMNS) * Shape::GROUPS;
+// Runs `task(image, numbers, i)` for every i below `count`, shared among the threads, once the copy of the image is made.
+template <class Shape, class Task>
+inline void share(const uint8_t* x, const int32_t* channels, int64_t count, const Task& task) {
     constexpr int64_t PADDED_ROWS = (int64_t)Shape::N * Shape::PADDED_HEIGHT;
     const Scalars numbers = scalars<Shape::CHANNELS>(channels);
     const Scratch padded(Shape::COPIED ? PADDED_ROWS * Shape::PADDED_WIDTH * Shape::C : 0);
@@ -300,9 +296,21 @@ inline void convolution(
             for (int64_t row = 0; row < PADDED_ROWS; ++row) pad_row<Shape>(x, padded.bytes, row, numbers.x_zero_point);
         }
 #pragma omp for
-        for (int64_t task = 0; task < TASKS; ++task)
-            block<Shape, Epilogue>(image, weight, channels, other, out, numbers, task);
+        for (int64_t i = 0; i < count; ++i) task(image, numbers, i);
     }
+}
+
+template <class Shape, class Epilogue>
+inline void convolution(
+    const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other* other,
+    typename Epilogue::Out* out) {
+    constexpr int GROUP_VECTORS = Shape::VECTORS / Shape::GROUPS;
+    constexpr int64_t PIXELS = (int64_t)Shape::N * Shape::OUT_H * Shape::OUT_W;
+    constexpr int64_t TASKS = (PIXELS + Shape::ROWS - 1) / Shape::ROWS *
+        ((GROUP_VECTORS + Shape::COLUMNS - 1) / Shape::COLUMNS) * Shape::GROUPS;
+    share<Shape>(x, channels, TASKS, [&](const uint8_t* image, const Scalars& numbers, int64_t task) {
+        block<Shape, Epilogue>(image, weight, channels, other, out, numbers, task);
+    });
 }
 
 // --- depthwise convolution ------------------------------------------------------------------------------------------
@@ -374,21 +382,9 @@ template <class Shape, class Epilogue>
 inline void depthwise(
     const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other*,
     typename Epilogue::Out* out) {
-    constexpr int64_t PADDED_ROWS = (int64_t)Shape::N * Shape::PADDED_HEIGHT;
-    const Scalars numbers = scalars<Shape::CHANNELS>(channels);
-    const Scratch padded(Shape::COPIED ? PADDED_ROWS * Shape::PADDED_WIDTH * Shape::C : 0);
-#pragma omp parallel num_threads(Shape::THREADS ? Shape::THREADS : omp_get_max_threads()) if (Shape::THREADS != 1)
-    {
-        const uint8_t* image = x;
-        if constexpr (Shape::COPIED) {
-            image = padded.bytes;
-#pragma omp for
-            for (int64_t row = 0; row < PADDED_ROWS; ++row) pad_row<Shape>(x, padded.bytes, row, numbers.x_zero_point);
-        }
-#pragma omp for
-        for (int64_t row = 0; row < Shape::N * Shape::OUT_H; ++row)
-            depthwise_row<Shape, Epilogue>(image, weight, channels, numbers, out, row);
-    }
+    share<Shape>(x, channels, Shape::N * Shape::OUT_H, [&](const uint8_t* image, const Scalars& numbers, int64_t row) {
+        depthwise_row<Shape, Epilogue>(image, weight, channels, numbers, out, row);
+    });
 }
 
 }  // namespace inductor_x86q

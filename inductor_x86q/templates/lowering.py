@@ -162,7 +162,7 @@ def _ints(values: Any) -> list[int]:
     return [int(value) for value in values]
 
 
-def _random(node: Any) -> torch.Tensor:
+def _filled(node: Any) -> torch.Tensor:
     """A buffer's contents for timing; their values do not matter to integer arithmetic, but fp32 should be finite."""
     if node.get_name() in V.graph.constants:
         return V.graph.constants[node.get_name()]
@@ -231,9 +231,9 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     choices: list[Any] = [as_call]
     for blocking in convolution.blockings(_cpu.int8_lanes()):
         choices.append(_Template(inputs, convolution, after, blocking).generate())
-    generators = dict.fromkeys(range(len(inputs.nodes)), _random)
+    generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
     chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
-    box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair since torch 2.14
+    box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
     if as_call.is_chosen:
         _forget(weight)
     else:
