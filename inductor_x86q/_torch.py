@@ -70,6 +70,20 @@ def _choose_qparams_symmetric(x: torch.Tensor, quant_min: int, quant_max: int, e
     return scale.to(torch.float64).reshape(1), zero_point
 
 
+def _batch_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, mean: torch.Tensor,
+                variance: torch.Tensor, momentum: float, eps: float) -> Any:  # fmt: skip
+    """x·factor + shift, as the eager kernel computes it: two constants for each channel where Inductor keeps four."""
+    factor = torch.rsqrt(variance.float() + eps)
+    if weight is not None:
+        factor = factor * weight
+    shift = -mean * factor
+    if bias is not None:
+        shift = shift + bias
+    channels = [-1] + [1] * (x.dim() - 2)
+    result = x.float() * factor.float().view(channels) + shift.float().view(channels)
+    return result.to(x.dtype), x.new_empty(0), x.new_empty(0)
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decomposition table without KEPT_WHOLE, with the operators that choose scales corrected.
 
@@ -82,6 +96,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     for target in KEPT_WHOLE:
         table.pop(target, None)
     register_quantized_decomposed()
+    table[aten._native_batch_norm_legit_no_training.default] = _batch_norm
     table[torch.ops.quantized_decomposed.choose_qparams.tensor] = _choose_qparams
     table[torch.ops.quantized_decomposed.choose_qparams_symmetric.tensor] = _choose_qparams_symmetric
     return table
@@ -302,7 +317,10 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_replaced(compile_fx_module, "select_decomp_table", decompositions))
         stack.enter_context(_laid_out_operands())
         stack.enter_context(_channels_last_results())
-        stack.enter_context(_weights_left_quantized())
+        stack.enter_context(_constants_folded())
+        stack.enter_context(_constants_once())
+        stack.enter_context(_wrapper_header())
+        stack.enter_context(_values_remembered())
         yield
 
 
@@ -353,21 +371,118 @@ def _channels_last_results() -> Iterator[None]:
         yield
 
 
+# What is computed from no input is stored where it has up to so many elements, and computed at each call above.
+LARGEST_CONSTRUCTED = 2**20
+
+
 @contextlib.contextmanager
-def _weights_left_quantized() -> Iterator[None]:
-    """Within this context constant folding does not compute what it would throw away, the float form of each weight.
+def _constants_folded() -> Iterator[None]:
+    """Within this context constant folding leaves weights quantized, and computes what is made of constructors.
 
-    Relies on `ConstantFolder.run_node` computing by `_deduce_value` first and asking `is_impure` afterwards, and on an
-    impure node's result being `unknown_value` whatever was computed.
+    Stock computes the float form of each weight and throws it away. And it leaves masks that a model writes element by
+    element at each call (windows of shifted attention) to generated code: half of such a network's compile time.
+    Relies on `constant_fold` making a `ConstantFolder` of that name, on `run_node` computing by `_deduce_value` first
+    and asking `is_impure` afterwards, on an impure node's result being `unknown_value` whatever was computed, and on
+    `add_node_replacement` deciding what is stored.
     """
-    from torch._inductor.constant_folding import ConstantFolder
+    from torch._inductor import constant_folding
 
-    stock = ConstantFolder._deduce_value
+    class Folder(constant_folding.ConstantFolder):
+        def __init__(self, gm: fx.GraphModule, skip_constructors: bool = False, **others: Any) -> None:
+            super().__init__(gm, skip_constructors and bool(others), **others)
+            self.constructed: set[fx.Node] = set()
 
-    def deduce_value(self: Any, node: fx.Node) -> Any:
-        return self.unknown_value if self.is_impure(node) else stock(self, node)
+        def _deduce_value(self, node: fx.Node) -> Any:
+            return self.unknown_value if self.is_impure(node) else super()._deduce_value(node)
 
-    with _replaced(ConstantFolder, "_deduce_value", deduce_value):
+        def add_node_replacement(self, node: fx.Node, tensor: torch.Tensor) -> None:
+            if self.constructed.issuperset(node.all_input_nodes):
+                self.constructed.add(node)
+                if not node.all_input_nodes or tensor.numel() > LARGEST_CONSTRUCTED:
+                    return  # a constructor alone costs generated code nothing
+            super().add_node_replacement(node, tensor)
+
+    with _replaced(constant_folding, "ConstantFolder", Folder):
+        yield
+
+
+@contextlib.contextmanager
+def _values_remembered() -> Iterator[None]:
+    """Within this context nodes whose operands look as before keep their fake values.
+
+    Freezing computes all of them anew four times and lowering once more, which took a tenth of a compile. Relies on
+    `compile_fx.fake_tensor_prop` making a `FakeTensorProp` of that name, and on what a pass copies or replaces coming
+    without meta, or with the meta of the node that it equals.
+    """
+    from torch._inductor import compile_fx as compile_fx_module
+
+    class Remembering(compile_fx_module.FakeTensorProp):
+        def run_node(self, n: fx.Node) -> Any:
+            operands = self._operands(n)
+            if operands is not None and n.meta.get("x86q_operands") == operands and "val" in n.meta:
+                return n.meta["val"]
+            result = super().run_node(n)
+            n.meta["x86q_operands"] = operands
+            return result
+
+        def _operands(self, n: fx.Node) -> Any:
+            """All that a node's fake value depends on; None where that may be more than shapes, strides and types."""
+            if n.op == "get_attr":
+                return _described(self.fetch_attr(n.target))  # type: ignore[arg-type]
+            if not isinstance(n.target, torch._ops.OpOverload) or n.target._schema.is_mutable or not n.all_input_nodes:
+                return None
+            operands = {operand: _described(operand.meta.get("val")) for operand in n.all_input_nodes}
+            return None if None in operands.values() else (n.target, fx.map_arg((n.args, n.kwargs), operands.get))
+
+    with _replaced(compile_fx_module, "FakeTensorProp", Remembering):
+        yield
+
+
+def _described(value: Any) -> Any:
+    """What operators can read off a tensor without its contents, hashable; None for one of unknown sizes or none."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    if any(type(size) is not int for size in (*value.shape, *value.stride())):
+        return None
+    return str((value.dtype, value.device, tuple(value.shape), value.stride(), value.storage_offset()))
+
+
+@contextlib.contextmanager
+def _wrapper_header() -> Iterator[None]:
+    """Within this context the header that is precompiled for generated functions is `wrapper.h`.
+
+    Relies on `CppWrapperCodeCache` asking `_get_uncompiled_header` for it and writing `#include <...>` of the answer.
+    """
+    from torch._inductor.codecache import CppWrapperCodeCache
+
+    path = os.path.join(os.path.dirname(__file__), "wrapper.h")
+    with _replaced(CppWrapperCodeCache, "_get_uncompiled_header", classmethod(lambda cls, device: path)):
+        yield
+
+
+@contextlib.contextmanager
+def _constants_once() -> Iterator[None]:
+    """Within this context constants of the same contents are one constant.
+
+    Lowering makes a tensor of each call's scale and of each zero point, and most zero points are equal. Each constant
+    costs at every call and when compiling, since all are passed to the generated function. Relies on every constant
+    going through `GraphLowering.allocate_non_dup_const_name`, which returns its name.
+    """
+    from torch._inductor.graph import GraphLowering
+
+    stock = GraphLowering.allocate_non_dup_const_name
+
+    def allocate(self: Any, name: str | None, data: torch.Tensor) -> str:
+        if data.is_mkldnn or data.layout != torch.strided or data.numel() > 65536 or name in self.mutated_named_buffers:
+            return stock(self, name, data)
+        names: dict[Any, str] = self.__dict__.setdefault("_x86q_names", {})
+        contents = data.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        key = (data.dtype, data.shape, data.stride(), contents)
+        if key not in names:
+            names[key] = stock(self, name, data)
+        return names[key]
+
+    with _replaced(GraphLowering, "allocate_non_dup_const_name", allocate):
         yield
 
 

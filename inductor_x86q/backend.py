@@ -17,6 +17,15 @@ log = logging.getLogger(__name__)
 
 # Options of ours; everything else in `options` is Inductor's.
 OWN_OPTIONS = ("strict",)
+# What is asked of Inductor where the user says nothing else.
+DEFAULTS = {
+    "freezing": True,
+    "cpp_wrapper": True,
+    # The function that calls the kernels is compiled by itself, hardly optimised: else it takes longer than they do.
+    "cpp_wrapper_build_separate": True,
+    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
+    "always_keep_tensor_constants": True,
+}
 
 
 def inductor_x86q(
@@ -69,8 +78,7 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
         raise CompileError(str(error)) from error
     if not given.get("freezing", True):
         raise CompileError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
-    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
-    inductor = {"freezing": True, "cpp_wrapper": True, "always_keep_tensor_constants": True, **chosen, **given}
+    inductor = {**DEFAULTS, **chosen, **given}
     if _torch.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
         inductor["pre_grad_custom_pass"] = None
     return Settings(inductor, own.get("strict", False))

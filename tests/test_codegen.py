@@ -55,7 +55,7 @@ kernel0(input0, buf0);
 aoti_torch_cpu__qconv_pointwise_tensor(buf0, constant0, constant1, constant2, constant3, constant4, &temporary_reference(constant5.get()), {1, 1}, 2, {1, 1}, 2, {1, 1}, 2, 1, 1.0, 0, &cached_torch_dtype_float32, "none", {nullptr}, 1, &"", &buf1_handle);
 auto buf2 = std::move(buf0); // reuse
 kernel1(buf1, buf2);
-aoti_torch_cpu__qconv2d_pointwise_binary_tensor(buf2, constant6, constant7, constant8, constant9, constant10, buf1, &temporary_reference(constant11.get()), {1, 1}, 2, {1, 1}, 2, {1, 1}, 2, 1, 1.0, 0, &cached_torch_dtype_float32, 1.0, 0, "sum", &1.0, &"relu", {nullptr}, 1, &"", &buf4_handle);
+aoti_torch_cpu__qconv2d_pointwise_binary_tensor(buf2, constant0, constant1, constant6, constant3, constant4, buf1, &temporary_reference(constant5.get()), {1, 1}, 2, {1, 1}, 2, {1, 1}, 2, 1, 1.0, 0, &cached_torch_dtype_float32, 1.0, 0, "sum", &1.0, &"relu", {nullptr}, 1, &"", &buf4_handle);
 output_handles[0] = buf1.release();
 
 kernel0:

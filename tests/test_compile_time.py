@@ -1,0 +1,129 @@
+"""What keeps compiling and starting short: nothing computed twice, nothing generated that could be stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from inductor_x86q import _torch, cpp_code, testing
+from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
+
+
+class Chain(nn.Module):
+    """Four layers of one shape and scale, with zero points of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(QLinear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(quantize_dequantize(x, 0.02, 0)))
+        return x
+
+
+def test_constants_of_the_same_contents_are_one() -> None:
+    inputs = (torch.randn(4, 16),)
+    quantized = testing.qdq_graph(Chain(), inputs)
+    code = cpp_code(quantized, inputs)
+    # each weight; and for all of them one: scale and zero point of activations, scales and zero points of weights
+    assert len(set(_constants(code))) == 4 + 4
+    testing.assert_close_to_reference(quantized, inputs)
+
+
+def _constants(code: str) -> list[str]:
+    lines = code.splitlines()
+    return [line for line in lines if "= std::move(inputs[" in line and "arg" not in line.split("=")[0]]
+
+
+class Masked(nn.Module):
+    """A mask written in parts, as shifted windows' attention writes it, added to an int8 layer's result."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.layer = QLinear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(self.size, 16)
+        for number, rows in enumerate((slice(0, 2), slice(2, 3), slice(3, None))):
+            mask[rows, number:] = number + 1.5
+        return self.layer(quantize_dequantize(x, 0.02, 60)) * 2 + mask.masked_fill(mask == 1.5, -100.0)[: x.shape[0]]
+
+
+def test_a_mask_written_in_parts_is_stored() -> None:
+    inputs = (torch.randn(5, 16),)
+    quantized = testing.qdq_graph(Masked(5), inputs)
+    code = cpp_code(quantized, inputs)
+    assert "1.5" not in code and "-100" not in code
+    testing.assert_close_to_reference(quantized, inputs)
+
+
+def test_what_is_large_and_constructed_is_computed_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch, "LARGEST_CONSTRUCTED", 5 * 16 - 1)
+    inputs = (torch.randn(5, 16),)
+    quantized = testing.qdq_graph(Masked(5), inputs)
+    assert "-100" in cpp_code(quantized, inputs)
+    testing.assert_close_to_reference(quantized, inputs)
+
+
+class Normalized(nn.Module):
+    """A batch norm that no convolution takes up, between two int8 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = QConv2d(8, 8, 1), QConv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8).eval()
+        for tensor in (self.norm.weight, self.norm.bias, self.norm.running_mean, self.norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 2)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = quantize_dequantize(self.before(quantize_dequantize(x, 0.02, 60)), 0.02, 60)
+        return self.behind(quantize_dequantize(torch.relu(self.norm(x)), 0.04, 0))
+
+
+def test_a_batch_norm_reads_two_constants_for_each_channel() -> None:
+    inputs = (torch.randn(2, 8, 6, 6),)
+    quantized = testing.qdq_graph(Normalized(), inputs)
+    code = cpp_code(quantized, inputs)
+    (signature,) = (
+        part.split(")")[0] for part in code.split("void") if "batch_norm" in part.split("(")[0] and "{" in part
+    )
+    assert signature.count("const float*") == 2
+    testing.assert_close_to_reference(quantized, inputs)
+
+
+def test_fake_values_are_computed_once_for_each_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: Counter[str] = Counter()
+    stock = FakeTensorProp.run_node
+
+    def run_node(self: FakeTensorProp, n: fx.Node) -> object:
+        computed[str(n.target)] += n.op == "call_function"
+        return stock(self, n)
+
+    monkeypatch.setattr(FakeTensorProp, "run_node", run_node)
+    inputs = (torch.randn(4, 16),)
+    cpp_code(testing.qdq_graph(Chain(), inputs), inputs)
+    assert computed["aten.relu.default"] == 4
+
+
+def test_a_fake_value_is_computed_anew_when_an_operand_changes() -> None:
+    graph = fx.Graph()
+    weight = graph.get_attr("weight")
+    doubled = graph.call_function(torch.ops.aten.add.Tensor, (weight, weight))
+    graph.output(doubled)
+    module = fx.GraphModule({"weight": torch.ones(2, 3)}, graph)
+    from torch._inductor import compile_fx
+
+    with _torch.pipeline_scope(lambda graph: None):
+        compile_fx.fake_tensor_prop(module, [], True)
+        first = doubled.meta["val"]
+        compile_fx.fake_tensor_prop(module, [], True)
+        assert doubled.meta["val"] is first
+        module.weight = torch.ones(3, 2).t()
+        compile_fx.fake_tensor_prop(module, [], True)
+    assert doubled.meta["val"].stride() == (1, 2)
