@@ -13,6 +13,7 @@ from torch import fx
 
 import inductor_x86q
 from inductor_x86q import _torch
+from inductor_x86q._torch import scopes
 from inductor_x86q.backend import require_compilable, run_passes, settings
 from inductor_x86q.errors import CompileError
 from inductor_x86q.report import Report
@@ -73,7 +74,7 @@ def package(
     def extra_files() -> dict[str, str]:
         return {REPORT_FILE: _to_json(report)}
 
-    with _torch.pipeline_scope(pipeline):
+    with scopes.pipeline_scope(pipeline):
         _torch.aot_package(exported, target, chosen.inductor, extra_files)
     return target
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import _torch, debug, passes, qgraph
+from inductor_x86q._torch import scopes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.report import Report, RuleCount, collect, layer
 
@@ -109,7 +110,7 @@ def compile_graph(
     inputs = list(example_inputs)
     kept = _torch.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
-    with _torch.pipeline_scope(pipeline), _torch.cacheable_constants():
+    with scopes.pipeline_scope(pipeline), scopes.cacheable_constants():
         compiled = _torch.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from inductor_x86q import _torch, cpp_code, testing
+from inductor_x86q import cpp_code, testing
+from inductor_x86q._torch import scopes
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 
@@ -64,7 +65,7 @@ def test_a_mask_written_in_parts_is_stored() -> None:
 
 
 def test_what_is_large_and_constructed_is_computed_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_torch, "LARGEST_CONSTRUCTED", 5 * 16 - 1)
+    monkeypatch.setattr(scopes, "LARGEST_CONSTRUCTED", 5 * 16 - 1)
     inputs = (torch.randn(5, 16),)
     quantized = testing.qdq_graph(Masked(5), inputs)
     assert "-100" in cpp_code(quantized, inputs)
@@ -119,7 +120,7 @@ def test_a_fake_value_is_computed_anew_when_an_operand_changes() -> None:
     module = fx.GraphModule({"weight": torch.ones(2, 3)}, graph)
     from torch._inductor import compile_fx
 
-    with _torch.pipeline_scope(lambda graph: None):
+    with scopes.pipeline_scope(lambda graph: None):
         compile_fx.fake_tensor_prop(module, [], True)
         first = doubled.meta["val"]
         compile_fx.fake_tensor_prop(module, [], True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from inductor_x86q import _torch
+from inductor_x86q._torch import decompositions
 from inductor_x86q.passes import aliasing, finish, normalize, propagate
 from inductor_x86q.passes.fuse import call, compute, output_types, pool, post_ops
 from tests.fuzz.check import Mismatch, check, check_exactly
@@ -299,14 +299,14 @@ BROKEN = {
     "finish": [
         Broken("leave a weight's integers", finish._find_converted_constant,
                "return node.target(*arguments[0], **arguments[1])", "return tensor.float()", "float weight"),
-        Broken("drop keyword arguments", _torch.decompose_node, "node.target(*arguments, **node.kwargs)",
+        Broken("drop keyword arguments", decompositions.decompose_node, "node.target(*arguments, **node.kwargs)",
                "node.target(*arguments)", "gelu of a convolution"),
-        Broken("drop the slope", _torch.decompose_node, "for a in node.args]", "for a in node.args[:1]]",
+        Broken("drop the slope", decompositions.decompose_node, "for a in node.args]", "for a in node.args[:1]]",
                "leaky relu of a convolution"),
-        Broken("drop the bounds", _torch.decompose_node, "for a in node.args]", "for a in node.args[:1]]",
+        Broken("drop the bounds", decompositions.decompose_node, "for a in node.args]", "for a in node.args[:1]]",
                "hardtanh of floats"),
         Broken("leave what has no lowering", finish._decompose,
-               "_torch.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)", "None", "gelu of a convolution"),
+               "decompositions.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)", "None", "gelu of a convolution"),
         Broken("dequantize the scales' neighbours", finish._find_converted_constant,
                "qgraph.constant(n)", "qgraph.constant(n).flip(0)", "weight of a transposed convolution"),
     ],

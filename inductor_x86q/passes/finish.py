@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from inductor_x86q import _torch, qgraph
+from inductor_x86q._torch import decompositions
 from inductor_x86q.passes.fuse import call as calls
 from inductor_x86q.passes.fuse import half
 from inductor_x86q.passes.stage import No, Rule
@@ -54,11 +55,11 @@ WRITTEN_OUT = {
     qgraph.DEQUANTIZE_TOKEN: _token_dequantize,
 }
 # These, and what the passes kept whole or put into the graph, and Inductor decomposes itself.
-DECOMPOSED = (*WRITTEN_OUT, *_torch.KEPT_WHOLE, aten.linear.default)
+DECOMPOSED = (*WRITTEN_OUT, *decompositions.KEPT_WHOLE, aten.linear.default)
 
 
 def _decompose(node: fx.Node, found: Any) -> None:
-    _torch.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)  # type: ignore[arg-type]
+    decompositions.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)  # type: ignore[arg-type]
 
 
 def _find_float16_quantize(node: fx.Node) -> Any:
