@@ -13,8 +13,15 @@ from inductor_x86q import qgraph
 from inductor_x86q.passes import normalize
 from inductor_x86q.passes.fuse import pool
 from inductor_x86q.passes.movement import (
-    JOINS, LARGE_MAX_POOLS, MAX_POOL, MAX_POOLS, MOVEMENTS, SPLITS, is_item, is_movement,
-)  # fmt: skip
+    JOINS,
+    LARGE_MAX_POOLS,
+    MAX_POOL,
+    MAX_POOLS,
+    MOVEMENTS,
+    SPLITS,
+    is_item,
+    is_movement,
+)
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
