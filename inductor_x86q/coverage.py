@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 INT8_CALLS = ("qconv", "qconv.binary", "qlinear", "qlinear.binary")
+LIMIT = 900  # seconds for one network on one path
 
 
 @dataclasses.dataclass
@@ -26,6 +27,7 @@ class Row:
     int8_calls: int = 0
     float_kernels: int = 0  # generated kernels and float calls of the library
     quantizes_left: int = 0
+    quantized: str = ""  # what the quantizes that are left read: what gives float, and no call could write in int8
     why: str = ""  # the reasons of what is not int8
     stock: str = ""  # what the stock path gives, where it was asked for
     error: str = ""
@@ -44,17 +46,28 @@ def row(network: str, *, code: bool = False) -> Row:
     report = explain(quantized, (x,))
     unfused = [miss for miss in (*report.missed, *report.kept_float) if miss.operator in ("conv", "linear")]
     reasons = Counter(f"{miss.operator}: {miss.reason.name}" for miss in (*report.missed, *report.kept_float))
+    operators = {node.name: node.operator for node in report.nodes}
+    sources = Counter(
+        operators.get(node.inputs[0], "") if node.inputs else "a constant"
+        for node in report.nodes
+        if node.name in report.quantizes_left
+    )
     found = Row(
         network,
         layers=len(report.fused) + len(unfused),
         int8_layers=len(report.fused),
         int8_share_of_macs=report.int8_share_of_macs,
         quantizes_left=len(report.quantizes_left),
-        why=", ".join(f"{count} {reason}" for reason, count in reasons.items()),
+        quantized=_counted(sources),
+        why=_counted(reasons),
     )
     if code:
         found.int8_calls, found.float_kernels = count_kernels(kernel_calls(cpp_code(quantized, (x,))))
     return found
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def count_kernels(calls: Counter[str]) -> tuple[int, int]:
@@ -73,7 +86,7 @@ def stock_kernels(network: str) -> tuple[int, int]:
 
     entry = ZOO.get(network, Entry(network, 224))
     model, x = build(network), entry.example()
-    with torch.no_grad(), _torch.generated_code() as generated:
+    with torch.no_grad(), _torch.generated_code() as generated, _torch.until_source():
         bench.ENGINES["stock-int8"](model, x)()
     counts = [count_kernels(kernel_calls(one.code)) for one in generated]
     return sum(c[0] for c in counts), sum(c[1] for c in counts)
@@ -101,7 +114,10 @@ def _in_process(expression: str) -> Any:
         "    value = {'error': f'{type(error).__name__}: {error}'.splitlines()[0][:160]}\n"
         "print('\\n' + json.dumps(value))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"error": f"takes over {LIMIT // 60} minutes"}
     lines = done.stdout.strip().splitlines()
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit code {done.returncode}"}
 
@@ -109,8 +125,8 @@ def _in_process(expression: str) -> Any:
 def text(table: Iterable[Row]) -> Iterable[str]:
     """The table, line by line as rows arrive."""
     yield (
-        f"{'network':30s} {'layers':>6s} {'int8':>5s} {'MACs':>6s} {'q left':>6s} {'int8 + other calls':>18s} "
-        f"{'stock':>12s}  why not"
+        f"{'network':30s} {'layers':>6s} {'int8':>5s} {'MACs':>6s} {'int8 + other calls':>18s} {'stock':>12s} "
+        f"{'q left':>6s}  behind what; why not int8"
     )
     for one in table:
         if one.error:
@@ -118,8 +134,8 @@ def text(table: Iterable[Row]) -> Iterable[str]:
             continue
         calls = f"{one.int8_calls} + {one.float_kernels}" if one.int8_calls else "-"
         yield (
-            f"{one.network:30s} {one.layers:6d} {one.int8_layers:5d} {one.int8_share_of_macs:6.1%} "
-            f"{one.quantizes_left:6d} {calls:>18s} {one.stock or '-':>12s}  {one.why}"
+            f"{one.network:30s} {one.layers:6d} {one.int8_layers:5d} {one.int8_share_of_macs:6.1%} {calls:>18s} "
+            f"{one.stock or '-':>12s} {one.quantizes_left:6d}  {'; '.join(filter(None, (one.quantized, one.why)))}"
         )
 
 
@@ -131,7 +147,9 @@ def add_command(commands: Any) -> None:
         description=f"{__doc__}\n\nexit codes: 0 every convolution and linear is in int8, 1 not all are",
     )
     parser.add_argument("network", nargs="*", help="names of torchvision models (default: one of each family)")
-    parser.add_argument("--stock", action="store_true", help="count the kernels, also of the stock path (minutes each)")
+    parser.add_argument(
+        "--stock", action="store_true", help="count the kernels, also of the stock path (a minute each)"
+    )
     parser.set_defaults(run=_command)
 
 

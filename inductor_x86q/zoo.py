@@ -42,7 +42,7 @@ ZOO = {
         Entry("efficientnet_v2_s"), Entry("regnet_x_400mf"), Entry("regnet_y_400mf"), Entry("convnext_tiny"),
         Entry("vit_b_16", 224), Entry("swin_t"), Entry("swin_v2_t"), Entry("maxvit_t", 224),
         Entry("fcn_resnet50"), Entry("deeplabv3_mobilenet_v3_large"),
-        Entry("r3d_18", 32, 8), Entry("mc3_18", 32, 8), Entry("s3d", 224, 16),
+        Entry("r3d_18", 32, 8), Entry("mc3_18", 32, 8), Entry("s3d", 209, 13),
     )
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ class Row:
     module: nn.Module
     shapes: tuple[tuple[int, ...], ...]
     calls: dict[str, int]  # int8 and float oneDNN calls; "cpp": generated kernels
-    post_op: str = "none"  # that one of the calls does
+    post_op: str = "none"  # that one of the calls does, or the name of one
     rounds_inside: bool = False  # a quantized value between two layers
 
 
@@ -122,6 +122,13 @@ FUSED = [
     row("linear adds a graph input", lambda m, x, y: m.layer(QD(x)) + y, L, (ROWS, (4, 48)), {"qlinear.binary": 1}),
     row("max pool between convs", lambda m, x: m.second(QD(F.max_pool2d(QD(m.first(QD(x))), 2))),
         {"first": conv(), "second": conv()}, IMAGE, {"qconv": 2}, rounds_inside=True),
+    row("max pool of a large window between convs",
+        lambda m, x: m.second(QD(F.max_pool2d(QD(m.first(QD(x))), 7, 1, 3))),
+        {"first": conv(), "second": conv()}, IMAGE, {"qconv": 2, "cpp": 2}, rounds_inside=True),
+    row("max pool of a large box in front of a conv", lambda m, x: m.layer(QD(F.max_pool3d(QD(x), 3, 1, 1))),
+        {"layer": QConv3d(16, 16, 3)}, (1, 16, 4, 5, 6), {"qconv": 1}, "quantized::max_pool2d"),
+    row("average pool over the whole image", lambda m, x: m.fc(QD(F.avg_pool2d(QD(m.conv(QD(x))), 8, 1).flatten(1))),
+        {"conv": conv(), "fc": QLinear(16, 24)}, IMAGE, {"qconv": 1, "qlinear": 1, "cpp": 2}, rounds_inside=True),
     row("flatten in front of a linear", lambda m, x: m.fc(QD(torch.flatten(QD(m.conv(QD(x))), 1))),
         {"conv": conv(), "fc": QLinear(16 * 64, 24)}, IMAGE, {"qconv": 1, "qlinear": 1}, rounds_inside=True),
 ]  # fmt: skip
@@ -143,6 +150,9 @@ LEFT_ALONE = [
     row("the conv has several users", lambda m, x: (lambda y: (torch.relu(y), y * 3))(m.layer(QD(x))), C, IMAGE,
         {"qconv": 1}),
     row("sigmoid is no post-op of a conv", after(torch.sigmoid), C, IMAGE, {"qconv": 1}),
+    row("the average pool's window is not the whole image",
+        lambda m, x: m.fc(QD(F.avg_pool2d(QD(m.conv(QD(x))), (8, 4), 1).flatten(1))),
+        {"conv": conv(), "fc": QLinear(80, 24)}, IMAGE, {"qconv": 1, "qlinear": 1, "avg_pool2d": 1}),
     row("gelu is no post-op of a conv", after(F.gelu), C, IMAGE, {"qconv": 1}),
 ]  # fmt: skip
 

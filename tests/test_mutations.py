@@ -152,6 +152,12 @@ GRAPHS = {
     "max pool, padding and dilation": image("y = F.max_pool2d(a, 3, 2, 1, 2)"),
     "max pool of signed": written(
         qd("a", "x", "0.02, 5, -60, 61, torch.int8") + "\ny = F.max_pool2d(a, 2)", CONSTANTS, IMAGE),
+    "large max pool of signed": written(
+        "b = x.permute(0, 4, 1, 2, 3)\n" + qd("a", "b", "0.02, 5, -60, 61, torch.int8")
+        + "\ny = F.max_pool3d(a, 3, 1, 1)", CONSTANTS, {"x": "reals(SEED, (1, 5, 6, 7, 8), -2.0, 2.0)"}),
+    "average pool of columns": image("y = F.avg_pool2d(a, (5, 2), 1)"),
+    "average pool with a divisor": image("y = F.avg_pool2d(a, (5, 6), 1, divisor_override=7)"),
+    "padded average pool": image("y = F.avg_pool2d(a, (5, 6), 1, (1, 2))"),
     "max pool of frames": written(qd("a", "x") + "\ny = F.max_pool3d(a, (2, 1, 1), 1)", CONSTANTS, VIDEO),
 
     "accumulator read later": rows(qd("b", "z", OTHER), f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
@@ -198,6 +204,12 @@ BROKEN = {
                "scales as tensors"),
         Broken("drop the zero point of a weight with one scale", normalize._find_short_weight,
                "parameters.zero_point or 0", "0", "weight with one scale and a zero point"),
+        Broken("take every window for the whole image", normalize._find_average_of_all,
+               "not _torch.same_shape(qgraph.value(x).shape[-dimensions:], window)", "False", "average pool of columns"),
+        Broken("forget an average's divisor", normalize._find_average_of_all, "divisor is not None", "False",
+               "average pool with a divisor"),
+        Broken("forget an average's padding", normalize._find_average_of_all, "any(padding)", "False",
+               "padded average pool"),
         Broken("leave the scales where a weight's channels move", normalize._find_constant_view,
                "weight.scale[channels]", "weight.scale[: len(channels)]", "slice of a weight"),
         Broken("forget alpha of a product", normalize._find_matrix_product, 'arguments.get("alpha", 1) != 1', "False",
@@ -219,6 +231,8 @@ BROKEN = {
                "transposed linear"),
     ],
     "propagate": [
+        Broken("leave a large pool of signed integers to nobody", propagate._find_down_large_pool,
+               "found if accepted else accepted", "found", "large max pool of signed"),
         Broken("join two grids", propagate._find_down, "not parameters.same_grid(found[0])", "False",
                "cat of two grids"),
         Broken("join two ranges to the first", propagate._joined,
@@ -263,7 +277,7 @@ BROKEN = {
                "zip(stride, kernel, padding, dilation, strict=True)", "max pool, padding and dilation"),
         Broken("exchange padding and dilation", pool._rewrite, "zip(kernel, stride, padding, dilation, strict=True)",
                "zip(kernel, stride, dilation, padding, strict=True)", "max pool, padding and dilation"),
-        Broken("give the library's pool signed input", pool._find, "x.dtype != torch.uint8", "False",
+        Broken("give the library's pool signed input", pool.accepts, "x.dtype != torch.uint8", "False",
                "max pool of signed"),
         Broken("forget the frames", pool._pool_3d, "[parameters[0], (1, 1, 0, 1)]", "[(1, 1, 0, 1)] * 2",
                "max pool of frames"),

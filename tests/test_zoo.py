@@ -27,16 +27,19 @@ EXPECTED = {
     "fcn_resnet50": (55, 16, 0, 0, 1.0),
     "googlenet": (57, 0, 1, 0, 1.0),
     "inception_v3": (94, 0, 1, 0, 1.0),
+    "maxvit_t": (61, 11, 90, 44, 0.96),
     "mc3_18": (20, 0, 1, 0, 1.0),
     "mnasnet0_5": (52, 10, 1, 0, 1.0),
     "mobilenet_v2": (52, 10, 1, 0, 1.0),
     "mobilenet_v3_large": (62, 10, 2, 0, 1.0),
     "mobilenet_v3_small": (52, 6, 2, 0, 1.0),
     "r3d_18": (20, 0, 1, 0, 1.0),
+    "regnet_x_400mf": (71, 22, 1, 0, 1.0),
     "regnet_y_400mf": (85, 16, 1, 0, 1.0),
     "resnet18": (20, 8, 1, 0, 1.0),
     "resnet50": (53, 16, 1, 0, 1.0),
     "resnext50_32x4d": (53, 16, 1, 0, 1.0),
+    "s3d": (78, 0, 0, 0, 1.0),
     "shufflenet_v2_x0_5": (56, 0, 1, 0, 1.0),
     "shufflenet_v2_x1_0": (56, 0, 1, 0, 1.0),
     "squeezenet1_1": (26, 0, 0, 0, 1.0),
@@ -56,7 +59,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize(
-    "network", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO if name in EXPECTED]
+    "network", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ZOO]
 )
 def test_zoo(network: str) -> None:
     model, x = build(network), ZOO[network].example()

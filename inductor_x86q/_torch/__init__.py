@@ -365,24 +365,32 @@ class _Enough(BaseException):
 
 
 def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:
-    """An `inner_compile` that generates the source, within `generated_code`, and does not call the C++ compiler.
+    """An `inner_compile` that generates the source, within `generated_code`, and does not call the C++ compiler."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    uncompiled = run_uncompiled(graph_module, example_inputs)
+    with until_source():
+        compile_fx_inner(graph_module, example_inputs, **keywords)
+    return uncompiled
+
+
+@contextlib.contextmanager
+def until_source() -> Iterator[None]:
+    """Leaves this context, inside of `generated_code`, once Inductor has the source of a graph.
 
     Relies on `save_output_code` being called before anything of the source is compiled.
     """
-    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
 
     collect = GraphLowering.save_output_code
-    assert collect is not None, "generate_only is called outside of generated_code"
+    assert collect is not None, "until_source is entered outside of generated_code"
 
     def save(code: str) -> None:
         collect(code)
         raise _Enough
 
-    uncompiled = run_uncompiled(graph_module, example_inputs)
     with contextlib.suppress(_Enough), replaced(GraphLowering, "save_output_code", staticmethod(save)):
-        compile_fx_inner(graph_module, example_inputs, **keywords)
-    return uncompiled
+        yield
 
 
 @contextlib.contextmanager

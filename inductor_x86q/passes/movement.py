@@ -31,6 +31,11 @@ SPLITS = frozenset({
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.tensor_split.sections,
 })  # fmt: skip
 
+# Max pools, the last two of windows too large for Inductor's own; each gives the maxima and their positions.
+MAX_POOL = torch.ops.prims._low_memory_max_pool_with_offsets.default
+LARGE_MAX_POOLS = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+MAX_POOLS = (MAX_POOL, *LARGE_MAX_POOLS)
+
 # Each takes a list of tensors.
 JOINS = frozenset({aten.cat.default, aten.stack.default})
 

@@ -239,6 +239,26 @@ def _rewrite_bias(node: fx.Node, found: tuple[fx.Node, torch.Tensor]) -> fx.Node
     return qgraph.call(aten.linear.default, *linear.args[:2], bias, like=linear)
 
 
+# --- pools ------------------------------------------------------------------------------------------------------------
+
+# Of how many dimensions an image is.
+AVERAGE_POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
+
+
+def _find_average_of_all(node: fx.Node) -> Any:
+    x, kernel, _, padding, _, _, divisor = qgraph.schema_arguments(node).values()
+    dimensions = AVERAGE_POOLS[node.target]  # type: ignore[index]
+    window = list(kernel) * (dimensions if len(kernel) == 1 else 1)
+    if not _torch.same_shape(qgraph.value(x).shape[-dimensions:], window) or any(padding) or divisor is not None:
+        return No("its window is not the whole image")
+    return list(range(-dimensions, 0))
+
+
+def _rewrite_average_of_all(node: fx.Node, dimensions: list[int]) -> fx.Node:
+    """An average pool whose window is the whole image is a mean, of which Inductor makes one kernel with its q/dq."""
+    return qgraph.call(aten.mean.dim, node.args[0], dimensions, True, like=node)
+
+
 # --- activations written out ------------------------------------------------------------------------------------------
 
 
@@ -284,6 +304,7 @@ RULES = (
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
     Rule("view of a view", RESHAPES, _find_view_of_view, _rewrite_view_of_view),
     Rule("bias behind a linear", (aten.add.Tensor,), _find_bias, _rewrite_bias),
+    Rule("average of a whole image", tuple(AVERAGE_POOLS), _find_average_of_all, _rewrite_average_of_all),
     Rule("clamp", (aten.clamp.default, aten.clamp_min.default), _find_clamp, _rewrite_activation),
     Rule("gated by itself", (aten.mul.Tensor,), _find_gated, _rewrite_activation),
 )

@@ -11,13 +11,21 @@ from torch import fx
 
 from inductor_x86q import qgraph
 from inductor_x86q.passes import normalize
-from inductor_x86q.passes.movement import JOINS, MOVEMENTS, SPLITS, is_item, is_movement
+from inductor_x86q.passes.fuse import pool
+from inductor_x86q.passes.movement import (
+    JOINS,
+    LARGE_MAX_POOLS,
+    MAX_POOL,
+    MAX_POOLS,
+    MOVEMENTS,
+    SPLITS,
+    is_item,
+    is_movement,
+)
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
-MAX_POOL = prims._low_memory_max_pool_with_offsets.default
 PAD = aten.constant_pad_nd.default
 
 
@@ -77,11 +85,20 @@ def _rewrite_down_items(node: fx.Node, parameters: qgraph.QParams) -> None:
     for item in list(node.users):
         with node.graph.inserting_before(item):
             new = qgraph.call(operator.getitem, moved, item.args[1], like=item)
-            if node.target is not MAX_POOL or item.args[1] == 0:
+            if node.target not in MAX_POOLS or item.args[1] == 0:
                 new = qgraph.dequantize(new, parameters, qgraph.out_dtype(source), like=source)
         item.replace_all_uses_with(new)
         node.graph.erase_node(item)
     qgraph.erase_dead(node)
+
+
+def _find_down_large_pool(node: fx.Node) -> Any:
+    found = _find_down(node)
+    if isinstance(found, No):
+        return found
+    accepted = pool.accepts(node, node.args[0].args[0])  # type: ignore[union-attr]
+    # torch's own integer kernel refuses images of more pixels than the type can count.
+    return found if accepted else accepted
 
 
 def _find_down_pad(node: fx.Node) -> Any:
@@ -189,6 +206,7 @@ RULES = (
     normalize.CAST,
     Rule("dequantize below movement", (*MOVEMENTS, *JOINS), _find_down, _rewrite_down),
     Rule("dequantize below split", (*SPLITS, MAX_POOL), _find_down, _rewrite_down_items),
+    Rule("dequantize below large max pool", LARGE_MAX_POOLS, _find_down_large_pool, _rewrite_down_items),
     Rule("dequantize below pad", (PAD,), _find_down_pad, _rewrite_down_pad),
     Rule("dequantize below relu", (aten.relu.default,), _find_down_relu, _rewrite_down_relu),
     Rule("quantize above movement", (qgraph.QUANTIZE,), _find_up, _rewrite_up),

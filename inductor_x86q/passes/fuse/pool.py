@@ -13,27 +13,31 @@ from torch import fx
 
 from inductor_x86q import qgraph
 from inductor_x86q.passes.fuse.compute import full
-from inductor_x86q.passes.movement import is_item
-from inductor_x86q.passes.propagate import MAX_POOL
+from inductor_x86q.passes.movement import MAX_POOLS, is_item
 from inductor_x86q.passes.stage import No, Rule
 
 aten = torch.ops.aten
 POOL = torch.ops.quantized.max_pool2d.default
 
 
-def _find(node: fx.Node) -> Any:
-    x = qgraph.value(node.args[0])
+def accepts(pool: fx.Node, integers: Any) -> bool | No:
+    """Whether the library has the kernel for this max pool, of these integers."""
+    x = qgraph.value(integers)
     if x.dtype != torch.uint8:
         return No(f"its input is {x.dtype}, and the library's pool takes torch.uint8 only")
     if x.dim() not in (4, 5) or any(not isinstance(size, int) for size in x.shape[1:]):
         return No("its input has no batch dimension, or a size is not known when compiling")
-    if not all(is_item(user) and user.args[1] == 0 for user in node.users):
+    if not all(is_item(user) and user.args[1] == 0 for user in pool.users):
         return No("the positions of the maxima are used")
     return True
 
 
+def _find(node: fx.Node) -> Any:
+    return accepts(node, node.args[0])
+
+
 def _rewrite(node: fx.Node, found: bool) -> None:
-    x, *sizes, ceil_mode = node.args
+    x, *sizes, ceil_mode = qgraph.schema_arguments(node).values()
     spatial = qgraph.value(x).dim() - 2
     kernel, stride, padding, dilation = (full(values, spatial) for values in sizes)
     stride = stride or kernel
@@ -47,6 +51,8 @@ def _rewrite(node: fx.Node, found: bool) -> None:
 
 
 def _pool_2d(like: fx.Node, x: Any, parameters: list[tuple[int, ...]], ceil_mode: Any) -> fx.Node:
+    if set(parameters) == {(1, 1, 0, 1)}:
+        return x
     arguments = [list(values) for values in zip(*parameters, strict=True)]
     return qgraph.call(POOL, x, *arguments, bool(ceil_mode), like=like)
 
@@ -71,4 +77,4 @@ def _pool_3d(like: fx.Node, x: Any, parameters: list[tuple[int, ...]], ceil_mode
     return reordered(boxes, [0, 4, 1, 2, 3])
 
 
-RULES = (Rule("max pool", (MAX_POOL,), _find, _rewrite),)
+RULES = (Rule("max pool", MAX_POOLS, _find, _rewrite),)
