@@ -85,9 +85,7 @@ def draw(seed: int, count: int) -> list[Graph]:
     return [random_graph(generator) for _ in range(count)]
 
 
-def run(
-    seed: int, count: int, tally: Tally, *, compile_every: int = 0, mode: str | None = None
-) -> Iterator[Tally]:
+def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0, mode: str | None = None) -> Iterator[Tally]:
     """Checks `count` graphs of `seed`, a group at a time; failures are reduced and noted in `tally`, not raised.
 
     The first of every `compile_every` groups is compiled to C++ too, in `mode`; none where that is 0.
@@ -104,9 +102,7 @@ def run(
         yield tally
 
 
-def _one_by_one(
-    group: list[Graph], tally: Tally, together: Mismatch, *, generate: bool, mode: str | None
-) -> None:
+def _one_by_one(group: list[Graph], tally: Tally, together: Mismatch, *, generate: bool, mode: str | None) -> None:
     alone = 0
     for graph in group:
         try:

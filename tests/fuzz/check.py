@@ -16,7 +16,6 @@ from inductor_x86q.report import Report
 from tests.fuzz.graphs import Graph
 from tests.fuzz.intervals import bounds
 
-
 # Inductor's own search for the fastest float product takes seconds for each; a graph found in the cache takes no kernel.
 OPTIONS = {"max-autotune": {"max_autotune_gemm_backends": "ATEN", "fx_graph_cache": False}}
 
@@ -36,14 +35,14 @@ def _no_grad_and_fresh() -> Iterator[None]:
         yield
 
 
-def compiled(
-    model: torch.nn.Module, reports: Report, *, generate: bool, mode: str | None = None
-) -> Callable[..., Any]:
+def compiled(model: torch.nn.Module, reports: Report, *, generate: bool, mode: str | None = None) -> Callable[..., Any]:
     """`model` compiled by this backend; without `generate` the fused graph is run eagerly, no C++ is made."""
     keywords = {} if generate else {"inner_compile": _torch.run_uncompiled}
 
     def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, settings(mode, OPTIONS.get(mode)), on_report=reports.extend, **keywords)
+        return compile_graph(
+            graph_module, inputs, settings(mode, OPTIONS.get(mode)), on_report=reports.extend, **keywords
+        )
 
     return torch.compile(model, backend=backend)
 
@@ -143,13 +142,17 @@ def _check_call(
     try:
         results = run(*(x for each in inputs for x in each))
     except Exception as error:
-        raise Mismatch(f"call {number} raises {type(error).__name__}: {error}\n\n{_scripts(drawn, number, mode)}") from error
+        raise Mismatch(
+            f"call {number} raises {type(error).__name__}: {error}\n\n{_scripts(drawn, number, mode)}"
+        ) from error
     for graph, model, each, copies, result in zip(
         drawn, models, inputs, before, [results] if len(drawn) == 1 else results, strict=True
     ):
         for x, copy in zip(each, copies, strict=True):
             if not torch.equal(x, copy):
-                raise Mismatch(f"call {number} changed an input of shape {tuple(x.shape)}\n\n{graph.script(number, mode)}")
+                raise Mismatch(
+                    f"call {number} changed an input of shape {tuple(x.shape)}\n\n{graph.script(number, mode)}"
+                )
         _compare(graph, model, tuple(copies), _listed(result), number, mode)
 
 
