@@ -198,6 +198,23 @@ def test_gaps(only_generated: None, one_blocking: Any) -> None:
     assert "OTHER_PIXEL = 12;" in compiled.code
 
 
+HEADER = "#ifndef INDUCTOR_X86Q_INT8_H"
+
+
+@needs_avx2
+@pytest.mark.parametrize("apart", [False, True])
+def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocking: Any) -> None:
+    """However many kernels there are, and whether they are compiled with the wrapper or apart from it."""
+    one_blocking(0)
+    x = torch.randn(1, 4, 6, 5) * 0.5
+    q = testing.qdq_graph(Gaps(), (x,))
+    options = {"max_autotune": True, "cpp_wrapper_build_separate": apart}
+    compiled = testing.assert_close_to_reference(q, (x,), options=options, step=0.05)
+    assert compiled.code.count("struct Shape {") == 3
+    assert compiled.code.count(HEADER) == 1
+    assert inductor_x86q.cpp_code(q, (x,), options=options).count(HEADER) == 1
+
+
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the call measures faster it stays, and the weight packed for the kernel is gone."""
     import torch._inductor.lowering

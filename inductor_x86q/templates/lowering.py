@@ -52,16 +52,14 @@ class _Template(CppTemplate):
         return lines
 
     def _header_once(self) -> str:
-        """The header for a kernel that is a file of its own; kernels that share one find it at the file's beginning.
+        """The header for a kernel that is a file of its own; kernels that share one find it in front of the first.
 
-        Relies on a C++ wrapper writing its kernels behind either of these two buffers' text, as it compiles them
-        together or apart.
+        Relies on a C++ wrapper appending its kernels to `kernel_declarations`, once all of them are rendered.
         """
         if not V.graph.cpp_wrapper:
             return self.header().getvalue()
         wrapper = V.graph.wrapper_code
         if not getattr(wrapper, "has_x86q", False):
-            wrapper.header.splice(self.header().getvalue())
             wrapper.kernel_declarations.splice(self.header().getvalue())
             wrapper.has_x86q = True  # type: ignore[attr-defined]
         return ""
@@ -260,13 +258,11 @@ def _forget(weight: Any) -> None:
     tensor = V.graph.constants[weight.get_name()]
     nodes = [n for n in graph.find_nodes(op="get_attr") if getattr(module, n.target, None) is tensor]
     if {user for node in nodes for user in node.users} == {V.graph.current_node} and len(nodes) == 1:
+        # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
         del V.graph.constants[weight.get_name()]
-        delattr(module, nodes[0].target)
 
 
-def _layer(
-    layer: calls.Call, weight: Any, channels: Any, kernel: list[int]
-) -> tuple[_Inputs, Convolution, Epilogue]:
+def _layer(layer: calls.Call, weight: Any, channels: Any, kernel: list[int]) -> tuple[_Inputs, Convolution, Epilogue]:
     """What a generated kernel has to compute."""
     x = _pixels(layer.x, layer.family)
     other = _pixels(layer.binary.other, layer.family, even=True) if layer.binary is not None else None
