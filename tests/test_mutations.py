@@ -69,6 +69,8 @@ def image(*lines: str, defects: str = "") -> Graph:
 
 
 LINEAR_16 = f"F.linear(a.to(torch.float16), {W.format(axis=0)}.to(torch.float16))"
+LINEAR_BF16 = f"F.linear({{x}}.to(torch.bfloat16), {W.format(axis=0)}.to(torch.bfloat16))"
+FLOAT = "torch.float32"
 LINEAR_A, CONVOLUTION_A = LINEAR.format(x="a"), CONVOLUTION.format(x="a")
 
 GRAPHS = {
@@ -95,6 +97,7 @@ GRAPHS = {
 
     "cat of two grids": rows(qd("b", "x", OTHER), "y = torch.cat([a, b], 0)"),
     "cat of two ranges": rows(qd("b", "x * 0.5", NARROW), "c = torch.cat([b, a], 0)", qd("y", "c", NARROW), "return y, c"),
+    "pad with what lies between two integers": rows("y = F.pad(a, (1, 2), value=0.5078125)"),
     "pad": rows("b = F.pad(a, (1, 2))", qd("y", "b")),
     "relu of integers": rows("y = torch.relu(a)"),
     "narrower range": rows(qd("y", "a", NARROW)),
@@ -160,6 +163,11 @@ GRAPHS = {
     "padded average pool": image("y = F.avg_pool2d(a, (5, 6), 1, (1, 2))"),
     "max pool of frames": written(qd("a", "x") + "\ny = F.max_pool3d(a, (2, 1, 1), 1)", CONSTANTS, VIDEO),
 
+    "rounded result of a sum's accumulator": rows(
+        f"b = {LINEAR_BF16.format(x='a')}", f"c = b.to({FLOAT})", qd("d", "c", OTHER),
+        f"e = torch.relu(b + {LINEAR_BF16.format(x='d')})", "f = c * 2.0", "return e, f"),
+    "rounded to fp16 by the graph": rows(f"b = {LINEAR_A}", "c = b.to(torch.float16)", f"y = c.to({FLOAT})"),
+
     "accumulator read later": rows(qd("b", "z", OTHER), f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
                                    f"f = q.dequantize_per_tensor(b_i, {LATER})", "return e, f", inputs=TWO_ROWS),
     "accumulator is an input": written(
@@ -174,6 +182,11 @@ GRAPHS = {
                    f"b = q.dequantize_per_tensor(v, {OTHER})", f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
                    f"f = q.dequantize_per_tensor(w, {OTHER})", "return e, f"]),
         CONSTANTS, {**ROWS, "z": "reals(SEED, (4, 16), -2.0, 2.0)"}),
+    "accumulator is a part of what is read later": written(
+        "\n".join([qd("a", "x"), f"w = q.quantize_per_tensor(z, {OTHER})", "s = torch.split(w, [8, 8], 0)", "b_i = s[0]",
+                   f"b = q.dequantize_per_tensor(b_i, {OTHER})", f"c = {LINEAR_A}", "d = c + b", qd("e", "d"),
+                   f"f = q.dequantize_per_tensor(w, {LATER})", "return e, f"]),
+        CONSTANTS, {**ROWS, "z": "reals(SEED, (16, 8), -2.0, 2.0)"}),
     "a view of the accumulator is read later": written(
         "\n".join([f"w = q.quantize_per_tensor(z, {OTHER})", "v = w.reshape(4, 16)",
                    f"u = q.dequantize_per_tensor(v, {OTHER})", "t = u * 0.5", "s = t.reshape(8, 8)", qd("a", "s"),
@@ -240,6 +253,10 @@ BROKEN = {
                "parameters[0].quant_min, parameters[0].quant_max", "cat of two ranges"),
         Broken("pad with 0 instead of the zero point", propagate._find_down_pad,
                "fill / parameters.scale + parameters.zero_point", "fill / parameters.scale", "pad"),
+        Broken("pad with an integer near by", propagate._find_down_pad, "integer != round(integer)", "False",
+               "pad with what lies between two integers"),
+        Broken("do not clip at the zero point", propagate._rewrite_down_relu, "parameters.zero_point > parameters.quant_min",
+               "False", "relu of integers"),
         Broken("clip at 0 instead of the zero point", propagate._rewrite_down_relu,
                "integers, parameters.zero_point", "integers, 0", "relu of integers"),
         Broken("ignore a narrower range", propagate._rewrite_meeting,
@@ -307,6 +324,11 @@ BROKEN = {
                "torch.float32 if _lacks_kernels(dtype) else dtype", "torch.float32", "residual in fp16"),
         Broken("add fp16 as it is", output_types._rewrite_unsupported, "replace(binary, other=other)",
                "replace(binary)", "residual in fp16"),
+        Broken("read a call's result in its rounded place, which a sum is written into", output_types._find_there_and_back,
+               "any(_sums_into(user, call) for user in call.users)", "False", "rounded result of a sum's accumulator"),
+        Broken("drop the graph's own rounding to fp16", output_types._find_there_and_back,
+               'call.meta.get("x86q_float32_for") != rounded.args[1]', "False", "rounded to fp16 by the graph",
+               check_exactly),
         Broken("drop the result's zero point", call.with_output, "output_zero_point=zero_point",
                "output_zero_point=0", "convolution to int8"),
     ],
@@ -333,6 +355,10 @@ BROKEN = {
         Broken("do not look from a view to what it views", aliasing.base,
                "_lives_in(node)", "None",
                "accumulator is a view of what is read later"),
+        Broken("do not look from a part to the whole", aliasing._lives_in, " or movement.is_item(node)", "",
+               "accumulator is a part of what is read later"),
+        Broken("look one view far only", aliasing.base, "else base(source)", "else source",
+               "accumulator is a part of what is read later"),
         Broken("do not look from a tensor to its views", aliasing.readers,
                "if _lives_in(user) is current", "if is_call(user) and _lives_in(user) is current",
                "a view of the accumulator is read later"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from inductor_x86q import _torch
+from inductor_x86q import _cpu, _torch
 from tests.fuzz import campaign
 from tests.fuzz.check import Mismatch, check, check_together
 from tests.fuzz.graphs import Graph, graphs, written
@@ -32,11 +32,12 @@ def quiet() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def failures(seed: int, count: int, *, compile_every: int = 0) -> str:
+def failures(seed: int, count: int, *, compile_every: int = 0, mode: str | None = None) -> str:
     tally = campaign.Tally()
-    for _ in campaign.run(seed, count, tally, compile_every=compile_every):
+    for _ in campaign.run(seed, count, tally, compile_every=compile_every, mode=mode):
         pass
     assert tally.graphs == count and tally.kernels
+    assert bool(tally.own_kernels) is (mode is not None and bool(_cpu.int8_lanes()))
     return "\n\n".join(message for message, _ in tally.failures)
 
 
@@ -184,6 +185,10 @@ FOUND |= {
     for dtype in ("torch.bfloat16", "torch.float16")
 }  # fmt: skip
 
+FOUND["a linear of flipped rows"] = written(
+    QUANTIZE + f"y = F.linear(torch.flip(b, (0,)), {PER_TENSOR})", MATRIX_16, {"x": "reals(SEED, (3, 6), -2.0, 2.0)"}
+)
+
 # These need Inductor's lowering to fail.
 FOUND_COMPILED = {
     f"{source} in, {target} out": written(
@@ -241,6 +246,48 @@ FOUND_COMPILED["a view of a convolved line"] = written(
     y = F.linear(e, {PER_TENSOR.replace("c0", "c1")})""",
     {"c0": "integers(0, (1, 13, 3), -60, 60, torch.int8)", "c1": "integers(1, (5, 5), -60, 60, torch.int8)"},
     {"x": "reals(SEED, (2, 13, 11), -2.0, 2.0)"})  # fmt: skip
+
+
+@pytest.mark.parametrize("parameters", ["0.02, self.c1", "self.c2, 60"])
+def test_a_number_and_a_tensor_as_parameters(parameters: str) -> None:
+    """Dynamo traces no such dequantize; it breaks the graph, and the reason says that it may have done so."""
+    graph = written(
+        f"""a = q.quantize_per_tensor(x, 0.02, 60, 0, 127, torch.uint8)
+        b = q.dequantize_per_tensor(a, {parameters}, 0, 127, torch.uint8)
+        y = F.linear(torch.flip(b, (0,)), {PER_TENSOR})""",
+        MATRIX_16 | {"c1": "torch.tensor(60)", "c2": "torch.tensor(0.02)"}, ROWS, defects="ACTIVATION_NOT_QUANTIZED")  # fmt: skip
+    report = check(graph)
+    assert [miss.reason.name for miss in report.missed] == ["ACTIVATION_NOT_QUANTIZED"]
+    assert "torch.compile broke the graph in between, and TORCH_LOGS=graph_breaks" in str(report.missed[0])
+
+
+@pytest.mark.parametrize("seed", [200, *(pytest.param(n, marks=pytest.mark.slow) for n in (201, 202))])
+def test_graphs_of_generated_kernels(seed: int) -> None:
+    """As above, every layer by a kernel of ours that there is one for."""
+    problems = failures(seed, 10, compile_every=1, mode="max-autotune")
+    assert not problems, problems
+
+
+FACTORS = {"of equal numbers": "self.c1", "of one number": "self.c2", "a number": "0.5", "a negative number": "-2"}
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 3), (3, 6)], ids=["convolution", "linear"])
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_factor_that_is_the_same_for_all_channels(name: str, shape: tuple[int, ...]) -> None:
+    """The layer takes it up as it does others, and gives int8."""
+    layer, channels = ("conv2d", "(6, 1, 1)") if len(shape) == 4 else ("linear", "(6,)")
+    weight = "(6, 2, 3, 3)" if len(shape) == 4 else "(6, 6)"
+    graph = written(
+        f"""{QUANTIZE.strip()}
+        c = F.{layer}(b, {PER_TENSOR}, self.c3)
+        d = c * {FACTORS[name]}
+        y = q.quantize_per_tensor(d, 0.02, 60, 0, 255, torch.uint8)""",
+        {"c0": f"integers(0, {weight}, -60, 60, torch.int8)", "c1": f"torch.full({channels}, 0.5)",
+         "c2": "torch.tensor([0.5])", "c3": "reals(3, (6,), -1.0, 1.0)"},
+        {"x": f"reals(SEED, {shape}, -2.0, 2.0)"})  # fmt: skip
+    report = check(graph)
+    assert [(fusion.absorbed, fusion.output_dtype) for fusion in report.fused] == [(("quantize",), "uint8")]
+    assert len(report.quantizes_left) == 1
 
 
 @pytest.mark.parametrize("name", FOUND)

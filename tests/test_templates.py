@@ -173,6 +173,48 @@ def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: 
     assert compiled.code.count("struct Shape {") == 1
 
 
+class Gaps(nn.Module):
+    """Layers that read, or add, every other channel or a part of an int8 image that another layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = QConv2d(4, 12, 1), QConv2d(6, 12, 1), QConv2d(12, 12, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        image = QD(self.first(QD(x)), 0.05, 60)
+        every_other = self.second(image[:, ::2])
+        part = self.third(QD(every_other, 0.02, 64)) + image[:, :, 1:-1, 1:-1]
+        return every_other, QD(part, 0.05, 60)
+
+
+@needs_avx2
+def test_gaps(only_generated: None, one_blocking: Any) -> None:
+    """Channels and pixels that lie apart are copied, rather than left to the call without a word."""
+    one_blocking(0)
+    x = torch.randn(1, 4, 6, 5) * 0.5
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Gaps(), (x,)), (x,), mode=MODE, step=0.05)
+    assert not testing.int8_calls(compiled.code)
+    assert compiled.code.count("struct Shape {") == 3
+    assert "OTHER_PIXEL = 12;" in compiled.code
+
+
+HEADER = "#ifndef INDUCTOR_X86Q_INT8_H"
+
+
+@needs_avx2
+@pytest.mark.parametrize("apart", [False, True])
+def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocking: Any) -> None:
+    """However many kernels there are, and whether they are compiled with the wrapper or apart from it."""
+    one_blocking(0)
+    x = torch.randn(1, 4, 6, 5) * 0.5
+    q = testing.qdq_graph(Gaps(), (x,))
+    options = {"max_autotune": True, "cpp_wrapper_build_separate": apart}
+    compiled = testing.assert_close_to_reference(q, (x,), options=options, step=0.05)
+    assert compiled.code.count("struct Shape {") == 3
+    assert compiled.code.count(HEADER) == 1
+    assert inductor_x86q.cpp_code(q, (x,), options=options).count(HEADER) == 1
+
+
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the call measures faster it stays, and the weight packed for the kernel is gone."""
     import torch._inductor.lowering

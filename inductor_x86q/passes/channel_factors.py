@@ -1,4 +1,4 @@
-"""A constant factor of each output channel behind a convolution or linear becomes part of its weight's scale."""
+"""A constant factor of each output channel, or of all of them, behind a convolution or linear becomes part of its weight's scale."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ def _is_layer(node: Any) -> bool:
     return qgraph.is_dequantize(node.args[0]) and qgraph.has_constants(node)
 
 
+def _constant(factor: Any) -> torch.Tensor | None:
+    """The constant that a product multiplies by, a number as a tensor too; None where it is none."""
+    return torch.tensor(float(factor)) if isinstance(factor, (int, float)) else qgraph.constant(factor)
+
+
 def _find(node: fx.Node) -> Any:
     for layer, other in qgraph.operands(node):
-        factor = qgraph.constant(other)
+        factor = _constant(other)
         if not _is_layer(layer) or factor is None:
             continue
-        if not qgraph.is_channel_factor(other, layer, CHANNELS[layer.target]):
+        if isinstance(other, fx.Node) and not qgraph.is_channel_factor(other, layer, CHANNELS[layer.target]):
             return No("the factor differs along another dimension than the output channels")
         if qgraph.value(node).dtype != qgraph.value(layer).dtype:
             return No("the product has a wider type than the layer")

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 RESHAPES = (aten.view.default, aten.reshape.default)
 
@@ -20,7 +21,7 @@ VIEWS = frozenset({
 
 # Each takes its tensor first and puts elements of it, and nothing else, into its result.
 MOVEMENTS = VIEWS | {
-    aten.clone.default, aten.flip.default, aten.repeat.default, aten.index.Tensor, aten._unsafe_index.Tensor,
+    aten.clone.default, aten.flip.default, prims.rev.default, aten.repeat.default, aten.index.Tensor, aten._unsafe_index.Tensor,
     aten.index_select.default, aten.roll.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
     aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec,
     aten.upsample_nearest3d.default,

@@ -3,8 +3,9 @@
 Inductor's template interface is private; it is reached in this file and nowhere else. What is relied on, all of it the
 same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller` of
 it, `ChoiceCaller` being what the selection times and builds, `autotune_select_algorithm` timing the choices once for a
-shape and keeping the result in Inductor's autotuning cache, `register_lowering` for operators of other libraries, and
-`allow_epilogue_fusion` keeping what follows out of a template's kernel.
+shape and keeping the result in Inductor's autotuning cache, `register_lowering` for operators of other libraries,
+`ExternKernel.copy_input` giving a copy whose layout is still open, and `allow_epilogue_fusion` keeping what follows out
+of a template's kernel.
 """
 
 from __future__ import annotations
@@ -51,16 +52,14 @@ class _Template(CppTemplate):
         return lines
 
     def _header_once(self) -> str:
-        """The header for a kernel that is a file of its own; kernels that share one find it at the file's beginning.
+        """The header for a kernel that is a file of its own; kernels that share one find it in front of the first.
 
-        Relies on a C++ wrapper writing its kernels behind either of these two buffers' text, as it compiles them
-        together or apart.
+        Relies on a C++ wrapper appending its kernels to `kernel_declarations`, once all of them are rendered.
         """
         if not V.graph.cpp_wrapper:
             return self.header().getvalue()
         wrapper = V.graph.wrapper_code
         if not getattr(wrapper, "has_x86q", False):
-            wrapper.header.splice(self.header().getvalue())
             wrapper.kernel_declarations.splice(self.header().getvalue())
             wrapper.has_x86q = True  # type: ignore[attr-defined]
         return ""
@@ -194,22 +193,33 @@ class _Pixels:
     def offset(self) -> int:
         return int(self.box.get_layout().offset)
 
-    def is_dense(self, sizes: tuple[int, ...]) -> bool:
-        """Whether it has these sizes and its pixels lie at one distance from each other."""
+    @property
+    def is_even(self) -> bool:
+        """Whether all pixels lie at one distance from each other."""
         _, h, w, _ = self.sizes
         image, row, pixel = self.strides
-        return self.sizes == sizes and row == w * pixel and image == h * row
+        return row == w * pixel and image == h * row
 
 
-def _pixels(box: Any, family: str) -> _Pixels | None:
-    """A linear's rows are the pixels of one line. None where there is no tensor or its channels are not innermost."""
-    if box is None:
-        return None
+def _pixels(box: Any, family: str, *, even: bool = False) -> _Pixels:
+    """The pixels of an image, or of one line, which a linear's rows are.
+
+    An image whose channels lie apart is copied; so is one whose pixels lie at several distances, if they are to be
+    `even`. Nothing less would do: channels innermost is all that Inductor can be asked for, and it takes gaps for that.
+    """
     if family == "linear":
         box = ir.ExternKernel.require_contiguous(box)
         *rows, c = _ints(box.get_size())
         return _Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
-    box = ir.ExternKernel.require_channels_last(box)
+    found = _image(ir.ExternKernel.require_channels_last(box))
+    if found is None or (even and not found.is_even):
+        found = _image(ir.ExternKernel.require_channels_last(ir.ExternKernel.copy_input(box)))
+    assert found is not None
+    return found
+
+
+def _image(box: Any) -> _Pixels | None:
+    """The pixels of a tensor (n, c, h, w), None where the channels of a pixel lie apart."""
     (n, c, h, w), stride = _ints(box.get_size()), _ints(box.get_stride())
     if c > 1 and stride[1] != 1:
         return None
@@ -221,10 +231,7 @@ def _pixels(box: Any, family: str) -> _Pixels | None:
 
 def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *arguments: Any) -> Any:
     layer = calls.parse(target, arguments)
-    found = _layer(layer, weight, channels, kernel)
-    if found is None:
-        return lowerings[target](*arguments)
-    inputs, convolution, after = found
+    inputs, convolution, after = _layer(layer, weight, channels, kernel)
     arguments = inputs.realized(arguments)
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
@@ -251,23 +258,18 @@ def _forget(weight: Any) -> None:
     tensor = V.graph.constants[weight.get_name()]
     nodes = [n for n in graph.find_nodes(op="get_attr") if getattr(module, n.target, None) is tensor]
     if {user for node in nodes for user in node.users} == {V.graph.current_node} and len(nodes) == 1:
+        # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
         del V.graph.constants[weight.get_name()]
-        delattr(module, nodes[0].target)
 
 
-def _layer(
-    layer: calls.Call, weight: Any, channels: Any, kernel: list[int]
-) -> tuple[_Inputs, Convolution, Epilogue] | None:
-    """What a generated kernel has to compute, None where its tensors lie as no kernel of ours reads them."""
-    x, other = _pixels(layer.x, layer.family), _pixels(layer.binary and layer.binary.other, layer.family)
-    if x is None or (layer.binary is not None and other is None):
-        return None
+def _layer(layer: calls.Call, weight: Any, channels: Any, kernel: list[int]) -> tuple[_Inputs, Convolution, Epilogue]:
+    """What a generated kernel has to compute."""
+    x = _pixels(layer.x, layer.family)
+    other = _pixels(layer.binary.other, layer.family, even=True) if layer.binary is not None else None
     size = _ints(V.graph.current_node.meta["val"].shape)
     convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
     convolution = dataclasses.replace(convolution, x_strides=x.strides, threads=_threads(convolution.macs))
     if other is not None:
-        if not other.is_dense(convolution.output_sizes):
-            return None
         convolution = dataclasses.replace(convolution, other_pixel=other.strides[2])
     order = ir.NHWC_STRIDE_ORDER if layer.family == "conv" else list(reversed(range(len(size))))
     layout = ir.FixedLayout(

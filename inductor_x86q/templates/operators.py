@@ -7,6 +7,7 @@ eagerly they are that operator; `lowering` decides what compiled code does.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,12 +20,22 @@ GENERATED: dict[Any, Any] = {}  # the call → our operator
 _library = torch.library.Library("inductor_x86q", "DEF")
 
 
+def _run(call: Any, weight: Any, channels: Any, kernel: Any, *arguments: Any) -> torch.Tensor:
+    """The call itself; what it adds is copied, as the kernels take it, since a sum would write into it."""
+    values = list(arguments)
+    if "binary" in str(call):
+        layout = torch.channels_last if "conv" in str(call) else torch.contiguous_format
+        values[6] = values[6].clone(memory_format=layout)
+    result: torch.Tensor = call(*values)
+    return result
+
+
 def _define(call: Any) -> None:
     """Defines the operator that stands for `call`, with the same arguments behind its own."""
     schema = str(call._schema).removeprefix("onednn::").replace("Tensor(a!)", "Tensor")
     name = schema.split("(")[0]
     _library.define(schema.replace("(", "(Tensor weight, Tensor channels, int[] kernel, ", 1))
-    _library.impl(name, lambda weight, channels, kernel, *rest: call(*rest), "CompositeExplicitAutograd")
+    _library.impl(name, functools.partial(_run, call), "CompositeExplicitAutograd")
     packet, overload = (*name.split("."), "default")[:2]
     operator = getattr(getattr(torch.ops.inductor_x86q, packet), overload)
     STANDS_FOR[operator], GENERATED[call] = call, operator

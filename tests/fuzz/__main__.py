@@ -21,10 +21,17 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0, help="the first; each next batch of graphs takes the next seed")
     parser.add_argument("--graphs", type=int, default=sys.maxsize, help="stop after so many")
-    parser.add_argument("--compile-every", type=int, default=25, metavar="K",
-                        help=f"of every K groups of {campaign.TOGETHER} graphs generate and compile the C++ of one (0: none)")  # fmt: skip
+    parser.add_argument("--compile-every", type=int, metavar="K",
+                        help=f"of every K groups of {campaign.TOGETHER} graphs generate and compile the C++ of one (0: none, "
+                             "default: 25)")  # fmt: skip
+    parser.add_argument("--mode", choices=["max-autotune"],
+                        help="compile in this mode, every graph unless --compile-every is given; kernels of ours are "
+                             "taken wherever there are any, slower or not")  # fmt: skip
     parser.add_argument("--record", metavar="FILE", help="write the figures there as JSON")
     arguments = parser.parse_args()
+    compile_every = arguments.compile_every
+    if compile_every is None:
+        compile_every = 1 if arguments.mode else 25
     logging.getLogger("inductor_x86q").setLevel(logging.ERROR)  # misses are checked here
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -32,7 +39,7 @@ def main() -> int:
     tally, seed, shown = campaign.Tally(), arguments.seed, 0
     while time.monotonic() < end and tally.graphs < arguments.graphs:
         count = min(PER_SEED, arguments.graphs - tally.graphs)
-        for _ in campaign.run(seed, count, tally, compile_every=arguments.compile_every):
+        for _ in campaign.run(seed, count, tally, compile_every=compile_every, mode=arguments.mode):
             for message, _graph in tally.failures[shown:]:
                 print(f"--- seed {seed}\n{message}\n", flush=True)
             shown = len(tally.failures)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inductor_x86q.report import Report
-from tests.fuzz.check import Mismatch, Unexplained, check, check_together
+from tests.fuzz.check import Mismatch, Unexplained, check_together, own_kernels_of
 from tests.fuzz.graphs import Graph, random_graph
 from tests.fuzz.reduction import reduced
 
@@ -28,10 +28,12 @@ class Tally:
     pairs: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    own_kernels: int = 0  # layers computed by a generated kernel of ours, in max-autotune
     unexplained: int = 0  # graphs with a layer that stays float for no reason that was put in on purpose
     failures: list[tuple[str, Graph]] = dataclasses.field(default_factory=list)
 
-    def add(self, report: Report) -> None:
+    def add(self, report: Report, mode: str | None = None) -> None:
+        self.own_kernels += own_kernels_of(report, mode)
         for fusion in report.fused:
             name = fusion.kernel.removeprefix("onednn.")
             self.kernels["+".join((name, *fusion.absorbed))] += 1
@@ -52,6 +54,7 @@ class Tally:
             "graphs": self.graphs,
             "compiled": self.compiled,
             "int8_calls": sum(self.kernels.values()),
+            "own_kernels": self.own_kernels,
             "mismatches": len(self.failures) - self.unexplained,
             "misses": misses + self.unexplained,
             "misses_explained_percent": round(100 * misses / max(misses + self.unexplained, 1), 2),
@@ -65,8 +68,8 @@ class Tally:
 
     def __str__(self) -> str:
         record = self.record()
-        lines = ["{graphs} graphs, {compiled} of them compiled to C++: {int8_calls} int8 calls, {mismatches} mismatches, "
-                 "{misses} layers left float, {misses_explained_percent} % of them explained".format(**record),
+        lines = ["{graphs} graphs, {compiled} of them compiled to C++: {int8_calls} int8 calls, {own_kernels} of them as kernels "
+                 "of ours, {mismatches} mismatches, {misses} layers left float, {misses_explained_percent} % of them explained".format(**record),
                  "{kinds_of_operators} kinds of operators, {pairs_of_operators} pairs of operators".format(**record)]  # fmt: skip
         for title in ("operators", "pairs", "kernels", "left_float"):
             counts = list(record[title].items())
@@ -82,10 +85,10 @@ def draw(seed: int, count: int) -> list[Graph]:
     return [random_graph(generator) for _ in range(count)]
 
 
-def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0) -> Iterator[Tally]:
+def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0, mode: str | None = None) -> Iterator[Tally]:
     """Checks `count` graphs of `seed`, a group at a time; failures are reduced and noted in `tally`, not raised.
 
-    The first of every `compile_every` groups is compiled to C++ too; none where that is 0.
+    The first of every `compile_every` groups is compiled to C++ too, in `mode`; none where that is 0.
     """
     drawn = draw(seed, count)
     for number, start in enumerate(range(0, len(drawn), TOGETHER)):
@@ -93,26 +96,28 @@ def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0) -> Itera
         generate = bool(compile_every) and number % compile_every == 0
         tally.count(group, generate=generate)
         try:
-            tally.add(check_together(group, generate=generate))
+            tally.add(check_together(group, generate=generate, mode=mode), mode)
         except Mismatch as mismatch:
-            _one_by_one(group, tally, mismatch, generate=generate)
+            _one_by_one(group, tally, mismatch, generate=generate, mode=mode)
         yield tally
 
 
-def _one_by_one(group: list[Graph], tally: Tally, together: Mismatch, *, generate: bool) -> None:
+def _one_by_one(group: list[Graph], tally: Tally, together: Mismatch, *, generate: bool, mode: str | None) -> None:
     alone = 0
     for graph in group:
         try:
-            tally.add(check_together([graph], generate=generate))
+            tally.add(check_together([graph], generate=generate, mode=mode), mode)
         except Mismatch as mismatch:
             alone += 1
             tally.unexplained += isinstance(mismatch, Unexplained)
-            tally.failures.append(explained(graph, mismatch))
+            tally.failures.append(explained(graph, mismatch, generate=generate, mode=mode))
     if not alone:
         tally.failures.append((f"a group fails whose graphs do not fail alone: {together}", group[0]))
 
 
-def explained(graph: Graph, mismatch: Mismatch) -> tuple[str, Graph]:
+def explained(
+    graph: Graph, mismatch: Mismatch, *, generate: bool = False, mode: str | None = None
+) -> tuple[str, Graph]:
     """The mismatch of the smallest graph found that fails in the same way, and that graph."""
 
     def kind(error: Mismatch) -> str:
@@ -123,7 +128,7 @@ def explained(graph: Graph, mismatch: Mismatch) -> tuple[str, Graph]:
     def fails(candidate: Graph) -> bool:
         nonlocal last
         try:
-            check(candidate)
+            check_together([candidate], generate=generate, mode=mode)
         except Mismatch as error:
             if kind(error) == kind(mismatch):
                 last = error
@@ -132,4 +137,5 @@ def explained(graph: Graph, mismatch: Mismatch) -> tuple[str, Graph]:
             return False
         return False
 
-    return str(last), reduced(graph, fails)
+    # A compile takes seconds.
+    return str(last), reduced(graph, fails, most_tries=12 if generate else 60)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -13,6 +15,9 @@ from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.report import Report
 from tests.fuzz.graphs import Graph
 from tests.fuzz.intervals import bounds
+
+# Inductor's own search for the fastest float product takes seconds for each; a graph found in the cache takes no kernel.
+OPTIONS = {"max-autotune": {"max_autotune_gemm_backends": "ATEN", "fx_graph_cache": False}}
 
 
 class Mismatch(AssertionError):
@@ -30,12 +35,14 @@ def _no_grad_and_fresh() -> Iterator[None]:
         yield
 
 
-def compiled(model: torch.nn.Module, reports: Report, *, generate: bool) -> Callable[..., Any]:
+def compiled(model: torch.nn.Module, reports: Report, *, generate: bool, mode: str | None = None) -> Callable[..., Any]:
     """`model` compiled by this backend; without `generate` the fused graph is run eagerly, no C++ is made."""
     keywords = {} if generate else {"inner_compile": _torch.run_uncompiled}
 
     def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, settings(None, None), on_report=reports.extend, **keywords)
+        return compile_graph(
+            graph_module, inputs, settings(mode, OPTIONS.get(mode)), on_report=reports.extend, **keywords
+        )
 
     return torch.compile(model, backend=backend)
 
@@ -58,6 +65,27 @@ def check_exactly(graph: Graph) -> None:
         raise Mismatch(f"the results are not those of the graph\n\n{graph.script()}")
 
 
+@contextlib.contextmanager
+def own_kernels_taken() -> Iterator[list[Any]]:
+    """Within this context every layer that a kernel of ours may compute is computed by one, untimed; lists them.
+
+    Which of its blockings is taken depends on the layer alone, so that all of them come up.
+    """
+    import torch._inductor.lowering  # noqa: F401
+
+    from inductor_x86q.templates import lowering
+
+    taken: list[Any] = []
+
+    def take(name: str, choices: list[Any], *others: Any, **keywords: Any) -> Any:
+        call, *kernels = choices
+        taken.append(kernels[zlib.crc32(call.hash_key().encode()) % len(kernels)])
+        return taken[-1].output_node()
+
+    with mock.patch.object(lowering, "autotune_select_algorithm", take):
+        yield taken
+
+
 class _Together(torch.nn.Module):
     """Several models as one, so that they share the cost of a compile."""
 
@@ -73,21 +101,37 @@ class _Together(torch.nn.Module):
         return tuple(results)
 
 
-def check_together(drawn: Sequence[Graph], *, generate: bool) -> Report:
-    """Compiles several graphs as one module, calls it twice with different inputs, and compares every result."""
+def check_together(drawn: Sequence[Graph], *, generate: bool, mode: str | None = None) -> Report:
+    """Compiles several graphs as one module, calls it twice with different inputs, and compares every result.
+
+    In mode "max-autotune" kernels of ours are taken wherever there are any.
+    """
     models = [graph.module() for graph in drawn]
     whole = models[0] if len(models) == 1 else _Together(models, [len(graph.inputs) for graph in drawn])
     report = Report([], [], [])
-    with _no_grad_and_fresh():
-        run = compiled(whole, report, generate=generate)
+    own_kernels = own_kernels_taken() if mode == "max-autotune" else contextlib.nullcontext([])
+    with _no_grad_and_fresh(), own_kernels as taken:
+        run = compiled(whole, report, generate=generate, mode=mode)
         for number in (0, 1):
-            _check_call(drawn, models, run, number)
-    _check_report(drawn, report)
+            _check_call(drawn, models, run, number, mode)
+    _check_report(drawn, report, mode)
+    if generate and len(taken) != own_kernels_of(report, mode):
+        raise Mismatch(f"{len(taken)} kernels of ours, the report has {own_kernels_of(report, mode)}: {report}\n\n"
+                       f"{_scripts(drawn, 0, mode)}")  # fmt: skip
     return report
 
 
+def own_kernels_of(report: Report, mode: str | None) -> int:
+    """How many layers a kernel of ours may compute: of those in int8 each other one is said to stay a call."""
+    return len(report.fused) - sum(" stays a call: " in note for note in report.notes) if mode else 0
+
+
 def _check_call(
-    drawn: Sequence[Graph], models: Sequence[torch.nn.Module], run: Callable[..., Any], number: int
+    drawn: Sequence[Graph],
+    models: Sequence[torch.nn.Module],
+    run: Callable[..., Any],
+    number: int,
+    mode: str | None,
 ) -> None:
     inputs = [graph.example(number, 5 if graph.dynamic_batch and number else None) for graph in drawn]
     before = [[x.clone() for x in each] for each in inputs]
@@ -98,32 +142,41 @@ def _check_call(
     try:
         results = run(*(x for each in inputs for x in each))
     except Exception as error:
-        raise Mismatch(f"call {number} raises {type(error).__name__}: {error}\n\n{_scripts(drawn, number)}") from error
+        raise Mismatch(
+            f"call {number} raises {type(error).__name__}: {error}\n\n{_scripts(drawn, number, mode)}"
+        ) from error
     for graph, model, each, copies, result in zip(
         drawn, models, inputs, before, [results] if len(drawn) == 1 else results, strict=True
     ):
         for x, copy in zip(each, copies, strict=True):
             if not torch.equal(x, copy):
-                raise Mismatch(f"call {number} changed an input of shape {tuple(x.shape)}\n\n{graph.script(number)}")
-        _compare(graph, model, tuple(copies), _listed(result), number)
+                raise Mismatch(
+                    f"call {number} changed an input of shape {tuple(x.shape)}\n\n{graph.script(number, mode)}"
+                )
+        _compare(graph, model, tuple(copies), _listed(result), number, mode)
 
 
 def _listed(result: Any) -> list[torch.Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
-def _scripts(drawn: Sequence[Graph], number: int) -> str:
-    return "\n".join(graph.script(number) for graph in drawn)
+def _scripts(drawn: Sequence[Graph], number: int, mode: str | None) -> str:
+    return "\n".join(graph.script(number, mode) for graph in drawn)
 
 
 def _compare(
-    graph: Graph, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], actual: list[torch.Tensor], number: int
+    graph: Graph,
+    model: torch.nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    actual: list[torch.Tensor],
+    number: int,
+    mode: str | None,
 ) -> None:
     expected = _listed(model(*inputs))
     for name, interval, eager, result in zip(graph.outputs, bounds(model, inputs), expected, actual, strict=True):
         if result.shape != eager.shape or result.dtype != eager.dtype:
             raise Mismatch(f"call {number}: {name} is {result.dtype} {tuple(result.shape)}, "
-                           f"expected {eager.dtype} {tuple(eager.shape)}\n\n{graph.script(number)}")  # fmt: skip
+                           f"expected {eager.dtype} {tuple(eager.shape)}\n\n{graph.script(number, mode)}")  # fmt: skip
         for what, value in (("eager", eager), ("compiled", result)):
             outside = torch.maximum(interval.low - value.double(), value.double() - interval.high)
             wrong = ~(outside <= 0)
@@ -132,13 +185,13 @@ def _compare(
                 raise Mismatch(
                     f"call {number}: {what} {name} has {int(wrong.sum())} of {wrong.numel()} elements outside what the graph "
                     f"allows; at {at}: {value[at].item()}, allowed {interval.low[at].item()} to {interval.high[at].item()}, "
-                    f"eager {eager[at].item()}\n\n{graph.script(number)}"
+                    f"eager {eager[at].item()}\n\n{graph.script(number, mode)}"
                 )
 
 
-def _check_report(drawn: Sequence[Graph], report: Report) -> None:
+def _check_report(drawn: Sequence[Graph], report: Report, mode: str | None) -> None:
     """Every product is in the report, and none is missed but for a reason that was put in on purpose."""
     allowed = frozenset[str]().union(*(graph.defects for graph in drawn))
     for miss in (*report.missed, *report.kept_float):
         if miss.reason.name not in allowed:
-            raise Unexplained(f"unexplained miss: {miss}\n\n{_scripts(drawn, 0)}")
+            raise Unexplained(f"unexplained miss: {miss}\n\n{_scripts(drawn, 0, mode)}")

@@ -103,15 +103,16 @@ class Graph:
             found.append(value)
         return tuple(found)
 
-    def script(self, run: int = 0) -> str:
+    def script(self, run: int = 0, mode: str | None = None) -> str:
         """A file that compiles the graph and prints how far it is from itself run eagerly."""
         inputs = [expression.replace("SEED", str(1000 * run + n)) for n, (_, expression) in enumerate(self.inputs)]
         mark = "for x in inputs:\n    torch._dynamo.maybe_mark_dynamic(x, 0)\n" if self.dynamic_batch else ""
+        chosen = f', mode="{mode}"' if mode else ""
         return (
             f"{PREAMBLE}\n{self.source()}\n\nmodel = Model().eval()\ninputs = ({', '.join(inputs)},)\n{mark}"
             "with torch.no_grad():\n"
             "    expected = model(*inputs)\n"
-            '    actual = torch.compile(model, backend="inductor_x86q")(*inputs)\n'
+            f'    actual = torch.compile(model, backend="inductor_x86q"{chosen})(*inputs)\n'
             "if not isinstance(expected, tuple):\n    expected, actual = (expected,), (actual,)\n"
             "for e, a in zip(expected, actual, strict=True):\n"
             "    print(tuple(e.shape), e.dtype, (e.double() - a.double()).abs().max().item() if e.numel() else 0)\n"
@@ -634,8 +635,11 @@ class _Draft:
     def read_later(self, name: str) -> None:
         integers, grid = self.grids.get(name, (None, None))
         if integers is not None and grid is not None and self.chance(60):
-            # Another scale, else one dequantize is made of both.
-            self.dequantized(integers, dataclasses.replace(grid, scale="0.05"))
+            # Another scale, else one dequantize is made of both; a number or a tensor as the zero point is, since no
+            # operator takes one of each.
+            scale = "0.05" if isinstance(eval(grid.zero_point, {"self": self.held}), int) else \
+                self.constant("torch.tensor(0.05)")  # fmt: skip
+            self.dequantized(integers, dataclasses.replace(grid, scale=scale))
         else:
             self.emit(f"{name} * 2.0", name)
 

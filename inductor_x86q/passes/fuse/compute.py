@@ -11,6 +11,7 @@ from torch import fx
 
 from inductor_x86q import _cpu, qgraph
 from inductor_x86q.passes.fuse.call import Call, emit
+from inductor_x86q.passes.movement import is_movement
 from inductor_x86q.passes.stage import No, Rule
 from inductor_x86q.report import Obstacle, Reason
 
@@ -58,11 +59,26 @@ def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) 
     return None
 
 
+# Where the quantize may be in the model all the same. One cause: no q/dq operator takes a number as its scale and a tensor
+# as its zero point, or the reverse; eager mode converts them, tracing does not.
+_OUTSIDE = (
+    "its input is an input of this graph: if the model quantizes it, torch.compile broke the graph in between, and "
+    "TORCH_LOGS=graph_breaks says where and why"
+)
+
+
+def _moved_from(node: fx.Node) -> fx.Node:
+    """What the node's elements come from, through operators that only move them."""
+    while is_movement(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
 def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
     if x.target is qgraph.DEQUANTIZE_TOKEN:
         return Obstacle(Reason.ACTIVATION_TYPE, "its rows differ in zero point; a scale for each of them is fine")
     if not qgraph.is_dequantize(x):
-        return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED)
+        return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, _OUTSIDE if _moved_from(x).op == "placeholder" else "")
     parameters = qgraph.qparams(x)
     if parameters.axis is not None:
         return Obstacle(Reason.ACTIVATION_TYPE, "quantized per channel")
