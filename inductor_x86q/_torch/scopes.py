@@ -123,7 +123,7 @@ def _channels_last_results() -> Iterator[None]:
         yield
 
 
-# What is computed from no input is stored where it has up to so many elements, and computed at each call above.
+# What is made with the help of constructors is stored where it has up to so many elements, and computed at each call above.
 LARGEST_CONSTRUCTED = 2**20
 
 
@@ -148,9 +148,10 @@ def _constants_folded() -> Iterator[None]:
             return self.unknown_value if self.is_impure(node) else super()._deduce_value(node)
 
         def add_node_replacement(self, node: fx.Node, tensor: torch.Tensor) -> None:
-            if self.constructed.issuperset(node.all_input_nodes):
+            inputs = node.all_input_nodes
+            if not inputs or not self.constructed.isdisjoint(inputs):
                 self.constructed.add(node)
-                if not node.all_input_nodes or tensor.numel() > LARGEST_CONSTRUCTED:
+                if not inputs or tensor.numel() > LARGEST_CONSTRUCTED:
                     return  # a constructor alone costs generated code nothing
             super().add_node_replacement(node, tensor)
 
