@@ -36,6 +36,23 @@ def test_constants_of_the_same_contents_are_one() -> None:
     testing.assert_close_to_reference(quantized, inputs)
 
 
+class Expanded(nn.Module):
+    """A constant of one element that says it has a stride of 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = QLinear(16, 16, bias=False)
+        self.register_buffer("shift", torch.tensor(0.5).expand(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.layer(quantize_dequantize(x, 0.02, 0))) - self.shift
+
+
+def test_contents_are_read_whatever_the_strides_are() -> None:
+    inputs = (torch.randn(4, 16),)
+    testing.assert_close_to_reference(testing.qdq_graph(Expanded(), inputs), inputs)
+
+
 def _constants(code: str) -> list[str]:
     lines = code.splitlines()
     return [line for line in lines if "= std::move(inputs[" in line and "arg" not in line.split("=")[0]]

@@ -229,7 +229,7 @@ def _constants_once() -> Iterator[None]:
         if data.is_mkldnn or data.layout != torch.strided or data.numel() > 65536 or name in self.mutated_named_buffers:
             return stock(self, name, data)
         names: dict[Any, str] = self.__dict__.setdefault("_x86q_names", {})
-        contents = data.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        contents = data.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
         key = (data.dtype, data.shape, data.stride(), contents)
         if key not in names:
             names[key] = stock(self, name, data)
