@@ -3,7 +3,8 @@
 The engines of one network are set up one after the other and then run in short slices, round after round; a process
 whose turn it is not is stopped (SIGSTOP), so that no spinning thread pool takes time from another. Ratios are of
 medians over all slices of one run. Outputs are checked against the float model's, and an engine that fails is listed
-with its error.
+with its error. `of peak` is how many multiply-accumulates an engine does in a second, as a share of what one large int8
+matrix product does on the same threads, which takes its turn among the engines.
 
 With --starts each engine is set up in two processes, of which the first finds an empty cache directory and the second
 what the first left there: `cold` and `warm` are the seconds of the first call, with imports and quantization done before.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-BASELINE = "inductor-fp32"
+from inductor_x86q.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PEAK, PEAK_SIZE
 
 
 @dataclasses.dataclass
@@ -45,6 +45,7 @@ class Result:
     cold_seconds: float = math.nan  # the first call, with empty caches
     warm_seconds: float = math.nan  # the first call in another process, with the caches that the cold one left
     snr: float = math.nan
+    of_peak: float = math.nan  # multiply-accumulates a second, as a share of those of a large int8 matrix product
     error: str = ""
 
 
@@ -56,151 +57,6 @@ class Settings:
     threads: int = 2
     size: int = 224
     seconds: float = 4.0  # of running, an engine
-
-
-# --- engines: each takes the model and its input and returns what to call; it compiles at the first call --------------
-
-
-def _at_first_call(start: Callable[[], Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
-    """What `start` returns, started at the first call, as what `torch.compile` returns does by itself."""
-    started = functools.cache(start)
-    return lambda: started()()
-
-
-def _eager(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    return lambda: model(x)
-
-
-def _inductor(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    torch._inductor.config.freezing = True
-    torch._inductor.config.cpp_wrapper = True
-    compiled = torch.compile(model)
-    return lambda: compiled(x)
-
-
-def _inductor_bf16(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    compiled = _inductor(model, x)
-
-    def run() -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return compiled()
-
-    return run
-
-
-def _stock(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """What PyTorch's tutorial does: torchao's quantizer, strict export, the global freezing flag."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-        X86InductorQuantizer,
-        get_default_x86_inductor_quantization_config,
-    )
-
-    from inductor_x86q import _cpu
-
-    config = get_default_x86_inductor_quantization_config(reduce_range=not _cpu.has_vnni())
-    exported = torch.export.export(model, (x,), strict=True).module()
-    prepared = prepare_pt2e(exported, X86InductorQuantizer().set_global(config))
-    prepared(x)
-    return _inductor(convert_pt2e(prepared), x)
-
-
-def _ours(mode: str | None) -> Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.Tensor]]:
-    def engine(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        from inductor_x86q import quantize
-
-        quantized = quantize(model, (x,), calibration=[x])
-        compiled = torch.compile(quantized, backend="inductor_x86q", mode=mode)
-        return lambda: compiled(x)
-
-    return engine
-
-
-def _package(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Where a process before this one has left the package in the cache directory, it is loaded and nothing quantized."""
-    import inductor_x86q
-
-    directory = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.mkdtemp()
-    path = Path(directory) / "model.pt2"
-    quantized = None if path.exists() else inductor_x86q.quantize(model, (x,), calibration=[x])
-
-    def start() -> Callable[[], torch.Tensor]:
-        if quantized is not None:
-            inductor_x86q.package(quantized, (x,), path)
-        loaded = torch._inductor.aoti_load_package(str(path))
-        return lambda: loaded(x)
-
-    return _at_first_call(start)
-
-
-def _openvino(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    import nncf
-    import openvino
-
-    converted = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
-    quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]))
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    array = x.numpy()
-
-    def start() -> Callable[[], torch.Tensor]:
-        request = openvino.Core().compile_model(quantized, "CPU", options).create_infer_request()
-        return lambda: torch.from_numpy(next(iter(request.infer([array], share_inputs=True).values())))
-
-    return _at_first_call(start)
-
-
-def _onnxruntime(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    import onnxruntime
-    from onnxruntime import quantization
-    from onnxruntime.quantization import shape_inference
-
-    from inductor_x86q import _cpu
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self._left = [{"x": x.numpy()}]
-
-        def get_next(self) -> Any:
-            return self._left.pop() if self._left else None
-
-    with tempfile.TemporaryDirectory() as directory:
-        source, prepared, target = (str(Path(directory) / f"{name}.onnx") for name in ("float", "prepared", "int8"))
-        torch.onnx.export(model, (x,), source, input_names=["x"], dynamo=False)
-        shape_inference.quant_pre_process(source, prepared)
-        quantization.quantize_static(
-            prepared,
-            target,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            reduce_range=not _cpu.has_vnni(),
-        )
-        quantized = Path(target).read_bytes()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    feed = {"x": x.numpy()}
-
-    def start() -> Callable[[], torch.Tensor]:
-        session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
-        return lambda: torch.from_numpy(session.run(None, feed)[0])
-
-    return _at_first_call(start)
-
-
-ENGINES: dict[str, Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.Tensor]]] = {
-    "eager": _eager,
-    BASELINE: _inductor,
-    "inductor-bf16": _inductor_bf16,
-    "stock-int8": _stock,
-    "x86q": _ours(None),
-    "x86q-max-autotune": _ours("max-autotune-no-cudagraphs"),
-    "x86q-package": _package,
-    "openvino-int8": _openvino,
-    "onnxruntime-int8": _onnxruntime,
-}
-DEFAULT_ENGINES = ("eager", BASELINE, "stock-int8", "x86q")
 
 
 # --- the worker: one engine in its process, driven over its standard input --------------------------------------------
@@ -237,14 +93,17 @@ def worker() -> None:
 
 
 def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[str, float]]:
+    from inductor_x86q.testing import snr
     from inductor_x86q.zoo import build
 
     torch.set_num_threads(request["threads"])
+    if request["engine"] == PEAK:
+        return ENGINES[PEAK](torch.nn.Module(), torch.empty(0)), {"macs": PEAK_SIZE**3}
     model = build(request["network"])
     torch.manual_seed(1)
     x = torch.randn(request["batch"], 3, request["size"], request["size"])
     with torch.no_grad():
-        reference = model(x)
+        reference, macs = _counted(model, x)
         if request["channels_last"]:
             x = x.to(memory_format=torch.channels_last)
     started = time.perf_counter()
@@ -257,20 +116,27 @@ def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[s
         for _ in range(2):
             run()
     values = {"compile_seconds": ended - started, "first_call_seconds": ended - called}
-    return run, {**values, "snr": snr(output.float(), reference)}
+    return run, {**values, "macs": macs, "snr": snr(output.float(), reference)}
 
 
-def snr(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Signal-to-noise ratio in dB: 10·log10(Σ reference² / Σ (output − reference)²); 999 where they are equal."""
-    noise = (output.double() - reference.double()).square().sum().item()
-    signal = reference.double().square().sum().item()
-    return 999.0 if noise == 0 else 10 * math.log10(max(signal, 1e-30) / noise)
+def _counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The model's output, and the multiply-accumulates of its convolutions and matrix products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    try:
+        with FlopCounterMode(display=False) as counter:
+            output = model(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return output, counter.get_total_flops() // 2
 
 
 class _Worker:
     def __init__(self, engine: str, network: str, settings: Settings, caches: str | None = None) -> None:
         self.result = Result(engine)
-        self.first_call_seconds = math.nan
+        self.first_call_seconds, self.macs = math.nan, math.nan
         self.times: list[float] = []
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from inductor_x86q.bench import worker; worker()"],
@@ -284,8 +150,10 @@ class _Worker:
         reply = self._ask(json.dumps(request))
         self.result.error = reply.get("error", "")
         if not self.result.error:
-            self.result.compile_seconds, self.result.snr = reply["compile_seconds"], reply["snr"]
-            self.first_call_seconds = reply["first_call_seconds"]
+            self.macs = reply["macs"]
+            self.first_call_seconds = reply.get("first_call_seconds", math.nan)
+            self.result.compile_seconds = reply.get("compile_seconds", math.nan)
+            self.result.snr = reply.get("snr", math.nan)
         self._process.send_signal(signal.SIGSTOP)
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -343,13 +211,17 @@ def measure(
     """All engines on one network, in turn; with `starts` the seconds of a cold and a warm start, too."""
     set_up = _started_twice if starts else _Worker
     workers = [set_up(engine, network, settings) for engine in engines]
+    peak = _Worker(PEAK, network, settings)
     try:
         for _ in range(rounds):
-            for one in workers:
+            for one in (*workers, peak):
                 if not one.result.error:
                     one.slice(settings.seconds / rounds)
     finally:
         results = [one.finish() for one in workers]
+        at_best = peak.macs / peak.finish().median
+    for one in workers:
+        one.result.of_peak = one.macs / one.result.median / at_best
     return results
 
 
@@ -368,7 +240,7 @@ def text(table: dict[str, list[Result]]) -> str:
     """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to start."""
     starts = any(not math.isnan(r.cold_seconds) for results in table.values() for r in results)
     lines = [
-        f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'SNR dB':>7s} {'compile s':>9s}"
+        f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'of peak':>7s} {'SNR dB':>7s} {'compile s':>9s}"
         + (f" {'cold s':>7s} {'warm s':>7s}" if starts else "")
     ]
     for network, results in table.items():
@@ -379,7 +251,7 @@ def text(table: dict[str, list[Result]]) -> str:
                 continue
             lines.append(
                 f"{network:24s} {r.engine:18s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
-                f"{r.snr:7.1f} {r.compile_seconds:9.1f}"
+                f"{r.of_peak:7.1%} {r.snr:7.1f} {r.compile_seconds:9.1f}"
                 + (f" {r.cold_seconds:7.1f} {r.warm_seconds:7.1f}" if starts else "")
             )
     means = geometric_means(table)
@@ -405,9 +277,11 @@ def run(
     return table
 
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has neither NaN nor infinity."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
@@ -415,7 +289,7 @@ def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
     from inductor_x86q import __version__, _cpu
 
     machine = {"vnni": _cpu.has_vnni(), "bf16": _cpu.has_bf16(), "amx": _cpu.has_amx(), "torch": torch.__version__}
-    results = {network: [_without_nan(dataclasses.asdict(r)) for r in rows] for network, rows in table.items()}
+    results = {network: [_finite(dataclasses.asdict(r)) for r in rows] for network, rows in table.items()}
     body = {"version": __version__, "machine": machine, "settings": dataclasses.asdict(settings), "results": results}
     return json.dumps(body, indent=1)
 

@@ -80,14 +80,15 @@ def count_kernels(calls: Counter[str]) -> tuple[int, int]:
 
 def stock_kernels(network: str) -> tuple[int, int]:
     """The same counts for torchao's quantizer and Inductor's stock passes, as PyTorch's tutorial uses them."""
-    from inductor_x86q import _torch, bench
+    from inductor_x86q import _torch
     from inductor_x86q.codegen import kernel_calls
+    from inductor_x86q.engines import ENGINES
     from inductor_x86q.zoo import ZOO, Entry, build
 
     entry = ZOO.get(network, Entry(network, 224))
     model, x = build(network), entry.example()
     with torch.no_grad(), _torch.generated_code() as generated, _torch.until_source():
-        bench.ENGINES["stock-int8"](model, x)()
+        ENGINES["stock-int8"](model, x)()
     counts = [count_kernels(kernel_calls(one.code)) for one in generated]
     return sum(c[0] for c in counts), sum(c[1] for c in counts)
 

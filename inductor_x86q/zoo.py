@@ -143,7 +143,7 @@ def rounding_floor(quantized: Any, inputs: tuple[Any, ...], *, share: float = 1e
     as much: a fused graph cannot be asked to come closer to its reference than this.
     """
     from inductor_x86q import qgraph
-    from inductor_x86q.bench import snr
+    from inductor_x86q.testing import snr
 
     generator = torch.Generator().manual_seed(seed)
 

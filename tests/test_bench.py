@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from inductor_x86q import bench
+from inductor_x86q import bench, engines
 
 
 def test_an_engine_compiles_at_its_first_call_and_only_then():
@@ -16,7 +17,7 @@ def test_an_engine_compiles_at_its_first_call_and_only_then():
         started.append(1)
         return lambda: len(started)
 
-    run = bench._at_first_call(start)
+    run = engines._at_first_call(start)
     assert not started
     assert [run(), run()] == [1, 1]
 
@@ -35,6 +36,37 @@ def test_json_holds_null_for_what_was_not_measured():
     text = bench.to_json(table, bench.Settings())
     (row,) = json.loads(text, parse_constant=pytest.fail)["results"]["resnet18"]
     assert (row["cold_seconds"], row["warm_seconds"]) == (8.25, None)
+
+
+_FIGURES = {"x86q": (4.0, 1000), engines.PEAK: (2.0, 5000)}
+
+
+class _Stopwatch:
+    """A worker that says it takes so many milliseconds for so many multiply-accumulates."""
+
+    def __init__(self, engine: str, *_: object) -> None:
+        median, self.macs = _FIGURES[engine]
+        self.result = bench.Result(engine, median)
+
+    def slice(self, seconds: float) -> None: ...
+
+    def finish(self) -> bench.Result:
+        return self.result
+
+
+def test_the_share_of_the_peak_is_of_multiply_accumulates_a_second(monkeypatch):
+    monkeypatch.setattr(bench, "_Worker", _Stopwatch)
+    (result,) = bench.measure("resnet18", ["x86q"], bench.Settings())
+    assert result.of_peak == pytest.approx((1000 / 4) / (5000 / 2))
+
+
+def test_multiply_accumulates_are_those_of_layers_and_attention():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with torch.no_grad():
+        output, macs = bench._counted(layer, x := torch.randn(1, 5, 8))
+        torch.testing.assert_close(output, layer(x))
+    projections, products, feed_forward = 5 * 8 * (24 + 8), 2 * 5 * 5 * 8, 2 * 5 * 8 * 16
+    assert macs == projections + products + feed_forward
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("torchvision")
 
 from inductor_x86q import quantize
-from inductor_x86q.bench import snr
 from inductor_x86q.inspection import run_fused
+from inductor_x86q.testing import snr
 from inductor_x86q.zoo import ZOO, build, rounding_floor
 
 pytestmark = pytest.mark.torchvision
