@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 import inductor_x86q
+from inductor_x86q import testing
 from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same, snr
 from inductor_x86q.zoo import rounding_floor
 
@@ -112,6 +113,33 @@ def test_weights_are_constants_once_compiled(image: torch.Tensor) -> None:
     with torch.no_grad():
         quantized.get_buffer("head.weight_int8").zero_()
     torch.testing.assert_close(run(image), before, rtol=0, atol=0)
+
+
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = testing.QLinear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(testing.quantize_dequantize(x, 0.02, 60))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_another_tensor_in_the_place_of_a_weight_is_compiled_again(name: str) -> None:
+    x, model = torch.randn(4, 16), OneLayer()
+    run = compiled(model)
+    assert_close(run(x), model(x))
+    setattr(model.layer, name, -getattr(model.layer, name))
+    assert_close(run(x), model(x))
+
+
+def test_two_models_of_one_class_keep_their_weights() -> None:
+    x, first, second = torch.randn(4, 16), OneLayer(), OneLayer()
+    second.layer.weight.neg_()
+    runs = compiled(first), compiled(second)
+    for _ in range(2):
+        for run, model in zip(runs, (first, second), strict=True):
+            assert_close(run(x), model(x))
 
 
 def test_parameters_may_be_inputs_of_the_graph(net: fx.GraphModule, image: torch.Tensor) -> None:

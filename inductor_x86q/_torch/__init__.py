@@ -14,7 +14,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -109,6 +109,7 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
     """
     sources = dict(getattr(graph_module, "_param_name_to_source", None) or {})
     kept: list[int] = []
+    bound: list[Any] = []
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         source = getattr(node, "_dynamo_source", None)
@@ -121,6 +122,7 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
         else:
             graph_module.register_buffer(node.name, value)
         sources[node.name] = source
+        bound.append(source)
         with graph_module.graph.inserting_before(node):
             attribute = graph_module.graph.get_attr(node.name)
         attribute.meta.update(node.meta)
@@ -128,7 +130,28 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
         graph_module.graph.erase_node(node)
     graph_module._param_name_to_source = sources  # type: ignore[assignment]
     graph_module.recompile()
+    _guard_identity({source for source in bound if source is not None})
     return kept
+
+
+def _guard_identity(sources: Set[Any]) -> None:
+    """Has Dynamo compile again where another tensor stands in the place of one of these, whatever its contents are.
+
+    Dynamo guards types, shapes and strides of what it lifts, and would run one model's code for another model of the
+    same class; it also costs more at each call. With the global freezing flag Dynamo does the same as this. Relies on
+    the tracing context's guards being made into a check after the backend is done, and on no guard of a tensor being
+    needed beside that of its identity.
+    """
+    from torch._dynamo.guards import GuardBuilder
+
+    context = torch._guards.TracingContext.try_get()
+    if context is None:  # called by other code than Dynamo
+        return
+    guards = context.guards_context.dynamo_guards
+    others = [guard for guard in guards if guard.originating_source not in sources]
+    guards.clear()
+    for guard in (*others, *(source.make_guard(GuardBuilder.ID_MATCH) for source in sources)):
+        guards.add(guard, collect_debug_stack=False)
 
 
 def config_keys() -> set[str]:
