@@ -28,10 +28,14 @@ def _eager(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor
 
 
 def _inductor(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    torch._inductor.config.freezing = True
-    torch._inductor.config.cpp_wrapper = True
     compiled = torch.compile(model)
-    return lambda: compiled(x)
+
+    def start() -> Callable[[], torch.Tensor]:
+        with torch._inductor.config.patch(freezing=True, cpp_wrapper=True):  # Dynamo reads it too: no option would do
+            compiled(x)
+        return lambda: compiled(x)
+
+    return _at_first_call(start)
 
 
 def _inductor_bf16(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 
 pytest_plugins = ["inductor_x86q.pytest_plugin"]
 
@@ -28,10 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """The same random numbers in every run, and no state of Dynamo's left from the test before."""
+    """The same random numbers in every run, and neither Dynamo's state nor Inductor's flags left from the test before."""
     torch.manual_seed(0)
+    before = torch._inductor.config.save_config()
     yield
     torch._dynamo.reset()
+    assert torch._inductor.config.save_config() == before, "this test leaves other options of Inductor behind"
 
 
 @pytest.fixture
