@@ -38,7 +38,8 @@ def inductor_x86q(
 ) -> Callable[..., Any]:
     """Compiles a graph for `torch.compile(model, backend="inductor_x86q")`.
 
-    The weights become constants of the compiled code, as with any freezing: changing them afterwards changes nothing.
+    The weights become constants of the compiled code, as with any freezing: another tensor in the place of one is
+    compiled again, writing into one in place changes nothing.
 
     Args:
         mode: a mode of `torch.compile`.
