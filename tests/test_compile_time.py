@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from inductor_x86q import cpp_code, testing
+from inductor_x86q import _torch, cpp_code, testing
 from inductor_x86q._torch import scopes
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
@@ -145,3 +147,23 @@ def test_a_fake_value_is_computed_anew_when_an_operand_changes() -> None:
         module.weight = torch.ones(3, 2).t()
         compile_fx.fake_tensor_prop(module, [], True)
     assert doubled.meta["val"].stride() == (1, 2)
+
+
+def test_the_calling_function_is_compiled_beside_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor.cpp_builder import CppBuilder
+
+    build, times = CppBuilder.build, {}
+
+    def timed(self: CppBuilder) -> None:
+        started = time.perf_counter()
+        build(self)
+        times["".join(Path(self.get_target_file_path()).suffixes)] = started, time.perf_counter()
+
+    monkeypatch.setattr(CppBuilder, "build", timed)
+    inputs = (torch.randn(4, 16),)
+    quantized = testing.qdq_graph(Chain(), inputs)
+    with _torch.isolated_caches(str(tmp_path)):
+        result = torch.compile(quantized, backend="inductor_x86q")(*inputs)
+    testing.assert_same(result, quantized(*inputs), min_snr=30)
+    first, second = times[".main.o"], times[".optimized.o"]
+    assert max(first[0], second[0]) < min(first[1], second[1])

@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_constants_folded())
         stack.enter_context(_constants_once())
         stack.enter_context(_wrapper_header())
+        stack.enter_context(_sources_side_by_side())
         stack.enter_context(_values_remembered())
         yield
 
@@ -210,6 +212,27 @@ def _wrapper_header() -> Iterator[None]:
 
     path = os.path.join(os.path.dirname(__file__), "wrapper.h")
     with replaced(CppWrapperCodeCache, "_get_uncompiled_header", classmethod(lambda cls, device: path)):
+        yield
+
+
+@contextlib.contextmanager
+def _sources_side_by_side() -> Iterator[None]:
+    """Within this context the function that calls the kernels is compiled at the same time as they are.
+
+    Relies on `_worker_compile_cpp` building one file after the other, the last of which needs the others, on its passing
+    over what is there, and on `codecache` looking it up in its own module.
+    """
+    from torch._inductor import codecache
+
+    stock = codecache._worker_compile_cpp
+
+    def build(lock: str, builders: Sequence[Any]) -> None:
+        parts = builders[:-1]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(stock, [f"{lock}.{number}" for number in range(len(parts))], [(part,) for part in parts]))
+        stock(lock, builders)
+
+    with replaced(codecache, "_worker_compile_cpp", build):
         yield
 
 
