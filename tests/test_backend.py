@@ -133,6 +133,31 @@ def test_another_tensor_in_the_place_of_a_weight_is_compiled_again(name: str) ->
     assert_close(run(x), model(x))
 
 
+def test_tied_weights_may_come_apart() -> None:
+    x, model = torch.randn(4, 16), nn.Sequential(OneLayer(), nn.ReLU(), OneLayer())
+    model[2].layer.weight = model[0].layer.weight
+    run = compiled(model)
+    assert_close(run(x), model(x))
+    model[2].layer.weight = -model[2].layer.weight
+    assert_close(run(x), model(x))
+
+
+def test_state_that_the_model_replaces_is_read_at_each_call() -> None:
+    class Counting(OneLayer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls = self.calls + 1
+            return super().forward(x) * self.calls
+
+    x, model, reference = torch.randn(4, 16), Counting(), Counting()
+    run = compiled(model)
+    for _ in range(3):
+        assert_close(run(x), reference(x))
+
+
 def test_two_models_of_one_class_keep_their_weights() -> None:
     x, first, second = torch.randn(4, 16), OneLayer(), OneLayer()
     second.layer.weight.neg_()

@@ -139,8 +139,8 @@ def _guard_identity(sources: Set[Any]) -> None:
 
     Dynamo guards types, shapes and strides of what it lifts, and would run one model's code for another model of the
     same class; it also costs more at each call. With the global freezing flag Dynamo does the same as this. Relies on
-    the tracing context's guards being made into a check after the backend is done, and on no guard of a tensor being
-    needed beside that of its identity.
+    the tracing context's guards being made into a check after the backend is done, and on `TENSOR_MATCH` saying nothing
+    of a tensor that its identity does not say.
     """
     from torch._dynamo.guards import GuardBuilder
 
@@ -148,7 +148,7 @@ def _guard_identity(sources: Set[Any]) -> None:
     if context is None:  # called by other code than Dynamo
         return
     guards = context.guards_context.dynamo_guards
-    others = [guard for guard in guards if guard.originating_source not in sources]
+    others = [g for g in guards if g.originating_source not in sources or g.create_fn_name() != "TENSOR_MATCH"]
     guards.clear()
     for guard in (*others, *(source.make_guard(GuardBuilder.ID_MATCH) for source in sources)):
         guards.add(guard, collect_debug_stack=False)
