@@ -34,7 +34,7 @@ def seeded() -> Iterator[None]:
     before = torch._inductor.config.save_config()
     yield
     torch._dynamo.reset()
-    assert torch._inductor.config.save_config() == before, "this test leaves other options of Inductor behind"
+    torch._inductor.config.load_config(before)  # torchao's quantize_ sets some
 
 
 @pytest.fixture
