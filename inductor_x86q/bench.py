@@ -121,12 +121,13 @@ def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[s
 
 def _counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The model's output, and the multiply-accumulates of its convolutions and matrix products."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees neither into it nor into fused attention
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             output = model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
