@@ -189,6 +189,14 @@ FOUND["a linear of flipped rows"] = written(
     QUANTIZE + f"y = F.linear(torch.flip(b, (0,)), {PER_TENSOR})", MATRIX_16, {"x": "reals(SEED, (3, 6), -2.0, 2.0)"}
 )
 
+FOUND["a factor behind a linear with a bias in bfloat16"] = written(
+    f"""{QUANTIZE.strip()}
+    c = F.linear(b.to(torch.bfloat16), {PER_TENSOR}.to(torch.bfloat16), self.c1)
+    y = c * self.c2""",
+    {"c0": "integers(0, (64, 6), -60, 60, torch.int8)", "c1": "reals(1, (64,), -1.0, 1.0).to(torch.bfloat16)",
+     "c2": "torch.full((1,), 0.3).to(torch.bfloat16)"},
+    {"x": "reals(SEED, (48, 6), -2.0, 2.0)"})  # fmt: skip
+
 # These need Inductor's lowering to fail.
 FOUND_COMPILED = {
     f"{source} in, {target} out": written(

@@ -45,18 +45,21 @@ def _find(node: fx.Node) -> Any:
         vector = factor.detach().float().reshape(-1).expand(weight.scale.shape)
         if bool((weight.integers[vector < 0] == -128).any()):
             return No("a factor is negative, and its channel's weights hold -128, which has no opposite")
-        return layer, weight, vector
+        bias = qgraph.constant(qgraph.schema_arguments(layer)["bias"])
+        if bias is not None:
+            exact = bias.detach().float() * vector
+            bias = exact.to(bias.dtype)
+            if not torch.equal(bias.float(), exact):
+                return No(f"its bias times the factor is no {bias.dtype}: it would be rounded before the sum")
+        return layer, weight, vector, bias
     return No("it multiplies no quantized layer by a constant")
 
 
-def _rewrite(node: fx.Node, found: tuple[fx.Node, weights.Weight, torch.Tensor]) -> fx.Node:
+def _rewrite(node: fx.Node, found: tuple[fx.Node, weights.Weight, torch.Tensor, torch.Tensor | None]) -> fx.Node:
     """layer(x)·factor is the layer with its weight's scale and its bias multiplied by the factor."""
-    layer, weight, factor = found
+    layer, weight, factor, bias = found
     signs = torch.where(factor < 0, -1, 1).to(torch.int8).view(-1, *[1] * (weight.integers.dim() - 1))
     scaled = dataclasses.replace(weight, integers=weight.integers * signs, scale=weight.scale.float() * factor.abs())
-    bias = qgraph.constant(qgraph.schema_arguments(layer)["bias"])
-    if bias is not None:
-        bias = bias * factor.to(bias.dtype)
     return weights.with_weight(layer, layer.args[0], scaled, bias)
 
 

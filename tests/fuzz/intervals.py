@@ -264,7 +264,8 @@ def _quantize(
     target: Any, x: Interval, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: Any
 ) -> Interval:
     inverse = 1.0 / torch.as_tensor(float(scale), dtype=torch.float64)
-    error = POINTWISE_ERROR * x.magnitude * inverse
+    # Kernels add the zero point before they round.
+    error = POINTWISE_ERROR * (x.magnitude * inverse + abs(float(zero_point)))
     low, high = (
         (torch.round(v) + float(zero_point)).clamp(quant_min, quant_max)
         for v in (x.low * inverse - error, x.high * inverse + error)
