@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from inductor_x86q._torch import decompositions
-from inductor_x86q.passes import aliasing, finish, normalize, propagate
+from inductor_x86q.passes import aliasing, channel_factors, channels, finish, normalize, propagate
 from inductor_x86q.passes.fuse import call, compute, output_types, pool, post_ops
 from tests.fuzz.check import Mismatch, check, check_exactly
 from tests.fuzz.graphs import Graph, written
@@ -37,6 +37,13 @@ CONSTANTS = {
     "cube": "integers(6, (8, 8, 1, 3, 3), -63, 63, torch.int8)",
     "scale": "torch.tensor(0.02)",
     "sixty": "torch.tensor(60)",
+    "factors": "reals(7, (8,), -2.0, 2.0)",
+    "of_channels": "reals(7, (8, 1, 1), -2.0, 2.0)",
+    "of_rows": "reals(7, (8, 1), -2.0, 2.0)",
+    "lowest": "torch.full((8, 8), -128, dtype=torch.int8)",
+    "depthwise": "integers(8, (8, 1, 3, 3), -63, 63, torch.int8)",
+    "left_half": "integers(9, (4, 4, 1, 1), -63, 63, torch.int8)",
+    "right_half": "integers(10, (4, 4, 1, 1), -63, 63, torch.int8)",
 }
 ROWS = {"x": "reals(SEED, (8, 8), -2.0, 2.0)"}
 TWO_ROWS = {**ROWS, "z": "reals(SEED, (8, 8), -2.0, 2.0)"}
@@ -73,7 +80,38 @@ LINEAR_BF16 = f"F.linear({{x}}.to(torch.bfloat16), {W.format(axis=0)}.to(torch.b
 FLOAT = "torch.float32"
 LINEAR_A, CONVOLUTION_A = LINEAR.format(x="a"), CONVOLUTION.format(x="a")
 
+SCALED = "0.01, 0, -127, 127, torch.int8"  # a weight of one scale
+PIXELS = f"F.conv2d({{x}}, q.dequantize_per_tensor(self.pixel, {SCALED}), self.bias)"
+DEPTHWISE = f"F.conv2d({{x}}, q.dequantize_per_tensor(self.depthwise, {SCALED}), self.bias, 1, 1, 1, 8)"
+HALVES = [f"F.conv2d({{x}}, q.dequantize_per_tensor(self.{name}, {SCALED}))" for name in ("left_half", "right_half")]
+SHUFFLED = "s = {x}.reshape(1, 2, 4, 5, 6).transpose(1, 2).reshape(1, 8, 5, 6)"
+
 GRAPHS = {
+    "factor of each output": rows(f"b = {LINEAR_A}", "y = b * self.factors"),
+    "factor of each channel": image(f"b = {CONVOLUTION_A}", "y = b * self.of_channels"),
+    "factor of each row": rows(f"b = {LINEAR_A}", "y = b * self.of_rows"),
+    "negative factor of the lowest weight": rows(
+        "b = F.linear(a, q.dequantize_per_tensor(self.lowest, 0.01, 0, -128, 127, torch.int8))", "y = b * self.factors"),
+    "factor behind a bias in bf16": written(
+        qd("a", "x") + """
+        b = F.linear(a.to(torch.bfloat16), q.dequantize_per_tensor(self.c0, 0.01, 0, -127, 127, torch.int8).to(torch.bfloat16), self.c1)
+        y = b * self.c2""",
+        {"c0": "integers(0, (64, 6), -60, 60, torch.int8)", "c1": "reals(1, (64,), -1.0, 1.0).to(torch.bfloat16)",
+         "c2": "torch.full((1,), 0.3).to(torch.bfloat16)"}, {"x": "reals(SEED, (48, 6), -2.0, 2.0)"}),
+    "wider factor": rows(f"b = {LINEAR_BF16.format(x='a')}", "y = b * self.factors"),
+
+    "shuffled channels": image(f"b = {PIXELS.format(x='a')}", qd("c", "b", OTHER), SHUFFLED.format(x="c"),
+                               f"y = {CONVOLUTION.format(x='s')}"),
+    "shuffled channels of a depthwise convolution": image(
+        f"b = {PIXELS.format(x='a')}", qd("c", "b", OTHER), SHUFFLED.format(x="c"), f"d = {DEPTHWISE.format(x='s')}",
+        qd("e", "d", LATER), f"y = {CONVOLUTION.format(x='e')}"),
+    "halves of shuffled channels": image(
+        f"b = {PIXELS.format(x='a')}", qd("c", "b", OTHER), SHUFFLED.format(x="c"), "h = torch.chunk(s, 2, 1)",
+        "l = h[0]", "r = h[1]", f"y = {HALVES[0].format(x='l')}", f"w = {HALVES[1].format(x='r')}", "return y, w"),
+    "shuffled channels that show": image(
+        f"b = {PIXELS.format(x='a')}", qd("c", "b", OTHER), SHUFFLED.format(x="c"), "h = torch.chunk(s, 2, 1)",
+        "l = h[0]", "r = h[1]", f"y = {HALVES[0].format(x='l')}", "return y, r"),
+
     "scales as tensors": written(
         f"i = q.quantize_per_tensor(x, self.scale, self.sixty, 0, 127, torch.uint8)\n"
         f"a = q.dequantize_per_tensor(i, self.scale, self.sixty, 0, 127, torch.uint8)\ny = {LINEAR_A}",
@@ -242,6 +280,34 @@ BROKEN = {
                "dequantized to bf16"),
         Broken("move a transpose before a linear", normalize.keeps_rows, 'arguments["dims"][-1] % len(before) == last', "True",
                "transposed linear"),
+    ],
+    "channel factors": [
+        Broken("drop the factor of a bias", channel_factors._find, "bias.detach().float() * vector",
+               "bias.detach().float()", "factor of each output"),
+        Broken("drop the factor's sign", channel_factors._rewrite, "torch.where(factor < 0, -1, 1)",
+               "torch.where(factor < 0, 1, 1)", "factor of each channel"),
+        Broken("drop the factor", channel_factors._rewrite, "weight.scale.float() * factor.abs()",
+               "weight.scale.float()", "factor of each channel"),
+        Broken("turn -128 around", channel_factors._find, "bool((weight.integers[vector < 0] == -128).any())", "False",
+               "negative factor of the lowest weight"),
+        Broken("round a bias of 16 bits", channel_factors._find, "not torch.equal(bias.float(), exact)", "False",
+               "factor behind a bias in bf16"),
+        Broken("take a factor of rows for one of outputs", channel_factors._find,
+               "not qgraph.is_channel_factor(other, layer, CHANNELS[layer.target])", "False", "factor of each row"),
+        Broken("forget a factor's wider type", channel_factors._find,
+               "qgraph.value(node).dtype != qgraph.value(layer).dtype", "False", "wider factor"),
+    ],
+    "channels": [
+        Broken("take a shuffle for none", channels._origins, ".view(shuffled[1], -1).t()", ".view(shuffled[1], -1)",
+               "shuffled channels"),
+        Broken("leave the order of inputs", channels._rewrite_shuffled_input, "x, order, 0 if", "x, sorted(order), 0 if",
+               "shuffled channels"),
+        Broken("put outputs back the wrong way", channels._rewrite_shuffled_input, "torch.tensor(order).argsort()",
+               "torch.tensor(order)", "shuffled channels of a depthwise convolution"),
+        Broken("leave the order of biases", channels._with_weights, "bias = bias[indices]", "pass",
+               "halves of shuffled channels"),
+        Broken("leave the order of outputs", channels._rewrite_gathered_output, "convolution.args[0], order, 0",
+               "convolution.args[0], sorted(order), 0", "halves of shuffled channels"),
     ],
     "propagate": [
         Broken("leave a large pool of signed integers to nobody", propagate._find_down_large_pool,
