@@ -7,14 +7,18 @@ with its error. `of peak` is how many multiply-accumulates an engine does in a s
 matrix product does on the same threads, which takes its turn among the engines.
 
 With --starts each engine is set up in two processes, of which the first finds an empty cache directory and the second
-what the first left there: `cold` and `warm` are the seconds of the first call, with imports and quantization done before.
+what the first left there: `cold` and `warm` are the seconds of the first call, with imports and quantization done before;
+`peak MB` is the most memory that the first process held during that call, without the C++ compiler's, and `MB` what the
+second holds when it is ready.
 For x86q-package, cold is building the package, loading it and the first call, and warm is loading and the first call.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -44,6 +48,8 @@ class Result:
     compile_seconds: float = math.nan  # from the float model to the first result, with caches as they are
     cold_seconds: float = math.nan  # the first call, with empty caches
     warm_seconds: float = math.nan  # the first call in another process, with the caches that the cold one left
+    peak_megabytes: float = math.nan  # of memory, during the first call
+    resident_megabytes: float = math.nan  # of memory, when ready
     snr: float = math.nan
     of_peak: float = math.nan  # multiply-accumulates a second, as a share of those of a large int8 matrix product
     error: str = ""
@@ -79,7 +85,9 @@ def worker() -> None:
             error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         )
         return
-    answer(**values)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back
+    answer(**values, resident_megabytes=_megabytes("VmRSS"))
     for line in sys.stdin:
         deadline = time.perf_counter() + float(line)
         times: list[float] = []
@@ -109,6 +117,7 @@ def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[s
     started = time.perf_counter()
     with torch.no_grad():
         run = ENGINES[request["engine"]](model, x)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     with torch.inference_mode():
         called = time.perf_counter()
         output = run()
@@ -116,7 +125,14 @@ def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[s
         for _ in range(2):
             run()
     values = {"compile_seconds": ended - started, "first_call_seconds": ended - called}
+    values["peak_megabytes"] = _megabytes("VmHWM")
     return run, {**values, "macs": macs, "snr": snr(output.float(), reference)}
+
+
+def _megabytes(name: str) -> float:
+    """A figure of this process's memory, as Linux names it in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
 
 
 def _counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -151,10 +167,9 @@ class _Worker:
         reply = self._ask(json.dumps(request))
         self.result.error = reply.get("error", "")
         if not self.result.error:
-            self.macs = reply["macs"]
-            self.first_call_seconds = reply.get("first_call_seconds", math.nan)
-            self.result.compile_seconds = reply.get("compile_seconds", math.nan)
-            self.result.snr = reply.get("snr", math.nan)
+            self.macs = reply.pop("macs")
+            self.first_call_seconds = reply.pop("first_call_seconds", math.nan)
+            self.result = Result(engine, **reply)
         self._process.send_signal(signal.SIGSTOP)
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -198,11 +213,12 @@ def _started_twice(engine: str, network: str, settings: Settings) -> _Worker:
     """The second of two processes that share a cache directory of their own; its result has the seconds of both."""
     with tempfile.TemporaryDirectory() as caches:
         first = _Worker(engine, network, settings, caches)
-        cold, error = first.first_call_seconds, first.finish().error
-        if error:
+        cold, found = first.first_call_seconds, first.finish()
+        if found.error:
             return first
         second = _Worker(engine, network, settings, caches)
     second.result.cold_seconds, second.result.warm_seconds = cold, second.first_call_seconds
+    second.result.peak_megabytes = found.peak_megabytes
     return second
 
 
@@ -242,7 +258,7 @@ def text(table: dict[str, list[Result]]) -> str:
     starts = any(not math.isnan(r.cold_seconds) for results in table.values() for r in results)
     lines = [
         f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'of peak':>7s} {'SNR dB':>7s} {'compile s':>9s}"
-        + (f" {'cold s':>7s} {'warm s':>7s}" if starts else "")
+        + (f" {'cold s':>7s} {'warm s':>7s} {'peak MB':>7s} {'MB':>7s}" if starts else "")
     ]
     for network, results in table.items():
         base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
@@ -254,6 +270,7 @@ def text(table: dict[str, list[Result]]) -> str:
                 f"{network:24s} {r.engine:18s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
                 f"{r.of_peak:7.1%} {r.snr:7.1f} {r.compile_seconds:9.1f}"
                 + (f" {r.cold_seconds:7.1f} {r.warm_seconds:7.1f}" if starts else "")
+                + (f" {r.peak_megabytes:7.0f} {r.resident_megabytes:7.0f}" if starts else "")
             )
     means = geometric_means(table)
     if means:

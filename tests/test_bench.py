@@ -25,9 +25,9 @@ def test_an_engine_compiles_at_its_first_call_and_only_then():
 def test_starts_have_columns_where_they_were_measured():
     plain = {"resnet18": [bench.Result("x86q", median=2.0, low=1.0, high=3.0, compile_seconds=9.0, snr=30.0)]}
     assert "cold s" not in bench.text(plain)
-    started = {"resnet18": [bench.Result("x86q", 2.0, 1.0, 3.0, 9.0, cold_seconds=8.25, warm_seconds=2.5, snr=30.0)]}
+    started = {"resnet18": [bench.Result("x86q", 2.0, 1.0, 3.0, 9.0, 8.25, 2.5, 640.0, 320.0, snr=30.0)]}
     header, row, *_ = bench.text(started).splitlines()
-    assert header.endswith(" cold s  warm s") and row.endswith("     8.2     2.5")
+    assert header.endswith(" cold s  warm s peak MB      MB") and row.endswith("     8.2     2.5     640     320")
     assert len(header) == len(row)
 
 
@@ -76,3 +76,5 @@ def test_a_second_process_starts_from_the_package_of_the_first():
     (result,) = bench.measure("resnet18", ["x86q-package"], settings, rounds=1, starts=True)
     assert result.error == "" and result.snr > 10
     assert result.warm_seconds < result.cold_seconds / 4
+    assert 100 < result.resident_megabytes < result.peak_megabytes
+    assert 0 < result.of_peak < 1
