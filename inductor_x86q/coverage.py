@@ -148,9 +148,7 @@ def add_command(commands: Any) -> None:
         description=f"{__doc__}\n\nexit codes: 0 every convolution and linear is in int8, 1 not all are",
     )
     parser.add_argument("network", nargs="*", help="names of torchvision models (default: one of each family)")
-    parser.add_argument(
-        "--stock", action="store_true", help="count the kernels, also of the stock path (a minute each)"
-    )
+    parser.add_argument("--stock", action="store_true", help="count the kernels, also of the stock path (minutes each)")
     parser.set_defaults(run=_command)
 
 

@@ -22,6 +22,7 @@ from inductor_x86q.passes import aliasing, channel_factors, channels, finish, no
 from inductor_x86q.passes.fuse import call, compute, output_types, pool, post_ops
 from tests.fuzz.check import Mismatch, check, check_exactly
 from tests.fuzz.graphs import Graph, written
+from tests.test_random_graphs import FOUND
 
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
@@ -92,12 +93,7 @@ GRAPHS = {
     "factor of each row": rows(f"b = {LINEAR_A}", "y = b * self.of_rows"),
     "negative factor of the lowest weight": rows(
         "b = F.linear(a, q.dequantize_per_tensor(self.lowest, 0.01, 0, -128, 127, torch.int8))", "y = b * self.factors"),
-    "factor behind a bias in bf16": written(
-        qd("a", "x") + """
-        b = F.linear(a.to(torch.bfloat16), q.dequantize_per_tensor(self.c0, 0.01, 0, -127, 127, torch.int8).to(torch.bfloat16), self.c1)
-        y = b * self.c2""",
-        {"c0": "integers(0, (64, 6), -60, 60, torch.int8)", "c1": "reals(1, (64,), -1.0, 1.0).to(torch.bfloat16)",
-         "c2": "torch.full((1,), 0.3).to(torch.bfloat16)"}, {"x": "reals(SEED, (48, 6), -2.0, 2.0)"}),
+    "factor behind a bias in bf16": FOUND["a factor behind a linear with a bias in bfloat16"],
     "wider factor": rows(f"b = {LINEAR_BF16.format(x='a')}", "y = b * self.factors"),
 
     "shuffled channels": image(f"b = {PIXELS.format(x='a')}", qd("c", "b", OTHER), SHUFFLED.format(x="c"),

@@ -107,9 +107,8 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
     source's `guard_source` saying whether it goes through a module: a tensor that some module holds keeps its mark
     where it is passed as an argument, and there it is no constant.
     """
-    sources = dict(getattr(graph_module, "_param_name_to_source", None) or {})
     kept: list[int] = []
-    bound: list[Any] = []
+    sources: dict[str, Any] = {}
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     for position, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
         source = getattr(node, "_dynamo_source", None)
@@ -122,15 +121,15 @@ def bind_parameters(graph_module: fx.GraphModule, example_inputs: list[Any]) -> 
         else:
             graph_module.register_buffer(node.name, value)
         sources[node.name] = source
-        bound.append(source)
         with graph_module.graph.inserting_before(node):
             attribute = graph_module.graph.get_attr(node.name)
         attribute.meta.update(node.meta)
         node.replace_all_uses_with(attribute)
         graph_module.graph.erase_node(node)
-    graph_module._param_name_to_source = sources  # type: ignore[assignment]
+    others = getattr(graph_module, "_param_name_to_source", None) or {}
+    graph_module._param_name_to_source = {**others, **sources}  # type: ignore[assignment]
     graph_module.recompile()
-    _guard_identity({source for source in bound if source is not None})
+    _guard_identity(set(sources.values()) - {None})
     return kept
 
 
