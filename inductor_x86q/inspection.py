@@ -111,7 +111,7 @@ def measured(generated: Sequence[_torch.Generated], events: Sequence[tuple[str, 
             seen[call.symbol] += 1
             if samples := times.get(call.symbol, [])[number::per_run]:
                 nodes = [node for result in call.results for node in part.origins.get(result, ())]
-                names_of_nodes = tuple(dict.fromkeys(node.name for node in nodes))
+                names_of_nodes = tuple(dict.fromkeys(node.meta.get("x86q_reported", node.name) for node in nodes))
                 found.append(Kernel(call.name, tuple(layers_of(nodes)), names_of_nodes, statistics.median(samples)))
     return found
 

@@ -216,7 +216,7 @@ def dequantize(node: Any, parameters: QParams, dtype: torch.dtype = torch.float3
     return call(target, node, *parameters.arguments(), like=like, **kwargs)
 
 
-ORIGIN_FIELDS = ("nn_module_stack", "stack_trace", "from_node", "source_fn_stack", "custom")
+ORIGIN_FIELDS = ("nn_module_stack", "stack_trace", "from_node", "source_fn_stack", "custom", "x86q_reported")
 
 
 def copy_origin(node: fx.Node, like: fx.Node) -> None:

@@ -471,6 +471,7 @@ def collect(graph: fx.Graph) -> Report:
         if kind is None:
             continue
         shown.add(node)
+        node.meta["x86q_reported"] = node.name  # what replaces it in a later stage is told by that
         if kind == "fused":
             report.fused.append(_fusion(node))
         elif kind == "product":

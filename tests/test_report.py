@@ -244,6 +244,24 @@ def test_timing_covers_every_call(net: torch.fx.GraphModule) -> None:
     assert report.microseconds == sum(kernel.microseconds for kernel in report.kernels)
 
 
+@pytest.mark.skipif(not cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
+def test_timing_of_generated_kernels() -> None:
+    """What stands for a call in a later stage is timed as that call: generated kernels, and convolutions of lines."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.line = QConv2d(8, 8, 1), testing.QConv1d(8, 16, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.line(quantize_dequantize(self.conv(quantize_dequantize(x)).flatten(2)))
+
+    inputs = (torch.randn(1, 8, 4, 4),)
+    report = explain(qdq_graph(Net(), inputs), inputs, timing=True, mode="max-autotune")
+    assert [f.layer for f in report.fused] == ["conv", "line"]
+    assert all(fusion.microseconds is not None for fusion in report.fused)
+
+
 def test_timing_needs_the_cpp_wrapper(net: torch.fx.GraphModule) -> None:
     with pytest.raises(CompileError, match="cpp_wrapper"):
         explain(net, INPUTS, timing=True, options={"cpp_wrapper": False})

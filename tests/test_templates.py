@@ -93,7 +93,7 @@ def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     blockings = Convolution.blockings
 
     def choose(number: int) -> None:
-        monkeypatch.setattr(Convolution, "blockings", lambda self, lanes: blockings(self, lanes)[number:][:1])
+        monkeypatch.setattr(Convolution, "blockings", lambda self, lanes: blockings(self, lanes)[: number + 1][-1:])
 
     return choose
 

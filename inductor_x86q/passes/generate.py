@@ -50,7 +50,8 @@ def _rewrite(node: fx.Node, convolution: Convolution) -> fx.Node:
         tuple(float(value) for value in call.unary.scalars),
     )
     packed = qgraph.new_constant(convolution.pack(weight, lanes), like=node)
-    channels = qgraph.new_constant(convolution.channels(weight, numbers, lanes), like=node)
+    after = layers.epilogue(call, None)
+    channels = qgraph.new_constant(convolution.channels(weight, numbers, after, lanes), like=node)
     target = GENERATED[node.target]
     new = node.graph.call_function(target, (packed, channels, list(convolution.kernel), *node.args))
     new.meta.update(node.meta)

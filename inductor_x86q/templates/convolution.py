@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "swish": "v / (1.0f + exponential(-v))",
     "tanh": "1.0f - 2.0f / (exponential(v + v) + 1.0f)",
 }
+LIMITING = ("none", "relu", "hardtanh")  # what these do to a value, limits do to the quantized one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +33,31 @@ class Epilogue:
     activation: str = "none"
     other_dtype: torch.dtype | None = None
 
+    @property
+    def in_steps(self) -> bool:
+        """Whether scales and bias count in steps of the output, so that nothing is left to do but to limit and round."""
+        return self.output_dtype != torch.float32 and self.activation in LIMITING
+
+    def limits(self, numbers: Numbers) -> tuple[float, float]:
+        """The least and the largest output, in steps and before the zero point is added."""
+        if self.output_dtype == torch.float32:
+            return 0.0, 0.0  # not used
+        type_ = torch.iinfo(self.output_dtype)
+        low, high = type_.min - numbers.zero_point, type_.max - numbers.zero_point
+        if not self.in_steps:
+            return low, high
+        floor, ceiling = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf)}.get(
+            self.activation, numbers.activation
+        )
+        inverse = 1 / numbers.scale
+        return min(max(low, floor * inverse), high), max(min(high, ceiling * inverse), low)
+
     def source(self) -> str:
         return f"""\
 struct Epilogue {{
     using Out = {CPP_TYPES[self.output_dtype]};
     using Other = {CPP_TYPES[self.other_dtype or torch.float32]};
-    static constexpr bool HAS_OTHER = {str(self.other_dtype is not None).lower()};
+    static constexpr bool HAS_OTHER = {_flag(self.other_dtype is not None)}, IN_STEPS = {_flag(self.in_steps)};
     static INDUCTOR_X86Q_INLINE Floats activation(Floats v, float first, float second) {{
         return {ACTIVATIONS[self.activation]};
     }}
@@ -111,7 +131,7 @@ class Convolution:
     @property
     def copied(self) -> bool:
         """Whether the input is first copied: with its padding, or without the gaps between its pixels."""
-        return any(self.padding) or (not self.depthwise and self.kernel[1] > 1 and self.x_strides[2] != self.c)
+        return not self.depthwise and (any(self.padding) or (self.kernel[1] > 1 and self.x_strides[2] != self.c))
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -134,43 +154,52 @@ class Convolution:
 
     def channel_count(self, lanes: int) -> int:
         """How many channels the numbers of a layer are laid out for: vectors are filled up, a group at a time."""
-        return self.c if self.depthwise else self.group_vectors(lanes) * self.groups * lanes
+        if self.depthwise:
+            return math.ceil(self.c / (4 * lanes)) * 4 * lanes
+        return self.group_vectors(lanes) * self.groups * lanes
+
+    def depthwise_order(self, lanes: int) -> torch.Tensor:
+        """The channels in the order in which a depthwise kernel takes them: in blocks of four vectors, the last of which
+        begins earlier; a vector takes four channels of each 16, as instructions that interleave bytes give them."""
+        block = torch.arange(4 * lanes).reshape(-1, 4, 4).transpose(0, 1).flatten()
+        starts = torch.arange(0, self.c, 4 * lanes).clamp(max=max(self.c - 4 * lanes, 0))
+        return (starts[:, None] + block).flatten().clamp(max=self.c - 1)
 
     def pack(self, weight: torch.Tensor, lanes: int) -> torch.Tensor:
         """The int8 weight (out, in/groups, kh, kw) in the order in which the kernel reads it, one-dimensional."""
         if self.depthwise:
-            taps = weight[:, 0].permute(2, 1, 0)  # kw, kh, channel
-            taps = functional.pad(taps, (0, 0, 0, -taps.shape[1] % 4))
-            return taps.unflatten(1, (-1, 4)).permute(0, 1, 3, 2).contiguous().flatten()
+            taps = weight[self.depthwise_order(lanes), 0].unflatten(0, (-1, 4 * lanes))  # block, channel, kh, kw
+            taps = functional.pad(taps, (0, 0, 0, -taps.shape[2] % 4)).unflatten(2, (-1, 4))
+            return taps.permute(0, 4, 2, 1, 3).contiguous().flatten()  # block, kw, four, channel, 4
         runs, size, _ = self.runs
         grouped = weight.permute(0, 2, 3, 1).reshape(self.groups, -1, runs, size)
         grouped = functional.pad(grouped, (0, -size % 4, 0, 0, 0, -grouped.shape[1] % lanes))
         vectors = grouped.unflatten(1, (-1, lanes)).unflatten(-1, (-1, 4))  # group, vector, lane, run, four, 4
         return vectors.permute(0, 1, 3, 4, 2, 5).contiguous().flatten()
 
-    def channels(self, weight: torch.Tensor, numbers: Numbers, lanes: int) -> torch.Tensor:
+    def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue, lanes: int) -> torch.Tensor:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
         zero_point = numbers.x_zero_point + (128 if self.x_signed else 0)
         compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
-        scale = (numbers.weight_scale.double() * numbers.x_scale).float().expand(self.out_c)
-        bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.float()
+        inverse = float(torch.tensor(1 / numbers.scale))
+        steps = inverse if epilogue.in_steps else 1.0
+        scale = (numbers.weight_scale.double() * numbers.x_scale * steps).expand(self.out_c)
+        bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.double() * steps
         rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
-        if not self.depthwise:
+        if self.depthwise:
+            rows = rows[:, self.depthwise_order(lanes)]
+        else:
             rows = rows.unflatten(1, (self.groups, -1))
             rows = functional.pad(rows, (0, -rows.shape[-1] % lanes)).flatten(1)
-        scalars = [1 / numbers.scale, numbers.zero_point, numbers.other_scale, numbers.other_zero_point]
-        scalars += [*numbers.activation, 0.0, 0.0][:2]
-        tail = [
-            _bits(torch.tensor(scalars, dtype=torch.float32)),
-            torch.tensor([numbers.x_zero_point], dtype=torch.int32),
-        ]
+        scalars = [inverse, numbers.zero_point, *epilogue.limits(numbers)]
+        scalars += [numbers.other_scale * steps, numbers.other_zero_point, *[*numbers.activation, 0.0, 0.0][:2]]
+        tail = [_bits(torch.tensor(scalars)), torch.tensor([numbers.x_zero_point], dtype=torch.int32)]
         return torch.cat([rows.flatten(), *tail])
 
     def source(self, lanes: int, rows: int, columns: int) -> str:
         """The struct of constants, for blocks of `rows` pixels by `columns` vectors (depthwise: `columns` pixels)."""
         image, row, pixel = self.strides
         runs, run, whole = self.runs
-        flags = {True: "true", False: "false"}
         offset = (
             f"run * {self.dilation[0] * row}"
             if whole
@@ -189,7 +218,7 @@ struct Shape {{
     static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel}, OTHER_PIXEL = {self.other_pixel};
     static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors(lanes) * self.groups};
     static constexpr int ROWS = {rows}, COLUMNS = {columns}, THREADS = {self.threads}, CHANNELS = {self.channel_count(lanes)};
-    static constexpr bool COPIED = {flags[self.copied]}, SIGNED = {flags[self.x_signed]}, FITS_16 = {flags[self.fits_16]};
+    static constexpr bool COPIED = {_flag(self.copied)}, SIGNED = {_flag(self.x_signed)}, FITS_16 = {_flag(self.fits_16)};
     static constexpr int64_t run(int run) {{ return {offset}; }}
 }};
 """
@@ -201,7 +230,7 @@ struct Shape {{
     def blockings(self, lanes: int) -> list[tuple[int, int]]:
         """Rows and columns of the register blocks that are worth trying, best guess first."""
         if self.depthwise:
-            return [(1, min(4, self.out_w))]
+            return [(1, min(lanes // 4, self.out_w))]
         vectors, pixels = self.group_vectors(lanes), self.n * self.out_h * self.out_w
         wanted = ((6, 2), (3, 4)) if lanes == 8 else ((6, 4), (12, 2))
         found = [(min(rows, pixels), min(columns, vectors)) for rows, columns in wanted]
@@ -214,5 +243,11 @@ def header() -> str:
     return resources.files(__package__).joinpath("int8.h").read_text()
 
 
+def _flag(value: bool) -> str:
+    return str(value).lower()
+
+
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.int32)
+    """The bits of numbers in single precision; what exceeds it becomes its largest number, so that 0 times it is 0."""
+    largest = torch.finfo(torch.float32).max
+    return values.float().clamp(-largest, largest).contiguous().view(torch.int32)

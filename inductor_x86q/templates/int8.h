@@ -73,13 +73,68 @@ INDUCTOR_X86Q_INLINE Ints dot(Ints sum, Ints a, Ints b) {
 #endif
 }
 
+// --- instructions that work on each 128-bit part of a vector by itself ------------------------------------------------
+
+#if INDUCTOR_X86Q_LANES == 8
+#define INDUCTOR_X86Q_PARTWISE(name, instruction) \
+    INDUCTOR_X86Q_INLINE Ints name(Ints a, Ints b) { return (Ints)_mm256_##instruction((__m256i)a, (__m256i)b); }
+#elif defined(__AVX512BW__)
+#define INDUCTOR_X86Q_PARTWISE(name, instruction) \
+    INDUCTOR_X86Q_INLINE Ints name(Ints a, Ints b) { return (Ints)_mm512_##instruction((__m512i)a, (__m512i)b); }
+#else
+#define INDUCTOR_X86Q_PARTWISE(name, instruction)                                                              \
+    INDUCTOR_X86Q_INLINE Ints name(Ints a, Ints b) {                                                           \
+        struct Halves { __m256i part[2]; };                                                                    \
+        Halves x = load<Halves>(&a), y = load<Halves>(&b);                                                     \
+        for (int i = 0; i < 2; ++i) x.part[i] = _mm256_##instruction(x.part[i], y.part[i]);                    \
+        return load<Ints>(&x);                                                                                 \
+    }
+#endif
+
+INDUCTOR_X86Q_PARTWISE(interleave_low_8, unpacklo_epi8)
+INDUCTOR_X86Q_PARTWISE(interleave_high_8, unpackhi_epi8)
+INDUCTOR_X86Q_PARTWISE(interleave_low_16, unpacklo_epi16)
+INDUCTOR_X86Q_PARTWISE(interleave_high_16, unpackhi_epi16)
+INDUCTOR_X86Q_PARTWISE(pack_32, packs_epi32)
+INDUCTOR_X86Q_PARTWISE(add_16, add_epi16)
+INDUCTOR_X86Q_PARTWISE(pack_signed_16, packs_epi16)
+INDUCTOR_X86Q_PARTWISE(pack_unsigned_16, packus_epi16)
+
+// Part j of vector i goes to place PARTS·i + j, where `pack` leaves it at 4·j + i (both counted in 32-bit numbers).
+INDUCTOR_X86Q_INLINE Ints parts_in_a_row(Ints x) {
+#if INDUCTOR_X86Q_LANES == 8
+    return (Ints)_mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#else
+    return __builtin_shuffle(x, Ints{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+#endif
+}
+
 // --- from the integer sum to the output ---------------------------------------------------------------------------
 
 INDUCTOR_X86Q_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 INDUCTOR_X86Q_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
-// To the nearest integer, ties to even, of |x| < 2^22: adding 1.5·2^23 leaves the integer in the lowest bits.
-INDUCTOR_X86Q_INLINE Ints nearest(Floats x) { return (Ints)(x + 12582912.0f) - 0x4B400000; }
+// To the nearest integer, ties to even, of |x| < 2^22.
+INDUCTOR_X86Q_INLINE Ints nearest(Floats x) {
+#if INDUCTOR_X86Q_LANES == 8
+    return (Ints)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__AVX512F__)
+    return (Ints)_mm512_cvtps_epi32((__m512)x);
+#else
+    return (Ints)(x + 12582912.0f) - 0x4B400000;  // adding 1.5·2^23 leaves the integer in the lowest bits
+#endif
+}
+
+// a·b + c, rounded once where the CPU can: Inductor forbids compilers to contract.
+INDUCTOR_X86Q_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if INDUCTOR_X86Q_LANES == 8 && defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif INDUCTOR_X86Q_LANES == 16 && defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
 
 // e^x to about 1e-7 of its value: 2^n·p(x − n·ln 2), the polynomial is that of Cephes' expf.
 INDUCTOR_X86Q_INLINE Floats exponential(Floats x) {
@@ -93,17 +148,6 @@ INDUCTOR_X86Q_INLINE Floats exponential(Floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     return (p * r * r + r + 1.0f) * (Floats)((n + 127) << 23);
-}
-
-// The lowest byte of each lane.
-INDUCTOR_X86Q_INLINE Bytes narrow(Ints x) {
-#if INDUCTOR_X86Q_LANES == 8
-    const __m256i gathered = _mm256_shuffle_epi8((__m256i)x, _mm256_set1_epi32(0x0C080400));
-    return (Bytes)_mm256_castsi256_si128(
-        _mm256_permutevar8x32_epi32(gathered, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4)))[0];
-#else
-    return __builtin_convertvector(x, Bytes);
-#endif
 }
 
 // LANES bytes as integers. Compilers take a conversion of so short vectors apart, hence the instructions by name.
@@ -131,6 +175,7 @@ INDUCTOR_X86Q_INLINE Floats widen(const T* address) {
 // What a layer's numbers are, apart from its shape: they are data, so that layers of one shape share a kernel.
 struct Scalars {
     float inverse_scale, zero_point;  // of the output
+    float low, high;  // what an output may be, in its steps and before the zero point is added
     float other_scale, other_zero_point;
     float first, second;  // of the activation
     int32_t x_zero_point;
@@ -141,33 +186,56 @@ struct Scalars {
 template <int STRIDE>
 INDUCTOR_X86Q_INLINE Scalars scalars(const int32_t* channels) { return load<Scalars>(channels + 3 * STRIDE); }
 
-// The output of `lanes` channels: dequantized, biased, with the other operand added, activated and quantized.
-template <int STRIDE, class Epilogue>
+// VECTORS vectors of integers as bytes, part 0 of each vector first, then part 1, ...
+template <int VECTORS, bool SIGNED>
+INDUCTOR_X86Q_INLINE Ints pack(const Ints* x, int zero_point) {
+    const Ints zero_points = Ints{} + (int32_t)((zero_point & 0xFFFF) * 0x10001u);
+    const Ints low = add_16(pack_32(x[0], x[VECTORS > 1 ? 1 : 0]), zero_points);
+    const Ints high = VECTORS > 2 ? add_16(pack_32(x[VECTORS > 2 ? 2 : 0], x[VECTORS > 3 ? 3 : 0]), zero_points) : low;
+    return SIGNED ? pack_signed_16(low, high) : pack_unsigned_16(low, high);
+}
+
+// The output of VECTORS vectors of channels, of which `count` are stored: dequantized, biased, with the other operand
+// added, activated and quantized. The channels of the vectors lie one after the other if IN_A_ROW, else as
+// `interleave` gives them, which is how `pack` takes them.
+template <class Shape, class Epilogue, int VECTORS, bool IN_A_ROW>
 INDUCTOR_X86Q_INLINE void finish(
-    Ints sum, const int32_t* channels, const Scalars& scalars, const typename Epilogue::Other* other,
-    typename Epilogue::Out* out, int lanes) {
-    Floats value = __builtin_convertvector(sum + load<Ints>(channels), Floats) * load<Floats>(channels + STRIDE);
-    value += load<Floats>(channels + 2 * STRIDE);
-    if constexpr (Epilogue::HAS_OTHER) {
-        typename Epilogue::Other some[LANES] = {};
-        if (lanes < LANES) std::memcpy(some, other, lanes * sizeof some[0]);
-        value += (widen(lanes < LANES ? some : other) - scalars.other_zero_point) * scalars.other_scale;
-    }
-    value = Epilogue::activation(value, scalars.first, scalars.second);
+    const Ints* sums, const int32_t* channels, const Scalars& scalars, const typename Epilogue::Other* other,
+    typename Epilogue::Out* out, int count) {
     typedef typename Epilogue::Out Out;
-    std::conditional_t<std::is_same_v<Out, float>, Floats, Bytes> result;
-    if constexpr (std::is_same_v<Out, float>) {
-        result = value;
-    } else {
-        const float low = (std::is_signed_v<Out> ? -128 : 0) - scalars.zero_point;
-        const Floats limited = minimum(maximum(value * scalars.inverse_scale, Floats{} + low), Floats{} + (low + 255));
-        result = narrow(nearest(limited) + (int32_t)scalars.zero_point);
+    constexpr int FULL = VECTORS * LANES;
+    typename Epilogue::Other some_other[FULL];
+    if (Epilogue::HAS_OTHER && count < FULL) other = (decltype(other))std::memcpy(some_other, other, count * sizeof *other);
+    Out some[FULL];
+    Out* to = count < FULL ? some : out;
+    Ints steps[VECTORS];
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; ++i) {
+        const int32_t* here = channels + i * LANES;
+        Floats value = multiply_add(
+            __builtin_convertvector(sums[i], Floats), load<Floats>(here + Shape::CHANNELS),
+            load<Floats>(here + 2 * Shape::CHANNELS));
+        if constexpr (Epilogue::HAS_OTHER) {
+            const Floats others = widen(other + i * LANES) - scalars.other_zero_point;
+            value = multiply_add(others, Floats{} + scalars.other_scale, value);
+        }
+        if constexpr (!Epilogue::IN_STEPS) value = Epilogue::activation(value, scalars.first, scalars.second);
+        if constexpr (!std::is_same_v<Out, float>) {
+            if constexpr (!Epilogue::IN_STEPS) value *= scalars.inverse_scale;
+            steps[i] = nearest(minimum(maximum(value, Floats{} + scalars.low), Floats{} + scalars.high));
+        } else if constexpr (IN_A_ROW) {
+            store(to + i * LANES, value);
+        } else {
+            struct Parts { __m128 part[LANES / 4]; } parts = load<Parts>(&value);
+            for (int part = 0; part < LANES / 4; ++part) store(to + part * 16 + i * 4, parts.part[part]);
+        }
     }
-    if (lanes < LANES) {
-        std::memcpy(out, &result, lanes * sizeof(Out));
-    } else {
-        store(out, result);
+    if constexpr (!std::is_same_v<Out, float>) {
+        const Ints packed = pack<VECTORS, std::is_signed_v<Out>>(steps, scalars.zero_point);
+        const Ints bytes = IN_A_ROW ? parts_in_a_row(packed) : packed;
+        std::memcpy(to, &bytes, FULL);
     }
+    if (count < FULL) std::memcpy(out, some, count * sizeof(Out));
 }
 
 // --- convolution as a matrix product over runs of contiguous bytes --------------------------------------------------
@@ -183,13 +251,14 @@ INDUCTOR_X86Q_INLINE Ints broadcast(const uint8_t* address, int bytes) {
 // ROWS output pixels by COLUMNS vectors of output channels. A pixel's inputs are RUNS runs of RUN bytes; run r starts
 // at Shape::run(r) from the pixel's base. Weights lie as [vector][run][four bytes of the run][lane][4].
 template <class Shape, int ROWS, int COLUMNS>
-INDUCTOR_X86Q_INLINE void multiply(const uint8_t* const* bases, const int8_t* weight, Ints (&sums)[ROWS][COLUMNS]) {
+INDUCTOR_X86Q_INLINE void multiply(
+    const uint8_t* const* bases, const int8_t* weight, const int32_t* channels, Ints (&sums)[ROWS][COLUMNS]) {
     constexpr int FOURS = (Shape::RUN + 3) / 4, WHOLE = Shape::RUN / 4, REST = Shape::RUN % 4;
     constexpr int64_t VECTOR = (int64_t)Shape::RUNS * FOURS * 4 * LANES;
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-        for (int column = 0; column < COLUMNS; ++column) sums[row][column] = Ints{};
+        for (int column = 0; column < COLUMNS; ++column) sums[row][column] = load<Ints>(channels + column * LANES);
     const auto step = [&](const int8_t* here, int64_t offset, int bytes) INDUCTOR_X86Q_LAMBDA {
         Ints b[COLUMNS];
 #pragma GCC unroll 16
@@ -244,41 +313,60 @@ INDUCTOR_X86Q_INLINE void pad_row(const uint8_t* x, uint8_t* padded, int64_t row
     std::memset(inner, zero_point, to + WIDTH - inner);
 }
 
+// The panels of weights that a pass over the pixels takes: as many as stay in the L1 cache beside them.
+constexpr int64_t PASS_BYTES = 16384;
+
+template <class Shape>
+struct Blocks {
+    static constexpr int GROUP_VECTORS = Shape::VECTORS / Shape::GROUPS;
+    static constexpr int64_t PIXELS = (int64_t)Shape::N * Shape::OUT_H * Shape::OUT_W;
+    static constexpr int64_t COUNT = (PIXELS + Shape::ROWS - 1) / Shape::ROWS;
+    static constexpr int64_t VECTOR_BYTES = (int64_t)Shape::RUNS * ((Shape::RUN + 3) / 4) * 4 * LANES;
+    static constexpr int64_t PANELS = (GROUP_VECTORS + Shape::COLUMNS - 1) / Shape::COLUMNS;
+    static constexpr int64_t FITTING = PASS_BYTES / (Shape::COLUMNS * VECTOR_BYTES);
+    static constexpr int64_t TOGETHER = FITTING < 1 ? 1 : FITTING < PANELS ? FITTING : PANELS;
+    static constexpr int64_t PASSES = (PANELS + TOGETHER - 1) / TOGETHER;
+    // Whether output pixel p reads from p·PIXEL on.
+    static constexpr bool ONE_TO_ONE = Shape::KERNEL_H * Shape::KERNEL_W * Shape::STRIDE_H * Shape::STRIDE_W == 1 &&
+        Shape::ROW == Shape::OUT_W * Shape::PIXEL && Shape::IMAGE == Shape::OUT_H * Shape::ROW;
+
+    static INDUCTOR_X86Q_INLINE int64_t base(int64_t p) {
+        if constexpr (ONE_TO_ONE) return p * Shape::PIXEL;
+        const int64_t ow = p % Shape::OUT_W, oh = p / Shape::OUT_W % Shape::OUT_H, n = p / Shape::OUT_W / Shape::OUT_H;
+        return n * Shape::IMAGE + oh * Shape::STRIDE_H * Shape::ROW + ow * Shape::STRIDE_W * Shape::PIXEL;
+    }
+};
+
+// One block of pixels by the panels of one pass. The last panel and the last block begin earlier and compute some
+// outputs twice, instead of being smaller.
 template <class Shape, class Epilogue>
 inline void block(
     const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other* other,
     typename Epilogue::Out* out, const Scalars& numbers, int64_t task) {
-    constexpr int ROWS = Shape::ROWS, COLUMNS = Shape::COLUMNS, GROUP_VECTORS = Shape::VECTORS / Shape::GROUPS;
-    constexpr int64_t PIXELS = (int64_t)Shape::N * Shape::OUT_H * Shape::OUT_W, BLOCKS = (PIXELS + ROWS - 1) / ROWS;
-    constexpr int PANELS = (GROUP_VECTORS + COLUMNS - 1) / COLUMNS, GROUP_OUT = Shape::OUT_C / Shape::GROUPS;
-    constexpr int64_t VECTOR = (int64_t)Shape::RUNS * ((Shape::RUN + 3) / 4) * 4 * LANES;
-    const int group = task / BLOCKS / PANELS, panel = task / BLOCKS % PANELS;
-    // The last panel and the last block begin earlier and compute some outputs twice, instead of being smaller.
-    const int column0 = panel * COLUMNS + COLUMNS > GROUP_VECTORS ? GROUP_VECTORS - COLUMNS : panel * COLUMNS;
-    int64_t pixel = task % BLOCKS * ROWS;
-    if (pixel + ROWS > PIXELS) pixel = PIXELS - ROWS;
+    typedef Blocks<Shape> Blocks;
+    constexpr int ROWS = Shape::ROWS, COLUMNS = Shape::COLUMNS, GROUP_OUT = Shape::OUT_C / Shape::GROUPS;
+    const int64_t group = task / Blocks::COUNT / Blocks::PASSES, pass = task / Blocks::COUNT % Blocks::PASSES;
+    int64_t pixel = task % Blocks::COUNT * ROWS;
+    if (pixel + ROWS > Blocks::PIXELS) pixel = Blocks::PIXELS - ROWS;
     const uint8_t* bases[ROWS];
 #pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) {
-        const int64_t p = pixel + row;
-        const int64_t ow = p % Shape::OUT_W, oh = p / Shape::OUT_W % Shape::OUT_H, n = p / Shape::OUT_W / Shape::OUT_H;
-        bases[row] = x + n * Shape::IMAGE + oh * Shape::STRIDE_H * Shape::ROW + ow * Shape::STRIDE_W * Shape::PIXEL +
-            group * (Shape::C / Shape::GROUPS);
-    }
-    const int vector0 = group * GROUP_VECTORS + column0;
-    Ints sums[ROWS][COLUMNS];
-    multiply<Shape, ROWS, COLUMNS>(bases, weight + vector0 * VECTOR, sums);
-#pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
+        bases[row] = x + Blocks::base(pixel + row) + group * (Shape::C / Shape::GROUPS);
+    const int64_t end = (pass + 1) * Blocks::TOGETHER < Blocks::PANELS ? (pass + 1) * Blocks::TOGETHER : Blocks::PANELS;
+    for (int64_t panel = pass * Blocks::TOGETHER; panel < end; ++panel) {
+        const int64_t last = Blocks::GROUP_VECTORS - COLUMNS, wanted = panel * COLUMNS;
+        const int64_t column = wanted < last ? wanted : last, vector = group * Blocks::GROUP_VECTORS + column;
+        Ints sums[ROWS][COLUMNS];
+        multiply<Shape, ROWS, COLUMNS>(bases, weight + vector * Blocks::VECTOR_BYTES, channels + vector * LANES, sums);
+        const int64_t c = column * LANES, rest = GROUP_OUT - c;
+        const int count = GROUP_OUT % LANES == 0 || rest > COLUMNS * LANES ? COLUMNS * LANES : rest;
 #pragma GCC unroll 16
-        for (int column = 0; column < COLUMNS; ++column) {
-            const int64_t c = (column0 + column) * LANES, p = pixel + row;
-            const int lanes = GROUP_OUT % LANES == 0 || c + LANES <= GROUP_OUT ? LANES : GROUP_OUT - c;
-            finish<Shape::CHANNELS, Epilogue>(
-                sums[row][column], channels + (vector0 + column) * LANES, numbers,
-                other + p * Shape::OTHER_PIXEL + group * GROUP_OUT + c, out + p * Shape::OUT_C + group * GROUP_OUT + c,
-                lanes);
-        }
+        for (int row = 0; row < ROWS; ++row)
+            finish<Shape, Epilogue, COLUMNS, true>(
+                sums[row], channels + vector * LANES, numbers,
+                other + (pixel + row) * Shape::OTHER_PIXEL + group * GROUP_OUT + c,
+                out + (pixel + row) * Shape::OUT_C + group * GROUP_OUT + c, count);
+    }
 }
 
 // Runs `task(image, numbers, i)` for every i below `count`, shared among the threads, once the copy of the image is made.
@@ -304,10 +392,7 @@ template <class Shape, class Epilogue>
 inline void convolution(
     const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other* other,
     typename Epilogue::Out* out) {
-    constexpr int GROUP_VECTORS = Shape::VECTORS / Shape::GROUPS;
-    constexpr int64_t PIXELS = (int64_t)Shape::N * Shape::OUT_H * Shape::OUT_W;
-    constexpr int64_t TASKS = (PIXELS + Shape::ROWS - 1) / Shape::ROWS *
-        ((GROUP_VECTORS + Shape::COLUMNS - 1) / Shape::COLUMNS) * Shape::GROUPS;
+    constexpr int64_t TASKS = Blocks<Shape>::COUNT * Blocks<Shape>::PASSES * Shape::GROUPS;
     share<Shape>(x, channels, TASKS, [&](const uint8_t* image, const Scalars& numbers, int64_t task) {
         block<Shape, Epilogue>(image, weight, channels, other, out, numbers, task);
     });
@@ -315,65 +400,100 @@ inline void convolution(
 
 // --- depthwise convolution ------------------------------------------------------------------------------------------
 
-// LANES channels of four rows of an image, as `dot` takes them; rows from COUNT on are 0.
-template <int COUNT>
-INDUCTOR_X86Q_INLINE Ints interleave(const uint8_t* address, int64_t row) {
-    Ints four = Ints{};
+// Four rows of WIDTH channels as `dot` takes them, each channel's four bytes together; rows from COUNT on are 0. Vector i
+// gets the channels 16·part + 4·i to 16·part + 4·i + 3 as its part of that number.
+template <int COUNT, int WIDTH>
+INDUCTOR_X86Q_INLINE void interleave(const uint8_t* const* rows, Ints (&values)[4]) {
+    Ints row[4] = {};
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; ++i) four |= extend(address + i * row) << (8 * i);
-    return four;
+    for (int i = 0; i < COUNT; ++i) std::memcpy(&row[i], rows[i], WIDTH);
+    const Ints low = interleave_low_8(row[0], row[1]), high = interleave_high_8(row[0], row[1]);
+    const Ints next_low = interleave_low_8(row[2], row[3]), next_high = interleave_high_8(row[2], row[3]);
+    values[0] = interleave_low_16(low, next_low);
+    values[1] = interleave_high_16(low, next_low);
+    values[2] = interleave_low_16(high, next_high);
+    values[3] = interleave_high_16(high, next_high);
 }
 
-// COLUMNS neighbouring pixels of LANES channels. Weights lie as [column of the kernel][four rows][channel][4].
-template <class Shape, class Epilogue>
+// COLUMNS neighbouring output pixels of 4·LANES channels, the first of which reads from `column` on. `rows` are the rows
+// of the image that the kernel covers. What lies beside the image (EDGE: something may) is read from `padding`.
+// Weights lie as [column of the kernel][four rows][vector][lane][4].
+template <class Shape, class Epilogue, bool EDGE>
 INDUCTOR_X86Q_INLINE void depthwise_block(
-    const uint8_t* x, const int8_t* weight, const int32_t* channels, const Scalars& numbers,
-    typename Epilogue::Out* out) {
+    const uint8_t* const* rows, const uint8_t* padding, int64_t column, const int8_t* weight, const int32_t* channels,
+    const Scalars& numbers, typename Epilogue::Out* out) {
     constexpr int COLUMNS = Shape::COLUMNS, FOURS = (Shape::KERNEL_H + 3) / 4;
     constexpr int REACH = (COLUMNS - 1) * Shape::STRIDE_W + (Shape::KERNEL_W - 1) * Shape::DILATION_W + 1;
-    Ints sums[COLUMNS];
+    constexpr int WIDTH = Shape::C < 4 * LANES ? Shape::C : 4 * LANES;
+    Ints sums[COLUMNS][4];
 #pragma GCC unroll 16
-    for (int column = 0; column < COLUMNS; ++column) sums[column] = Ints{};
-    const auto add = [&](int four, int position, Ints values) INDUCTOR_X86Q_LAMBDA {
+    for (int i = 0; i < COLUMNS; ++i)
+#pragma GCC unroll 4
+        for (int vector = 0; vector < 4; ++vector) sums[i][vector] = load<Ints>(channels + vector * LANES);
+    const auto add = [&](int position, int four, const Ints (&values)[4]) INDUCTOR_X86Q_LAMBDA {
 #pragma GCC unroll 16
-        for (int column = 0; column < COLUMNS; ++column) {
-            const int tap = position - column * Shape::STRIDE_W;
+        for (int i = 0; i < COLUMNS; ++i) {
+            const int tap = position - i * Shape::STRIDE_W;
             if (tap < 0 || tap % Shape::DILATION_W != 0 || tap / Shape::DILATION_W >= Shape::KERNEL_W) continue;
-            const Ints w = load<Ints>(weight + ((int64_t)(tap / Shape::DILATION_W) * FOURS + four) * Shape::C * 4);
-            sums[column] = dot<Shape::FITS_16>(sums[column], values, w);
+            const int8_t* here = weight + (tap / Shape::DILATION_W * FOURS + four) * 16 * LANES;
+#pragma GCC unroll 4
+            for (int vector = 0; vector < 4; ++vector)
+                sums[i][vector] = dot<Shape::FITS_16>(sums[i][vector], values[vector], load<Ints>(here + vector * 4 * LANES));
         }
     };
 #pragma GCC unroll 64
     for (int position = 0; position < REACH; ++position) {
-        const uint8_t* at = x + (int64_t)position * Shape::PIXEL;
+        const uint8_t* at[FOURS * 4];
+#pragma GCC unroll 16
+        for (int row = 0; row < Shape::KERNEL_H; ++row)
+            at[row] = EDGE && (uint64_t)(column + position) >= (uint64_t)Shape::W
+                ? padding
+                : rows[row] + (column + position) * Shape::PIXEL;
+        Ints values[4];
 #pragma GCC unroll 4
-        for (int four = 0; four < Shape::KERNEL_H / 4; ++four)
-            add(four, position, interleave<4>(at + four * 4 * Shape::DILATION_H * Shape::ROW, Shape::DILATION_H * Shape::ROW));
-        if constexpr (Shape::KERNEL_H % 4 != 0)
-            add(FOURS - 1, position,
-                interleave<Shape::KERNEL_H % 4>(
-                    at + (FOURS - 1) * 4 * Shape::DILATION_H * Shape::ROW, Shape::DILATION_H * Shape::ROW));
+        for (int four = 0; four < Shape::KERNEL_H / 4; ++four) {
+            interleave<4, WIDTH>(at + four * 4, values);
+            add(position, four, values);
+        }
+        if constexpr (Shape::KERNEL_H % 4 != 0) {
+            interleave<Shape::KERNEL_H % 4, WIDTH>(at + (FOURS - 1) * 4, values);
+            add(position, FOURS - 1, values);
+        }
     }
 #pragma GCC unroll 16
-    for (int column = 0; column < COLUMNS; ++column)
-        finish<Shape::CHANNELS, Epilogue>(sums[column], channels, numbers, nullptr, out + (int64_t)column * Shape::C, LANES);
+    for (int i = 0; i < COLUMNS; ++i)
+        finish<Shape, Epilogue, 4, false>(sums[i], channels, numbers, nullptr, out + i * Shape::C, WIDTH);
 }
 
+// A row of the output. The last channels and the last block of pixels begin earlier and compute some outputs twice,
+// instead of being fewer. `padding` holds a row of zero points.
 template <class Shape, class Epilogue>
 inline void depthwise_row(
-    const uint8_t* x, const int8_t* weight, const int32_t* channels, const Scalars& numbers,
+    const uint8_t* x, const uint8_t* padding, const int8_t* weight, const int32_t* channels, const Scalars& numbers,
     typename Epilogue::Out* out, int64_t row) {
-    const int64_t n = row / Shape::OUT_H, oh = row % Shape::OUT_H;
-    const uint8_t* from = x + n * Shape::IMAGE + oh * Shape::STRIDE_H * Shape::ROW;
-    typename Epilogue::Out* to = out + row * Shape::OUT_W * Shape::C;
-    for (int64_t c = 0; c < Shape::C; c += LANES) {
-        // The last vector and the last block begin earlier and compute some outputs twice, instead of being smaller.
-        if (c + LANES > Shape::C) c = Shape::C - LANES;
-        for (int64_t ow = 0; ow < Shape::OUT_W; ow += Shape::COLUMNS) {
-            if (ow + Shape::COLUMNS > Shape::OUT_W) ow = Shape::OUT_W - Shape::COLUMNS;
-            depthwise_block<Shape, Epilogue>(
-                from + ow * Shape::STRIDE_W * Shape::PIXEL + c, weight + c * 4, channels + c, numbers,
-                to + ow * Shape::C + c);
+    constexpr int COLUMNS = Shape::COLUMNS, BLOCK = 4 * LANES, FOURS = (Shape::KERNEL_H + 3) / 4;
+    constexpr int REACH = (COLUMNS - 1) * Shape::STRIDE_W + (Shape::KERNEL_W - 1) * Shape::DILATION_W + 1;
+    const int64_t n = row / Shape::OUT_H, top = row % Shape::OUT_H * Shape::STRIDE_H - Shape::PAD_H;
+    for (int64_t block = 0; block < Shape::CHANNELS / BLOCK; ++block) {
+        const int64_t c = block * BLOCK + BLOCK <= Shape::C || Shape::C < BLOCK ? block * BLOCK : Shape::C - BLOCK;
+        const uint8_t* rows[Shape::KERNEL_H];
+#pragma GCC unroll 16
+        for (int i = 0; i < Shape::KERNEL_H; ++i) {
+            const int64_t h = top + i * Shape::DILATION_H;
+            rows[i] = (h < 0 || h >= Shape::H ? padding : x + n * Shape::IMAGE + h * Shape::ROW) + c;
+        }
+        const int8_t* taps = weight + block * Shape::KERNEL_W * FOURS * 4 * BLOCK;
+        typename Epilogue::Out* to = out + row * Shape::OUT_W * Shape::C + c;
+        for (int64_t ow = 0; ow < Shape::OUT_W; ow += COLUMNS) {
+            if (ow + COLUMNS > Shape::OUT_W) ow = Shape::OUT_W - COLUMNS;
+            const int64_t column = ow * Shape::STRIDE_W - Shape::PAD_W;
+            if (column < 0 || column + REACH > Shape::W) {
+                depthwise_block<Shape, Epilogue, true>(
+                    rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::C);
+            } else {
+                depthwise_block<Shape, Epilogue, false>(
+                    rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::C);
+            }
         }
     }
 }
@@ -382,8 +502,11 @@ template <class Shape, class Epilogue>
 inline void depthwise(
     const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other*,
     typename Epilogue::Out* out) {
+    constexpr int64_t PADDING = Shape::PAD_H || Shape::PAD_W ? Shape::W * Shape::PIXEL : 0;
+    const Scratch padding(PADDING);
+    if (PADDING) std::memset(padding.bytes, scalars<Shape::CHANNELS>(channels).x_zero_point, PADDING);
     share<Shape>(x, channels, Shape::N * Shape::OUT_H, [&](const uint8_t* image, const Scalars& numbers, int64_t row) {
-        depthwise_row<Shape, Epilogue>(image, weight, channels, numbers, out, row);
+        depthwise_row<Shape, Epilogue>(image, padding.bytes, weight, channels, numbers, out, row);
     });
 }
 

@@ -52,8 +52,6 @@ def obstacle(layer: Call, convolution: Convolution, other_dtype: torch.dtype | N
         return f"the activation {layer.unary.name}"
     if convolution.groups > 1 and convolution.c == convolution.groups and not convolution.depthwise:
         return "a depthwise convolution with more than one output of a channel"
-    if convolution.depthwise and convolution.c < _cpu.int8_lanes():
-        return f"a depthwise convolution of {convolution.c} channels"
     if convolution.depthwise and layer.binary is not None:
         return "a depthwise convolution with an addition"
     return ""

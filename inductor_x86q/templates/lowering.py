@@ -2,7 +2,7 @@
 
 Inductor's template interface is private; it is reached in this file and nowhere else. What is relied on, all of it the
 same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller` of
-it, `ChoiceCaller` being what the selection times and builds, `autotune_select_algorithm` timing the choices once for a
+it, `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`), `autotune_select_algorithm` timing the choices once for a
 shape and keeping the result in Inductor's autotuning cache, `register_lowering` for operators of other libraries,
 `ExternKernel.copy_input` giving a copy whose layout is still open, and `allow_epilogue_fusion` keeping what follows out
 of a template's kernel.
@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._inductor import config, ir
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.utils import IndentedBuffer, parallel_num_threads
 from torch._inductor.virtualized import V
@@ -46,7 +46,7 @@ class _Template(CppTemplate):
 
     def header(self) -> IndentedBuffer:
         """What all kernels share. Inductor's own prefix is left out: it takes longer to compile than the kernel."""
-        lines = super().header() if config.cpp.enable_kernel_profile else IndentedBuffer()
+        lines = IndentedBuffer()
         lines.splice(f"#define INDUCTOR_X86Q_LANES {_cpu.int8_lanes()}")
         lines.splice(header())
         return lines
@@ -56,11 +56,12 @@ class _Template(CppTemplate):
 
         Relies on a C++ wrapper appending its kernels to `kernel_declarations`, once all of them are rendered.
         """
+        profiled = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" if config.cpp.enable_kernel_profile else ""
         if not V.graph.cpp_wrapper:
-            return self.header().getvalue()
+            return profiled + self.header().getvalue()
         wrapper = V.graph.wrapper_code
         if not getattr(wrapper, "has_x86q", False):
-            wrapper.kernel_declarations.splice(self.header().getvalue())
+            wrapper.kernel_declarations.splice(profiled + self.header().getvalue())
             wrapper.has_x86q = True  # type: ignore[attr-defined]
         return ""
 
@@ -85,7 +86,7 @@ using namespace inductor_x86q;
 {self._convolution.source(_cpu.int8_lanes(), *self._blocking)}{self._epilogue.source()}}}
 extern "C" {definition}
 {{
-    {kernel.maybe_codegen_profile()}
+    {kernel.maybe_codegen_profile() if is_final else ""}
     inductor_x86q::{self._convolution.function}<{namespace}::Shape, {namespace}::Epilogue>(
         {x_pointer}, weight, channels, {other_pointer}, out);
 }}
@@ -133,7 +134,7 @@ class _Call(ir.ChoiceCaller):
     def benchmark(self, *values: torch.Tensor, out: torch.Tensor) -> float:
         given = {node.get_name(): value for node, value in zip(self._inputs.nodes, values, strict=True)}
         arguments = [_real(argument, given) for argument in self._arguments]
-        return benchmarker.benchmark_cpu(lambda: self._target(*arguments))
+        return _fastest(lambda: self._target(*arguments))
 
     def call_name(self) -> str:
         return str(self._target)
@@ -144,6 +145,27 @@ class _Call(ir.ChoiceCaller):
     def output_node(self) -> Any:
         self.is_chosen = True
         return lowerings[self._target](*self._arguments)
+
+
+def _benchmark_template(choice: Any, *values: torch.Tensor, out: torch.Tensor) -> float:
+    try:
+        return _fastest(choice.bmreq.make_run_fn(*values, out=out))
+    finally:
+        choice.bmreq.cleanup_run_fn()
+
+
+def _fastest(run: Callable[[], Any], seconds: float = 0.08) -> float:
+    """The milliseconds of the fastest of many calls.
+
+    Whatever else the machine does only adds to a call. With threads that wait for each other it adds up to a time slice
+    of the scheduler to most calls, so that on a busy machine medians say nothing at all.
+    """
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while (started := time.perf_counter()) < end or len(times) < 3:
+        run()
+        times.append(time.perf_counter() - started)
+    return min(times) * 1e3
 
 
 def _real(argument: Any, given: dict[str, torch.Tensor]) -> Any:
@@ -237,7 +259,9 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     as_call = _Call(inputs, target, arguments, key)
     choices: list[Any] = [as_call]
     for blocking in convolution.blockings(_cpu.int8_lanes()):
-        choices.append(_Template(inputs, convolution, after, blocking).generate())
+        choice = _Template(inputs, convolution, after, blocking).generate()
+        choice.benchmark = functools.partial(_benchmark_template, choice)
+        choices.append(choice)
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
     chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
     box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
