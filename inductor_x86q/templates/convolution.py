@@ -12,15 +12,16 @@ from torch.nn import functional
 
 CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float"}
 
-# What the kernels take as a post-operation, as C++ on a vector `v` of floats; `first` and `second` are its scalars.
-ACTIVATIONS = {
+# What the kernels take as a post-operation, as C++ on a vector `v` of floats; `first` and `second` are its scalars. Those
+# with an exponential: of what, and the result with that one as `e`.
+ACTIVATIONS: dict[str, str | tuple[str, str]] = {
     "none": "v",
     "relu": "maximum(v, Floats{})",
     "hardtanh": "minimum(maximum(v, Floats{} + first), Floats{} + second)",
     "hardswish": "v * minimum(maximum(v + 3.0f, Floats{}), Floats{} + 6.0f) * (1.0f / 6.0f)",
     "leaky_relu": "maximum(v, Floats{}) + minimum(v, Floats{}) * first",
-    "swish": "v / (1.0f + exponential(-v))",
-    "tanh": "1.0f - 2.0f / (exponential(v + v) + 1.0f)",
+    "swish": ("-v", "v * reciprocal(1.0f + e)"),
+    "tanh": ("v + v", "1.0f - 2.0f * reciprocal(e + 1.0f)"),
 }
 LIMITING = ("none", "relu", "hardtanh")  # what these do to a value, limits do to the quantized one
 
@@ -58,11 +59,24 @@ struct Epilogue {{
     using Out = {CPP_TYPES[self.output_dtype]};
     using Other = {CPP_TYPES[self.other_dtype or torch.float32]};
     static constexpr bool HAS_OTHER = {_flag(self.other_dtype is not None)}, IN_STEPS = {_flag(self.in_steps)};
-    static INDUCTOR_X86Q_INLINE Floats activation(Floats v, float first, float second) {{
-        return {ACTIVATIONS[self.activation]};
+    template <int N>
+    static INDUCTOR_X86Q_INLINE void activate(Floats (&values)[N], const Scalars& scalars) {{
+        [[maybe_unused]] const float first = scalars.first, second = scalars.second;
+{self._activation()}
     }}
 }};
 """
+
+    def _activation(self) -> str:
+        written = ACTIVATIONS[self.activation]
+        if isinstance(written, str):
+            return f"        for (Floats& v : values) v = {written};"
+        argument, result = written
+        return f"""\
+        Floats arguments[N];
+        for (int i = 0; i < N; ++i) {{ const Floats v = values[i]; arguments[i] = {argument}; }}
+        exponentials(arguments);
+        for (int i = 0; i < N; ++i) {{ const Floats v = values[i], e = arguments[i]; values[i] = {result}; }}"""
 
 
 @dataclasses.dataclass(frozen=True)

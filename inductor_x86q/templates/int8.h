@@ -136,18 +136,41 @@ INDUCTOR_X86Q_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// e^x to about 1e-7 of its value: 2^n·p(x − n·ln 2), the polynomial is that of Cephes' expf.
-INDUCTOR_X86Q_INLINE Floats exponential(Floats x) {
-    x = minimum(maximum(x, Floats{} - 87.0f), Floats{} + 88.0f);
-    const Ints n = nearest(x * 1.44269504f);
-    const Floats whole = __builtin_convertvector(n, Floats), r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Floats p = Floats{} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * (Floats)((n + 127) << 23);
+// 1/x to about 1e-7 of its value, for x from 1 on: an estimate of 12 bits or more, and one step of Newton's.
+INDUCTOR_X86Q_INLINE Floats reciprocal(Floats x) {
+#if INDUCTOR_X86Q_LANES == 8
+    const Floats estimate = (Floats)_mm256_rcp_ps((__m256)x);
+#elif defined(__AVX512F__)
+    const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)x);
+#else
+    const Floats estimate = 1.0f / x;
+#endif
+    return estimate * multiply_add(-x, estimate, Floats{} + 2.0f);
+}
+
+// e^x of N vectors, each to about 1e-7 of its value: 2^n·p(x − n·ln 2), the polynomial is that of Cephes' expf. It is one
+// long chain of operations, hence several side by side: a CPU does not look far enough ahead to find them by itself.
+template <int N>
+INDUCTOR_X86Q_INLINE void exponentials(Floats (&x)[N]) {
+    constexpr float POLYNOMIAL[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    Ints n[N];
+    Floats r[N], p[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) n[i] = nearest((x[i] = minimum(maximum(x[i], Floats{} - 87.0f), Floats{} + 88.0f)) * 1.44269504f);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = __builtin_convertvector(n[i], Floats);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) r[i] = multiply_add(p[i], Floats{} - 0.693359375f, x[i]);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) r[i] = multiply_add(p[i], Floats{} + 2.12194440e-4f, r[i]), p[i] = Floats{} + 1.9875691500e-4f;
+#pragma GCC unroll 8
+    for (const float factor : POLYNOMIAL)
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) p[i] = multiply_add(p[i], r[i], Floats{} + factor);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = multiply_add(p[i], r[i] * r[i], r[i]) + 1.0f;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) x[i] = (Floats)((Ints)p[i] + (n[i] << 23));  // p is near 1: its exponent does not overflow
 }
 
 // LANES bytes as integers. Compilers take a conversion of so short vectors apart, hence the instructions by name.
@@ -209,17 +232,22 @@ INDUCTOR_X86Q_INLINE void finish(
     Out some[FULL];
     Out* to = count < FULL ? some : out;
     Ints steps[VECTORS];
+    Floats values[VECTORS];
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; ++i) {
         const int32_t* here = channels + i * LANES;
-        Floats value = multiply_add(
+        values[i] = multiply_add(
             __builtin_convertvector(sums[i], Floats), load<Floats>(here + Shape::CHANNELS),
             load<Floats>(here + 2 * Shape::CHANNELS));
         if constexpr (Epilogue::HAS_OTHER) {
             const Floats others = widen(other + i * LANES) - scalars.other_zero_point;
-            value = multiply_add(others, Floats{} + scalars.other_scale, value);
+            values[i] = multiply_add(others, Floats{} + scalars.other_scale, values[i]);
         }
-        if constexpr (!Epilogue::IN_STEPS) value = Epilogue::activation(value, scalars.first, scalars.second);
+    }
+    if constexpr (!Epilogue::IN_STEPS) Epilogue::activate(values, scalars);
+#pragma GCC unroll 4
+    for (int i = 0; i < VECTORS; ++i) {
+        Floats value = values[i];
         if constexpr (!std::is_same_v<Out, float>) {
             if constexpr (!Epilogue::IN_STEPS) value *= scalars.inverse_scale;
             steps[i] = nearest(minimum(maximum(value, Floats{} + scalars.low), Floats{} + scalars.high));
