@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections import Counter
 
 import pytest
@@ -152,6 +153,27 @@ kernel0:
     }
 """,
     )
+
+
+class Between(nn.Module):
+    """A product of int8 images between layers, and a quotient of bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = QConv2d(16, 16, 1)
+
+    def forward(self, x: torch.Tensor, bytes_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = quantize_dequantize(self.conv(quantize_dequantize(x)))
+        return self.conv(quantize_dequantize(y * torch.sigmoid(y))), bytes_ // bytes_.flip(0)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX2", reason="it is code for AVX2")
+def test_eight_bytes_are_one_load() -> None:
+    """And nothing is divided by what lies beside them."""
+    inputs = (torch.randn(1, 16, 5, 5), torch.randint(1, 255, (44,), dtype=torch.uint8))
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Between(), inputs), inputs, step=0.02)
+    assert "_mm_loadl_epi64" in compiled.code
+    assert not re.search(r"Vectorized<u?int8_t>::loadu\([^;]*, static_cast<int64_t>\(8\)\)", compiled.code)
 
 
 def test_kernel_calls_counts_operators_and_generated_kernels(linear: str) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import inductor_x86q
 from inductor_x86q import _cpu, testing
-from inductor_x86q.templates.convolution import Convolution
+from inductor_x86q.templates.convolution import Convolution, Epilogue, Numbers
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 QD = quantize_dequantize
@@ -149,6 +149,48 @@ def test_eight_bits(only_generated: None, one_blocking: Any, monkeypatch: pytest
     inputs = (torch.full((1, 8, 4, 4), 9.0), torch.full((1, 16, 5, 5), 9.0))
     q = testing.qdq_graph(net, inputs)
     testing.assert_close_to_reference(q, inputs, mode=MODE)
+
+
+@needs_avx2
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize(("largest_input", "largest_weight"), [(127, 127), (255, 64)])
+def test_sums_of_16_bits(
+    lanes: int,
+    largest_input: int,
+    largest_weight: int,
+    only_generated: None,
+    one_blocking: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without VNNI four products are added in 16 bits only where they cannot overflow, whatever the input."""
+    monkeypatch.setattr(_cpu, "int8_lanes", lambda: lanes)
+    monkeypatch.setattr(_cpu, "has_vnni", lambda: False)
+    one_blocking(0)
+    layer = QConv2d(22, 40, (1, 3), bias=False)
+    layer.weight.clamp_(-5, 5)
+    layer.weight[3:6] = largest_weight  # overflows in the first vector, in all pairs
+    layer.weight[19, [8, 9, 12, 13]] = -largest_weight  # in the third, in one
+    inputs = (torch.full((1, 22, 2, 5), 99.0),)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(QD(x, 0.02, 0, quant_max=largest_input))
+
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Net(), inputs), inputs, mode=MODE)
+    assert "PAIRS = 8;" in compiled.code
+
+
+def test_numbers_beyond_single_precision() -> None:
+    """A scale in steps of a tiny output scale: infinite, it would make a sum of 0 no number."""
+    conv = Convolution(1, 1, 1, 4, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, False, True)
+    numbers = Numbers(1e20, 0, torch.ones(8), None, scale=1e-30)
+    channels = conv.channels(torch.ones(8, 4, 1, 1, dtype=torch.int8), numbers, Epilogue(torch.uint8), 8)
+    scales = channels[8:16].view(torch.float32)
+    assert torch.isfinite(scales).all() and (scales > 1e38).all()
 
 
 @needs_avx2

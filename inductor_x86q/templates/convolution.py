@@ -189,7 +189,26 @@ class Convolution:
         grouped = weight.permute(0, 2, 3, 1).reshape(self.groups, -1, runs, size)
         grouped = functional.pad(grouped, (0, -size % 4, 0, 0, 0, -grouped.shape[1] % lanes))
         vectors = grouped.unflatten(1, (-1, lanes)).unflatten(-1, (-1, 4))  # group, vector, lane, run, four, 4
-        return vectors.permute(0, 1, 3, 4, 2, 5).contiguous().flatten()
+        packed = vectors.permute(0, 1, 3, 4, 2, 5).contiguous()
+        return torch.cat([packed.flatten(), self._overflows(packed).flatten()]) if self.pairs else packed.flatten()
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of four bytes of a run the kernel may add in 16 bits, before it widens them."""
+        return self.runs[1] // 8 if self.fits_16 and not self.depthwise else 0
+
+    def _overflows(self, packed: torch.Tensor) -> torch.Tensor:
+        """Whether four products may exceed 16 bits somewhere in a vector: for each group, vector, run and pair of fours.
+
+        Two never do, as FITS_16 says, and the largest input is not more than what follows from that.
+        """
+        lowest, highest = map(int, torch.aminmax(packed))
+        largest_input = min(255, 32767 // (2 * max(-lowest, highest, 1)))
+        pairs = (
+            packed[:, :, :, : 2 * self.pairs].unflatten(3, (-1, 2)).unflatten(-1, (2, 2))
+        )  # …, pair, four, lane, half, 2
+        sums = torch.stack([pairs.clamp(min=0).sum((4, 7)), -pairs.clamp(max=0).sum((4, 7))])
+        return (sums.amax((0, -2, -1)) > 32767 // largest_input).to(torch.int8)
 
     def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue, lanes: int) -> torch.Tensor:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
@@ -231,6 +250,7 @@ struct Shape {{
     static constexpr int64_t X_IMAGE = {self.x_strides[0]}, X_ROW = {self.x_strides[1]}, X_PIXEL = {self.x_strides[2]};
     static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel}, OTHER_PIXEL = {self.other_pixel};
     static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors(lanes) * self.groups};
+    static constexpr int PAIRS = {self.pairs};  // of a run
     static constexpr int ROWS = {rows}, COLUMNS = {columns}, THREADS = {self.threads}, CHANNELS = {self.channel_count(lanes)};
     static constexpr bool COPIED = {_flag(self.copied)}, SIGNED = {_flag(self.x_signed)}, FITS_16 = {_flag(self.fits_16)};
     static constexpr int64_t run(int run) {{ return {offset}; }}

@@ -37,42 +37,6 @@ INDUCTOR_X86Q_INLINE void store(void* address, Vector value) {
     std::memcpy(address, &value, sizeof value);
 }
 
-// --- four products a lane -----------------------------------------------------------------------------------------
-
-// sum + Σ a[4·lane + i]·b[4·lane + i], a unsigned and b signed. FITS_16 promises that the sum of two products fits in
-// 16 bits, as it does where activations or weights keep 7 bits.
-template <bool FITS_16>
-INDUCTOR_X86Q_INLINE __m256i dot_256(__m256i sum, __m256i a, __m256i b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sum, a, b);
-#elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sum, a, b);
-#else
-    if constexpr (FITS_16) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
-    } else {
-        const __m256i even = _mm256_madd_epi16(
-            _mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-        const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-        return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
-    }
-#endif
-}
-
-template <bool FITS_16>
-INDUCTOR_X86Q_INLINE Ints dot(Ints sum, Ints a, Ints b) {
-#if INDUCTOR_X86Q_LANES == 8
-    return (Ints)dot_256<FITS_16>((__m256i)sum, (__m256i)a, (__m256i)b);
-#elif defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#else  // the wide kernels on a CPU without wide registers, for tests
-    struct Halves { __m256i part[2]; };
-    Halves s = load<Halves>(&sum), x = load<Halves>(&a), y = load<Halves>(&b);
-    for (int i = 0; i < 2; ++i) s.part[i] = dot_256<FITS_16>(s.part[i], x.part[i], y.part[i]);
-    return load<Ints>(&s);
-#endif
-}
-
 // --- instructions that work on each 128-bit part of a vector by itself ------------------------------------------------
 
 #if INDUCTOR_X86Q_LANES == 8
@@ -91,6 +55,8 @@ INDUCTOR_X86Q_INLINE Ints dot(Ints sum, Ints a, Ints b) {
     }
 #endif
 
+INDUCTOR_X86Q_PARTWISE(products_8, maddubs_epi16)   // 16-bit sums of two products, a unsigned and b signed
+INDUCTOR_X86Q_PARTWISE(products_16, madd_epi16)     // 32-bit sums of two products
 INDUCTOR_X86Q_PARTWISE(interleave_low_8, unpacklo_epi8)
 INDUCTOR_X86Q_PARTWISE(interleave_high_8, unpackhi_epi8)
 INDUCTOR_X86Q_PARTWISE(interleave_low_16, unpacklo_epi16)
@@ -107,6 +73,33 @@ INDUCTOR_X86Q_INLINE Ints parts_in_a_row(Ints x) {
 #else
     return __builtin_shuffle(x, Ints{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
 #endif
+}
+
+// --- four products a lane -----------------------------------------------------------------------------------------
+
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
+
+// sum + Σ a[4·lane + i]·b[4·lane + i], a unsigned and b signed. FITS_16 promises that the sum of two products fits in
+// 16 bits, as it does where activations or weights keep 7 bits.
+template <bool FITS_16>
+INDUCTOR_X86Q_INLINE Ints dot(Ints sum, Ints a, Ints b) {
+#if INDUCTOR_X86Q_LANES == 16 && defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif INDUCTOR_X86Q_LANES == 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return (Ints)_mm256_dpbusd_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif INDUCTOR_X86Q_LANES == 8 && defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#else
+    if constexpr (FITS_16) return sum + products_16(products_8(a, b), (Ints)(Shorts{} + 1));
+    const Ints even = products_16((Ints)((Shorts)a & 255), (Ints)((Shorts)b << 8 >> 8));
+    const Ints odd = products_16((Ints)((Shorts)a >> 8 & 255), (Ints)((Shorts)b >> 8));
+    return sum + even + odd;
+#endif
+}
+
+// dot(dot(sum, a, b), c, d) where the sum of the four products of each 16 bits fits there.
+INDUCTOR_X86Q_INLINE Ints dot_pair(Ints sum, Ints a, Ints b, Ints c, Ints d) {
+    return sum + products_16(add_16(products_8(a, b), products_8(c, d)), (Ints)(Shorts{} + 1));
 }
 
 // --- from the integer sum to the output ---------------------------------------------------------------------------
@@ -277,10 +270,12 @@ INDUCTOR_X86Q_INLINE Ints broadcast(const uint8_t* address, int bytes) {
 }
 
 // ROWS output pixels by COLUMNS vectors of output channels. A pixel's inputs are RUNS runs of RUN bytes; run r starts
-// at Shape::run(r) from the pixel's base. Weights lie as [vector][run][four bytes of the run][lane][4].
+// at Shape::run(r) from the pixel's base. Weights lie as [vector][run][four bytes of the run][lane][4]. Where the CPU adds
+// products in 16 bits, `overflows` has a byte for each pair of fours of a vector: whether four products may exceed 16 bits.
 template <class Shape, int ROWS, int COLUMNS>
 INDUCTOR_X86Q_INLINE void multiply(
-    const uint8_t* const* bases, const int8_t* weight, const int32_t* channels, Ints (&sums)[ROWS][COLUMNS]) {
+    const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows, const int32_t* channels,
+    Ints (&sums)[ROWS][COLUMNS]) {
     constexpr int FOURS = (Shape::RUN + 3) / 4, WHOLE = Shape::RUN / 4, REST = Shape::RUN % 4;
     constexpr int64_t VECTOR = (int64_t)Shape::RUNS * FOURS * 4 * LANES;
 #pragma GCC unroll 16
@@ -299,12 +294,39 @@ INDUCTOR_X86Q_INLINE void multiply(
                 sums[row][column] = dot<Shape::FITS_16>(sums[row][column], a, b[column]);
         }
     };
+    const auto pair = [&](const int8_t* here, int64_t offset) INDUCTOR_X86Q_LAMBDA {
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; ++row) {
+            const Ints a = broadcast<Shape>(bases[row] + offset, 4), c = broadcast<Shape>(bases[row] + offset + 4, 4);
+#pragma GCC unroll 16
+            for (int column = 0; column < COLUMNS; ++column) {
+                const int8_t* there = here + column * VECTOR;
+                sums[row][column] = dot_pair(sums[row][column], a, load<Ints>(there), c, load<Ints>(there + 4 * LANES));
+            }
+        }
+    };
 #pragma GCC unroll 1
     for (int run = 0; run < Shape::RUNS; ++run) {
         const int64_t start = Shape::run(run);
         const int8_t* here = weight + (int64_t)run * FOURS * 4 * LANES;
+        int four = 0;
+        if constexpr (Shape::PAIRS > 0) {
 #pragma GCC unroll 1
-        for (int four = 0; four < WHOLE; ++four) step(here + four * 4 * LANES, start + four * 4, 4);
+            for (; four + 1 < WHOLE; four += 2) {
+                int8_t overflow = 0;
+#pragma GCC unroll 16
+                for (int column = 0; column < COLUMNS; ++column)
+                    overflow |= overflows[(column * Shape::RUNS + run) * Shape::PAIRS + four / 2];
+                if (__builtin_expect(overflow, 0)) {
+                    step(here + four * 4 * LANES, start + four * 4, 4);
+                    step(here + (four + 1) * 4 * LANES, start + four * 4 + 4, 4);
+                } else {
+                    pair(here + four * 4 * LANES, start + four * 4);
+                }
+            }
+        }
+#pragma GCC unroll 1
+        for (; four < WHOLE; ++four) step(here + four * 4 * LANES, start + four * 4, 4);
         if constexpr (REST != 0) step(here + WHOLE * 4 * LANES, start + WHOLE * 4, REST);
     }
 }
@@ -385,7 +407,9 @@ inline void block(
         const int64_t last = Blocks::GROUP_VECTORS - COLUMNS, wanted = panel * COLUMNS;
         const int64_t column = wanted < last ? wanted : last, vector = group * Blocks::GROUP_VECTORS + column;
         Ints sums[ROWS][COLUMNS];
-        multiply<Shape, ROWS, COLUMNS>(bases, weight + vector * Blocks::VECTOR_BYTES, channels + vector * LANES, sums);
+        const int8_t* overflows = weight + Shape::VECTORS * Blocks::VECTOR_BYTES + vector * Shape::RUNS * Shape::PAIRS;
+        multiply<Shape, ROWS, COLUMNS>(
+            bases, weight + vector * Blocks::VECTOR_BYTES, overflows, channels + vector * LANES, sums);
         const int64_t c = column * LANES, rest = GROUP_OUT - c;
         const int count = GROUP_OUT % LANES == 0 || rest > COLUMNS * LANES ? COLUMNS * LANES : rest;
 #pragma GCC unroll 16

@@ -10,11 +10,13 @@ of a template's kernel.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -147,7 +149,15 @@ class _Call(ir.ChoiceCaller):
         return lowerings[self._target](*self._arguments)
 
 
-def _benchmark_template(choice: Any, *values: torch.Tensor, out: torch.Tensor) -> float:
+def _build(templates: Sequence[Any]) -> None:
+    """Compiles them side by side; Inductor does so only on some versions of Python."""
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(contextvars.copy_context().run, choice.precompile) for choice in templates]:
+            done.result()
+
+
+def _benchmark_template(build: Callable[[], Any], choice: Any, *values: torch.Tensor, out: torch.Tensor) -> float:
+    build()
     try:
         return _fastest(choice.bmreq.make_run_fn(*values, out=out))
     finally:
@@ -257,12 +267,13 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     arguments = inputs.realized(arguments)
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
-    choices: list[Any] = [as_call]
-    for blocking in convolution.blockings(_cpu.int8_lanes()):
-        choice = _Template(inputs, convolution, after, blocking).generate()
-        choice.benchmark = functools.partial(_benchmark_template, choice)
-        choices.append(choice)
+    blockings = convolution.blockings(_cpu.int8_lanes())
+    templates = [_Template(inputs, convolution, after, blocking).generate() for blocking in blockings]
+    build = functools.cache(functools.partial(_build, templates))
+    for choice in templates:
+        choice.benchmark = functools.partial(_benchmark_template, build, choice)
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
+    choices = [as_call, *templates]
     chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
     box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
     if as_call.is_chosen:
