@@ -47,11 +47,9 @@ class Epilogue:
         low, high = type_.min - numbers.zero_point, type_.max - numbers.zero_point
         if not self.in_steps:
             return low, high
-        floor, ceiling = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf)}.get(
-            self.activation, numbers.activation
-        )
-        inverse = 1 / numbers.scale
-        return min(max(low, floor * inverse), high), max(min(high, ceiling * inverse), low)
+        known = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf)}
+        floor, ceiling = (bound * numbers.steps for bound in known.get(self.activation, numbers.activation))
+        return min(max(low, floor), high), max(min(high, ceiling), low)
 
     def source(self) -> str:
         return f"""\
@@ -92,6 +90,11 @@ class Numbers:
     other_scale: float = 1.0
     other_zero_point: int = 0
     activation: tuple[float, ...] = ()
+
+    @property
+    def steps(self) -> float:
+        """How many steps of the output 1.0 is, in single precision, as quantizing has it."""
+        return float(torch.tensor(1 / self.scale))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +207,8 @@ class Convolution:
         """
         lowest, highest = map(int, torch.aminmax(packed))
         largest_input = min(255, 32767 // (2 * max(-lowest, highest, 1)))
-        pairs = (
-            packed[:, :, :, : 2 * self.pairs].unflatten(3, (-1, 2)).unflatten(-1, (2, 2))
-        )  # …, pair, four, lane, half, 2
+        whole = packed[:, :, :, : 2 * self.pairs]
+        pairs = whole.unflatten(3, (-1, 2)).unflatten(-1, (2, 2))  # group, vector, run, pair, four, lane, half, 2
         sums = torch.stack([pairs.clamp(min=0).sum((4, 7)), -pairs.clamp(max=0).sum((4, 7))])
         return (sums.amax((0, -2, -1)) > 32767 // largest_input).to(torch.int8)
 
@@ -214,8 +216,7 @@ class Convolution:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
         zero_point = numbers.x_zero_point + (128 if self.x_signed else 0)
         compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
-        inverse = float(torch.tensor(1 / numbers.scale))
-        steps = inverse if epilogue.in_steps else 1.0
+        steps = numbers.steps if epilogue.in_steps else 1.0
         scale = (numbers.weight_scale.double() * numbers.x_scale * steps).expand(self.out_c)
         bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.double() * steps
         rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
@@ -224,7 +225,7 @@ class Convolution:
         else:
             rows = rows.unflatten(1, (self.groups, -1))
             rows = functional.pad(rows, (0, -rows.shape[-1] % lanes)).flatten(1)
-        scalars = [inverse, numbers.zero_point, *epilogue.limits(numbers)]
+        scalars = [numbers.steps, numbers.zero_point, *epilogue.limits(numbers)]
         scalars += [numbers.other_scale * steps, numbers.other_zero_point, *[*numbers.activation, 0.0, 0.0][:2]]
         tail = [_bits(torch.tensor(scalars)), torch.tensor([numbers.x_zero_point], dtype=torch.int32)]
         return torch.cat([rows.flatten(), *tail])
@@ -264,7 +265,8 @@ struct Shape {{
     def blockings(self, lanes: int) -> list[tuple[int, int]]:
         """Rows and columns of the register blocks that are worth trying, best guess first."""
         if self.depthwise:
-            return [(1, min(lanes // 4, self.out_w))]
+            columns = 2 if lanes == 8 else 4  # of four vectors each, which is half of the registers
+            return [(1, min(columns, self.out_w))]
         vectors, pixels = self.group_vectors(lanes), self.n * self.out_h * self.out_w
         wanted = ((6, 2), (3, 4)) if lanes == 8 else ((6, 4), (12, 2))
         found = [(min(rows, pixels), min(columns, vectors)) for rows, columns in wanted]
