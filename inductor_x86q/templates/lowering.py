@@ -132,11 +132,15 @@ class _Call(ir.ChoiceCaller):
         super().__init__("onednn", inputs.nodes, inputs.layout, description=str(target))
         self._inputs, self._target, self._arguments, self._key = inputs, target, arguments, key
         self.is_chosen = False
+        self.contest: _Contest
 
     def benchmark(self, *values: torch.Tensor, out: torch.Tensor) -> float:
+        return self.contest.milliseconds(self, values, out)
+
+    def runner(self, values: Sequence[torch.Tensor]) -> Callable[[], Any]:
         given = {node.get_name(): value for node, value in zip(self._inputs.nodes, values, strict=True)}
         arguments = [_real(argument, given) for argument in self._arguments]
-        return _fastest(lambda: self._target(*arguments))
+        return lambda: self._target(*arguments)
 
     def call_name(self) -> str:
         return str(self._target)
@@ -149,27 +153,51 @@ class _Call(ir.ChoiceCaller):
         return lowerings[self._target](*self._arguments)
 
 
-def _build(templates: Sequence[Any]) -> None:
-    """Compiles them side by side; Inductor does so only on some versions of Python."""
-    with ThreadPoolExecutor() as pool:
-        for done in [pool.submit(contextvars.copy_context().run, choice.precompile) for choice in templates]:
-            done.result()
+class _Contest:
+    """The choices for one layer, timed against each other when the first of them is asked for its time.
 
-
-def _benchmark_template(build: Callable[[], Any], choice: Any, *values: torch.Tensor, out: torch.Tensor) -> float:
-    build()
-    try:
-        return _fastest(choice.bmreq.make_run_fn(*values, out=out))
-    finally:
-        choice.bmreq.cleanup_run_fn()
-
-
-def _fastest(run: Callable[[], Any], seconds: float = 0.08) -> float:
-    """The milliseconds of the fastest of many calls.
-
-    Whatever else the machine does only adds to a call. With threads that wait for each other it adds up to a time slice
-    of the scheduler to most calls, so that on a busy machine medians say nothing at all.
+    They take turns, so that a slow moment of the machine meets all of them, and each counts as fast as its fastest call:
+    whatever else runs only adds to a call. With threads that wait for each other it adds up to a time slice of the
+    scheduler to most calls, so that on a busy machine medians say nothing at all.
     """
+
+    ROUNDS, SECONDS = 6, 0.015  # of a turn
+
+    def __init__(self, call: _Call, templates: Sequence[Any]) -> None:
+        self._call, self._templates = call, templates
+        self._times: dict[Any, float] = {}
+        self._failures: dict[Any, Exception] = {}
+        call.contest = self
+        for choice in templates:
+            choice.benchmark = lambda *values, out, choice=choice: self.milliseconds(choice, values, out)
+
+    def milliseconds(self, choice: Any, values: Sequence[torch.Tensor], out: torch.Tensor) -> float:
+        if not self._times:
+            self._run(values, out)
+        if choice in self._failures:
+            raise self._failures[choice]
+        return self._times[choice]
+
+    def _run(self, values: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        runs: dict[Any, Callable[[], Any]] = {self._call: self._call.runner(values)}
+        # Compiled side by side; Inductor does so only on some versions of Python.
+        with ThreadPoolExecutor() as pool:
+            builds = [pool.submit(contextvars.copy_context().run, choice.precompile) for choice in self._templates]
+        for choice, built in zip(self._templates, builds, strict=True):
+            try:
+                built.result()
+                runs[choice] = choice.bmreq.make_run_fn(*values, out=out)
+            except Exception as error:  # a choice that cannot be built is no reason to fail: Inductor passes over it
+                self._failures[choice] = error
+        for _ in range(self.ROUNDS):
+            for choice, run in runs.items():
+                self._times[choice] = min(_fastest(run, self.SECONDS), self._times.get(choice, math.inf))
+        for choice in self._templates:
+            choice.bmreq.cleanup_run_fn()
+
+
+def _fastest(run: Callable[[], Any], seconds: float) -> float:
+    """The milliseconds of the fastest call in so much time, of three at least."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while (started := time.perf_counter()) < end or len(times) < 3:
@@ -269,9 +297,7 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     as_call = _Call(inputs, target, arguments, key)
     blockings = convolution.blockings(_cpu.int8_lanes())
     templates = [_Template(inputs, convolution, after, blocking).generate() for blocking in blockings]
-    build = functools.cache(functools.partial(_build, templates))
-    for choice in templates:
-        choice.benchmark = functools.partial(_benchmark_template, build, choice)
+    _Contest(as_call, templates)
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
     choices = [as_call, *templates]
     chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
