@@ -70,8 +70,13 @@ INDUCTOR_X86Q_PARTWISE(pack_unsigned_16, packus_epi16)
 INDUCTOR_X86Q_INLINE Ints parts_in_a_row(Ints x) {
 #if INDUCTOR_X86Q_LANES == 8
     return (Ints)_mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+#elif defined(__AVX512F__)
+    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return (Ints)_mm512_permutexvar_epi32(places, (__m512i)x);
 #else
-    return __builtin_shuffle(x, Ints{0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15});
+    Ints result = x;
+    for (int i = 0; i < LANES; ++i) result[i] = x[i % 4 * 4 + i / 4];
+    return result;
 #endif
 }
 
