@@ -1,7 +1,7 @@
 // int8 convolution for x86, written into the generated code of every kernel that uses it.
 //
-// All shapes are compile-time constants of a struct (`Shape`), so that each instance is a kernel for one layer. Only
-// `dot` knows the instruction set; everything else is the compiler's vectors of LANES 32-bit numbers.
+// All shapes are compile-time constants of a struct (`Shape`), so that each instance is a kernel for one layer. Values are
+// the compiler's vectors of LANES 32-bit numbers; what names instructions is small functions on them, up to `finish`.
 #ifndef INDUCTOR_X86Q_INT8_H
 #define INDUCTOR_X86Q_INT8_H
 

@@ -1,11 +1,11 @@
 """What Inductor makes of the operators that stand for a call: the call, or a kernel of ours, whichever is faster.
 
-Inductor's template interface is private; it is reached in this file and nowhere else. What is relied on, all of it the
-same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller` of
-it, `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`), `autotune_select_algorithm` timing the choices once for a
-shape and keeping the result in Inductor's autotuning cache, `register_lowering` for operators of other libraries,
-`ExternKernel.copy_input` giving a copy whose layout is still open, and `allow_epilogue_fusion` keeping what follows out
-of a template's kernel.
+Inductor's template interface is private; it is reached in this file and nowhere else. What is relied on, all of it
+the same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller`
+of it, `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`),
+`autotune_select_algorithm` timing the choices once for a shape and keeping the result in Inductor's autotuning cache,
+`register_lowering` for operators of other libraries, `ExternKernel.copy_input` giving a copy whose layout is still
+open, and `allow_epilogue_fusion` keeping what follows out of a template's kernel.
 """
 
 from __future__ import annotations
