@@ -10,7 +10,7 @@ from inductor_x86q import _cpu, _torch, qgraph
 from inductor_x86q.passes.fuse import call as calls
 from inductor_x86q.passes.stage import No, Rule
 from inductor_x86q.templates import layer as layers
-from inductor_x86q.templates.convolution import Convolution, Numbers
+from inductor_x86q.templates.convolution import Convolution, Epilogue, Numbers
 from inductor_x86q.templates.operators import GENERATED
 
 
@@ -31,13 +31,14 @@ def _find(node: fx.Node) -> Any:
     convolution = layers.describe(call, (n, h, w, c), output.shape, kernel, x.dtype)
     other_dtype = qgraph.value(call.binary.other).dtype if call.binary else None
     why = layers.obstacle(call, convolution, other_dtype)
-    return No(f"no kernel is generated for {why}") if why else convolution
+    return No(f"no kernel is generated for {why}") if why else (convolution, layers.epilogue(call, other_dtype))
 
 
-def _rewrite(node: fx.Node, convolution: Convolution) -> fx.Node:
+def _rewrite(node: fx.Node, found: tuple[Convolution, Epilogue]) -> fx.Node:
     """call(…) → the operator that stands for it(packed weight, numbers, kernel size, …)"""
     from inductor_x86q.templates import lowering  # noqa: F401  registers with Inductor, which is slow to import
 
+    convolution, epilogue = found
     call, lanes = calls.read(node), _cpu.int8_lanes()
     weight, scale = qgraph.constant(call.weight.args[0]), qgraph.constant(call.weight_scale)
     assert weight is not None and scale is not None
@@ -50,8 +51,7 @@ def _rewrite(node: fx.Node, convolution: Convolution) -> fx.Node:
         tuple(float(value) for value in call.unary.scalars),
     )
     packed = qgraph.new_constant(convolution.pack(weight, lanes), like=node)
-    after = layers.epilogue(call, None)
-    channels = qgraph.new_constant(convolution.channels(weight, numbers, after, lanes), like=node)
+    channels = qgraph.new_constant(convolution.channels(weight, numbers, epilogue, lanes), like=node)
     target = GENERATED[node.target]
     new = node.graph.call_function(target, (packed, channels, list(convolution.kernel), *node.args))
     new.meta.update(node.meta)

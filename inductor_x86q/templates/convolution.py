@@ -23,7 +23,8 @@ ACTIVATIONS: dict[str, str | tuple[str, str]] = {
     "swish": ("-v", "v * reciprocal(1.0f + e)"),
     "tanh": ("v + v", "1.0f - 2.0f * reciprocal(e + 1.0f)"),
 }
-LIMITING = ("none", "relu", "hardtanh")  # what these do to a value, limits do to the quantized one
+# Those that only limit a value, which limits do to the quantized one as well; None: its scalars are the limits.
+LIMITS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "hardtanh": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Epilogue:
     @property
     def in_steps(self) -> bool:
         """Whether scales and bias count in steps of the output, so that nothing is left to do but to limit and round."""
-        return self.output_dtype != torch.float32 and self.activation in LIMITING
+        return self.output_dtype != torch.float32 and self.activation in LIMITS
 
     def limits(self, numbers: Numbers) -> tuple[float, float]:
         """The least and the largest output, in steps and before the zero point is added."""
@@ -47,8 +48,7 @@ class Epilogue:
         low, high = type_.min - numbers.zero_point, type_.max - numbers.zero_point
         if not self.in_steps:
             return low, high
-        known = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf)}
-        floor, ceiling = (bound * numbers.steps for bound in known.get(self.activation, numbers.activation))
+        floor, ceiling = (bound * numbers.steps for bound in LIMITS[self.activation] or numbers.activation)
         return min(max(low, floor), high), max(min(high, ceiling), low)
 
     def source(self) -> str:

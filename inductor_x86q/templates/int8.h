@@ -274,6 +274,10 @@ INDUCTOR_X86Q_INLINE Ints broadcast(const uint8_t* address, int bytes) {
     return Ints{} + (int32_t)four;
 }
 
+// The bytes of a vector's weights: each run is filled up to whole fours.
+template <class Shape>
+constexpr int64_t VECTOR_BYTES = (int64_t)Shape::RUNS * ((Shape::RUN + 3) / 4) * 4 * LANES;
+
 // ROWS output pixels by COLUMNS vectors of output channels. A pixel's inputs are RUNS runs of RUN bytes; run r starts
 // at Shape::run(r) from the pixel's base. Weights lie as [vector][run][four bytes of the run][lane][4]. Where the CPU adds
 // products in 16 bits, `overflows` has a byte for each pair of fours of a vector: whether four products may exceed 16 bits.
@@ -282,7 +286,6 @@ INDUCTOR_X86Q_INLINE void multiply(
     const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows, const int32_t* channels,
     Ints (&sums)[ROWS][COLUMNS]) {
     constexpr int FOURS = (Shape::RUN + 3) / 4, WHOLE = Shape::RUN / 4, REST = Shape::RUN % 4;
-    constexpr int64_t VECTOR = (int64_t)Shape::RUNS * FOURS * 4 * LANES;
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
@@ -290,7 +293,7 @@ INDUCTOR_X86Q_INLINE void multiply(
     const auto step = [&](const int8_t* here, int64_t offset, int bytes) INDUCTOR_X86Q_LAMBDA {
         Ints b[COLUMNS];
 #pragma GCC unroll 16
-        for (int column = 0; column < COLUMNS; ++column) b[column] = load<Ints>(here + column * VECTOR);
+        for (int column = 0; column < COLUMNS; ++column) b[column] = load<Ints>(here + column * VECTOR_BYTES<Shape>);
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; ++row) {
             const Ints a = broadcast<Shape>(bases[row] + offset, bytes);
@@ -305,7 +308,7 @@ INDUCTOR_X86Q_INLINE void multiply(
             const Ints a = broadcast<Shape>(bases[row] + offset, 4), c = broadcast<Shape>(bases[row] + offset + 4, 4);
 #pragma GCC unroll 16
             for (int column = 0; column < COLUMNS; ++column) {
-                const int8_t* there = here + column * VECTOR;
+                const int8_t* there = here + column * VECTOR_BYTES<Shape>;
                 sums[row][column] = dot_pair(sums[row][column], a, load<Ints>(there), c, load<Ints>(there + 4 * LANES));
             }
         }
@@ -376,9 +379,8 @@ struct Blocks {
     static constexpr int GROUP_VECTORS = Shape::VECTORS / Shape::GROUPS;
     static constexpr int64_t PIXELS = (int64_t)Shape::N * Shape::OUT_H * Shape::OUT_W;
     static constexpr int64_t COUNT = (PIXELS + Shape::ROWS - 1) / Shape::ROWS;
-    static constexpr int64_t VECTOR_BYTES = (int64_t)Shape::RUNS * ((Shape::RUN + 3) / 4) * 4 * LANES;
     static constexpr int64_t PANELS = (GROUP_VECTORS + Shape::COLUMNS - 1) / Shape::COLUMNS;
-    static constexpr int64_t FITTING = PASS_BYTES / (Shape::COLUMNS * VECTOR_BYTES);
+    static constexpr int64_t FITTING = PASS_BYTES / (Shape::COLUMNS * VECTOR_BYTES<Shape>);
     static constexpr int64_t TOGETHER = FITTING < 1 ? 1 : FITTING < PANELS ? FITTING : PANELS;
     static constexpr int64_t PASSES = (PANELS + TOGETHER - 1) / TOGETHER;
     // Whether output pixel p reads from p·PIXEL on.
@@ -412,9 +414,9 @@ inline void block(
         const int64_t last = Blocks::GROUP_VECTORS - COLUMNS, wanted = panel * COLUMNS;
         const int64_t column = wanted < last ? wanted : last, vector = group * Blocks::GROUP_VECTORS + column;
         Ints sums[ROWS][COLUMNS];
-        const int8_t* overflows = weight + Shape::VECTORS * Blocks::VECTOR_BYTES + vector * Shape::RUNS * Shape::PAIRS;
+        const int8_t* overflows = weight + Shape::VECTORS * VECTOR_BYTES<Shape> + vector * Shape::RUNS * Shape::PAIRS;
         multiply<Shape, ROWS, COLUMNS>(
-            bases, weight + vector * Blocks::VECTOR_BYTES, overflows, channels + vector * LANES, sums);
+            bases, weight + vector * VECTOR_BYTES<Shape>, overflows, channels + vector * LANES, sums);
         const int64_t c = column * LANES, rest = GROUP_OUT - c;
         const int count = GROUP_OUT % LANES == 0 || rest > COLUMNS * LANES ? COLUMNS * LANES : rest;
 #pragma GCC unroll 16
@@ -472,6 +474,14 @@ INDUCTOR_X86Q_INLINE void interleave(const uint8_t* const* rows, Ints (&values)[
     values[3] = interleave_high_16(high, next_high);
 }
 
+template <class Shape>
+struct Taps {
+    static constexpr int FOURS = (Shape::KERNEL_H + 3) / 4;
+    // How many columns of the image a block of pixels reads.
+    static constexpr int REACH =
+        (Shape::COLUMNS - 1) * Shape::STRIDE_W + (Shape::KERNEL_W - 1) * Shape::DILATION_W + 1;
+};
+
 // COLUMNS neighbouring output pixels of 4·LANES channels, the first of which reads from `column` on. `rows` are the rows
 // of the image that the kernel covers. What lies beside the image (EDGE: something may) is read from `padding`.
 // Weights lie as [column of the kernel][four rows][vector][lane][4].
@@ -479,8 +489,7 @@ template <class Shape, class Epilogue, bool EDGE>
 INDUCTOR_X86Q_INLINE void depthwise_block(
     const uint8_t* const* rows, const uint8_t* padding, int64_t column, const int8_t* weight, const int32_t* channels,
     const Scalars& numbers, typename Epilogue::Out* out) {
-    constexpr int COLUMNS = Shape::COLUMNS, FOURS = (Shape::KERNEL_H + 3) / 4;
-    constexpr int REACH = (COLUMNS - 1) * Shape::STRIDE_W + (Shape::KERNEL_W - 1) * Shape::DILATION_W + 1;
+    constexpr int COLUMNS = Shape::COLUMNS, FOURS = Taps<Shape>::FOURS, REACH = Taps<Shape>::REACH;
     constexpr int WIDTH = Shape::C < 4 * LANES ? Shape::C : 4 * LANES;
     Ints sums[COLUMNS][4];
 #pragma GCC unroll 16
@@ -528,8 +537,7 @@ template <class Shape, class Epilogue>
 inline void depthwise_row(
     const uint8_t* x, const uint8_t* padding, const int8_t* weight, const int32_t* channels, const Scalars& numbers,
     typename Epilogue::Out* out, int64_t row) {
-    constexpr int COLUMNS = Shape::COLUMNS, BLOCK = 4 * LANES, FOURS = (Shape::KERNEL_H + 3) / 4;
-    constexpr int REACH = (COLUMNS - 1) * Shape::STRIDE_W + (Shape::KERNEL_W - 1) * Shape::DILATION_W + 1;
+    constexpr int COLUMNS = Shape::COLUMNS, BLOCK = 4 * LANES;
     const int64_t n = row / Shape::OUT_H, top = row % Shape::OUT_H * Shape::STRIDE_H - Shape::PAD_H;
     for (int64_t block = 0; block < Shape::CHANNELS / BLOCK; ++block) {
         const int64_t c = block * BLOCK + BLOCK <= Shape::C || Shape::C < BLOCK ? block * BLOCK : Shape::C - BLOCK;
@@ -539,12 +547,12 @@ inline void depthwise_row(
             const int64_t h = top + i * Shape::DILATION_H;
             rows[i] = (h < 0 || h >= Shape::H ? padding : x + n * Shape::IMAGE + h * Shape::ROW) + c;
         }
-        const int8_t* taps = weight + block * Shape::KERNEL_W * FOURS * 4 * BLOCK;
+        const int8_t* taps = weight + block * Shape::KERNEL_W * Taps<Shape>::FOURS * 4 * BLOCK;
         typename Epilogue::Out* to = out + row * Shape::OUT_W * Shape::C + c;
         for (int64_t ow = 0; ow < Shape::OUT_W; ow += COLUMNS) {
             if (ow + COLUMNS > Shape::OUT_W) ow = Shape::OUT_W - COLUMNS;
             const int64_t column = ow * Shape::STRIDE_W - Shape::PAD_W;
-            if (column < 0 || column + REACH > Shape::W) {
+            if (column < 0 || column + Taps<Shape>::REACH > Shape::W) {
                 depthwise_block<Shape, Epilogue, true>(
                     rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::C);
             } else {

@@ -58,12 +58,14 @@ class _Template(CppTemplate):
 
         Relies on a C++ wrapper appending its kernels to `kernel_declarations`, once all of them are rendered.
         """
-        profiled = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" if config.cpp.enable_kernel_profile else ""
+        text = self.header().getvalue()
+        if config.cpp.enable_kernel_profile:
+            text = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" + text
         if not V.graph.cpp_wrapper:
-            return profiled + self.header().getvalue()
+            return text
         wrapper = V.graph.wrapper_code
         if not getattr(wrapper, "has_x86q", False):
-            wrapper.kernel_declarations.splice(profiled + self.header().getvalue())
+            wrapper.kernel_declarations.splice(text)
             wrapper.has_x86q = True  # type: ignore[attr-defined]
         return ""
 
