@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -111,7 +112,9 @@ def compile_graph(
     inputs = list(example_inputs)
     kept = _torch.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
-    with scopes.pipeline_scope(pipeline), scopes.cacheable_constants():
+    generating = "inner_compile" not in keywords
+    headers = scopes.headers_ahead(chosen.inductor) if generating else contextlib.nullcontext()
+    with scopes.pipeline_scope(pipeline), scopes.cacheable_constants(), headers:
         compiled = _torch.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -167,3 +169,40 @@ def test_the_calling_function_is_compiled_beside_the_kernels(monkeypatch: pytest
     testing.assert_same(result, quantized(*inputs), min_snr=30)
     first, second = times[".main.o"], times[".optimized.o"]
     assert max(first[0], second[0]) < min(first[1], second[1])
+
+
+def test_headers_are_precompiled_before_they_are_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import codecache
+
+    stock = codecache._precompile_header
+    asked: dict[bool, set[object]] = {True: set(), False: set()}
+
+    @functools.wraps(stock)
+    def recorded(header: str, flags: str, **keywords: object) -> str:
+        asked[threading.current_thread() is threading.main_thread()].add((header, flags, *sorted(keywords.items())))
+        return stock(header, flags, **keywords)
+
+    monkeypatch.setattr(codecache, "_precompile_header", recorded)
+    inputs = (torch.randn(4, 16),)
+    quantized = testing.qdq_graph(Masked(4), inputs)
+    with _torch.isolated_caches(str(tmp_path)):
+        torch.compile(quantized, backend="inductor_x86q")(*inputs)
+    assert len(asked[False]) == 2 and asked[True] == asked[False]
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = QConv2d(8, 8, 1), QConv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = quantize_dequantize(self.before(quantize_dequantize(x, 0.02, 60)), 0.03, 60)
+        return self.behind(quantize_dequantize(nn.functional.max_pool2d(x, (3, 2), (2, 1), (1, 0), 1, True), 0.03, 60))
+
+
+def test_a_pool_needs_no_headers_of_the_dispatcher() -> None:
+    inputs = (torch.randn(2, 8, 7, 6),)
+    quantized = testing.qdq_graph(Pooled(), inputs)
+    code = cpp_code(quantized, inputs)
+    assert 'torch_call_dispatcher("quantized::max_pool2d"' in code and "Dispatcher.h" not in code
+    testing.assert_close_to_reference(quantized, inputs)

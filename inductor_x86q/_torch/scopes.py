@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -73,7 +73,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_channels_last_results())
         stack.enter_context(_constants_folded())
         stack.enter_context(_constants_once())
-        stack.enter_context(_wrapper_header())
+        stack.enter_context(_pools_without_headers())
         stack.enter_context(_sources_side_by_side())
         stack.enter_context(_eight_bytes_at_once())
         stack.enter_context(_values_remembered())
@@ -205,15 +205,64 @@ def _described(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _wrapper_header() -> Iterator[None]:
-    """Within this context the header that is precompiled for generated functions is `wrapper.h`.
+def _pools_without_headers() -> Iterator[None]:
+    """Within this context the library's int8 max pool is called through torch's stable C interface.
 
-    Relies on `CppWrapperCodeCache` asking `_get_uncompiled_header` for it and writing `#include <...>` of the answer.
+    Inductor calls operators that take lists through the dispatcher's C++ classes, whose headers take longer to compile
+    than the function that calls them. Relies on `CppWrapperCpu.generate_fallback_kernel_with_runtime_lookup_boxed` writing
+    that call, and on torch's `cpp_wrapper/common.h` including the stable interface.
     """
-    from torch._inductor.codecache import CppWrapperCodeCache
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    path = os.path.join(os.path.dirname(__file__), "wrapper.h")
-    with replaced(CppWrapperCodeCache, "_get_uncompiled_header", classmethod(lambda cls, device: path)):
+    stock = CppWrapperCpu.generate_fallback_kernel_with_runtime_lookup_boxed
+
+    def generate(self: Any, operator: Any, arguments: Sequence[Any], outputs: Sequence[Any], results: Any) -> None:
+        if operator is not torch.ops.quantized.max_pool2d.default:
+            return stock(self, operator, arguments, outputs, results)
+        image, *windows, ceil_mode = arguments
+        lists = (f"std::vector<int64_t>{{{', '.join(map(str, window))}}}" for window in windows)
+        values = ", ".join(
+            f"torch::stable::detail::from({value})" for value in ("image", *lists, str(ceil_mode).lower())
+        )
+        self.writelines(
+            [
+                f"RAIIAtenTensorHandle {outputs[0]};",
+                "{",
+                "    AtenTensorHandle image;",
+                f"    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle({image.codegen_reference()}, &image));",
+                f"    std::array<StableIValue, {len(arguments)}> stack{{{values}}};",
+                "    AOTI_TORCH_ERROR_CODE_CHECK(",
+                f'        torch_call_dispatcher("{operator._schema.name}", "", stack.data(), TORCH_ABI_VERSION));',
+                f"    {outputs[0]} = torch::stable::detail::to<AtenTensorHandle>(stack[0]);",
+                "}",
+            ]
+        )
+
+    with replaced(CppWrapperCpu, stock.__name__, generate):
+        yield
+
+
+@contextlib.contextmanager
+def headers_ahead(options: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context the headers that code generated under `options` includes are precompiled, beside all else.
+
+    They are once per machine and set of flags, which takes longer than all the rest of a small model. Relies on
+    `CppWrapperCodeCache.load_async` asking `codecache._precompile_header` for them and on its building nothing before what
+    it returns is called; on what is precompiled already being passed over. Who needs a header reports what is wrong with it.
+    """
+    from torch._inductor import codecache, config
+
+    stock, pool = codecache._precompile_header, ThreadPoolExecutor()
+
+    def start(*arguments: Any, **keywords: Any) -> str:
+        pool.submit(contextvars.copy_context().run, stock, *arguments, **keywords)
+        return ""
+
+    with config.patch(dict(options)), replaced(codecache, stock.__name__, start):
+        codecache.CppWrapperCodeCache.load_async(
+            "", "cpu", optimized_code="\n", needs_vec_isa=False, kernel_needs_vec_isa=True
+        )
+    with pool:
         yield
 
 
