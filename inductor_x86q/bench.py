@@ -10,7 +10,7 @@ With --starts each engine is set up in two processes, of which the first finds a
 what the first left there: `cold` and `warm` are the seconds of the first call, with imports and quantization done before;
 `peak MB` is the most memory that the first process held during that call, without the C++ compiler's, and `MB` what the
 second holds when it is ready.
-For x86q-package, cold is building the package, loading it and the first call, and warm is loading and the first call.
+For a package, cold is building the package, loading it and the first call, and warm is loading and the first call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from inductor_x86q.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PEAK, PEAK_SIZE
+from inductor_x86q.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PACKAGE_VARIABLE, PEAK, PEAK_SIZE
 
 
 @dataclasses.dataclass
@@ -205,8 +205,10 @@ class _Worker:
 
 
 def _cache_directory(path: str | None) -> dict[str, str]:
+    if path is None:
+        return {}
     # A package is unpacked in TMPDIR, and a process that is killed leaves it there.
-    return {"TORCHINDUCTOR_CACHE_DIR": path, "TMPDIR": path} if path else {}
+    return {"TORCHINDUCTOR_CACHE_DIR": path, "TMPDIR": path, PACKAGE_VARIABLE: os.path.join(path, "model.pt2")}
 
 
 def _started_twice(engine: str, network: str, settings: Settings) -> _Worker:
@@ -257,17 +259,17 @@ def text(table: dict[str, list[Result]]) -> str:
     """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to start."""
     starts = any(not math.isnan(r.cold_seconds) for results in table.values() for r in results)
     lines = [
-        f"{'network':24s} {'engine':18s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'of peak':>7s} {'SNR dB':>7s} {'compile s':>9s}"
+        f"{'network':24s} {'engine':25s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'of peak':>7s} {'SNR dB':>7s} {'compile s':>9s}"
         + (f" {'cold s':>7s} {'warm s':>7s} {'peak MB':>7s} {'MB':>7s}" if starts else "")
     ]
     for network, results in table.items():
         base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
         for r in results:
             if r.error:
-                lines.append(f"{network:24s} {r.engine:18s} failed: {r.error}")
+                lines.append(f"{network:24s} {r.engine:25s} failed: {r.error}")
                 continue
             lines.append(
-                f"{network:24s} {r.engine:18s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
+                f"{network:24s} {r.engine:25s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
                 f"{r.of_peak:7.1%} {r.snr:7.1f} {r.compile_seconds:9.1f}"
                 + (f" {r.cold_seconds:7.1f} {r.warm_seconds:7.1f}" if starts else "")
                 + (f" {r.peak_megabytes:7.0f} {r.resident_megabytes:7.0f}" if starts else "")

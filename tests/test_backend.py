@@ -133,6 +133,16 @@ def test_another_tensor_in_the_place_of_a_weight_is_compiled_again(name: str) ->
     assert_close(run(x), model(x))
 
 
+def test_guards_may_be_left_out() -> None:
+    x, model = torch.randn(4, 16), OneLayer()
+    unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    run = compiled(model, options=unguarded)
+    before = run(x)
+    assert_close(before, model(x))
+    model.layer.bias = -model.layer.bias
+    torch.testing.assert_close(run(x), before, rtol=0, atol=0)
+
+
 def test_tied_weights_may_come_apart() -> None:
     x, model = torch.randn(4, 16), nn.Sequential(OneLayer(), nn.ReLU(), OneLayer())
     model[2].layer.weight = model[0].layer.weight

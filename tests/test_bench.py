@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+import inductor_x86q
 from inductor_x86q import bench, engines
 
 
@@ -67,6 +69,21 @@ def test_multiply_accumulates_are_those_of_layers_and_attention():
         torch.testing.assert_close(output, layer(x))
     projections, products, feed_forward = 5 * 8 * (24 + 8), 2 * 5 * 5 * 8, 2 * 5 * 8 * 16
     assert macs == projections + products + feed_forward
+
+
+def test_only_starts_keep_a_package(monkeypatch, tmp_path):
+    def package(model, inputs, path, options):
+        path.write_text(model)
+        return path
+
+    monkeypatch.setattr(inductor_x86q, "quantize", lambda model, inputs, calibration: model)
+    monkeypatch.setattr(inductor_x86q, "package", package)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda x: Path(path).read_text())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    engine = bench.ENGINES["x86q-package"]
+    assert [engine(name, torch.zeros(1))() for name in ("first", "second")] == ["first", "second"]
+    monkeypatch.setenv("INDUCTOR_X86Q_BENCH_PACKAGE", str(tmp_path / "model.pt2"))
+    assert [engine(name, torch.zeros(1))() for name in ("first", "second")] == ["first", "first"]
 
 
 @pytest.mark.slow

@@ -259,9 +259,10 @@ def headers_ahead(options: Mapping[str, Any]) -> Iterator[None]:
         return ""
 
     with config.patch(dict(options)), replaced(codecache, stock.__name__, start):
-        codecache.CppWrapperCodeCache.load_async(
-            "", "cpu", optimized_code="\n", needs_vec_isa=False, kernel_needs_vec_isa=True
-        )
+        if config.cpp_wrapper and config.cpp_wrapper_build_separate:
+            codecache.CppWrapperCodeCache.load_async(
+                "", "cpu", optimized_code="\n", needs_vec_isa=False, kernel_needs_vec_isa=True
+            )
     with pool:
         yield
 
