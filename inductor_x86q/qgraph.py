@@ -258,3 +258,16 @@ def compute_ancestors(node: fx.Node) -> set[fx.Node]:
             found.add(current)
             pending.extend(current.all_input_nodes)
     return found
+
+
+def full(values: Any, dimensions: int) -> list[int]:
+    """A number for each dimension, where there may be one for all."""
+    values = [values] if isinstance(values, int) else list(values)
+    return values * dimensions if len(values) == 1 else values
+
+
+def geometry(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    """A convolution's stride, padding and dilation, a number for each dimension, and its groups."""
+    _, weight, _, *sizes, _, _, groups = schema_arguments(convolution).values()
+    stride, padding, dilation = (full(values, value(weight).dim() - 2) for values in sizes)
+    return stride, padding, dilation, groups

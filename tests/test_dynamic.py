@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q import _cpu, testing
+from inductor_x86q import _cpu, inspection, testing
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.report import Reason
 from inductor_x86q.testing import QLinear
@@ -255,6 +255,31 @@ def test_products_of_integers_become_calls(rows: int) -> None:
     # One row has one scale, which is the call's; the call then takes bias and activation too.
     absorbed = sorted(fusion.absorbed for fusion in done.report.fused)
     assert absorbed == ([(), ("gelu",)] if rows == 1 else [(), ()])
+
+
+class Product(nn.Module):
+    """int8 rows by a constant, multiplied as uint8 that are `offset` higher, as torchao does where the CPU has VNNI."""
+
+    def __init__(self, offset: int, subtracted: int) -> None:
+        super().__init__()
+        self.offset = offset
+        weight = torch.randint(-60, 60, (64, 96), dtype=torch.int8)
+        self.register_buffer("weight", weight.t().contiguous().t())
+        self.register_buffer("subtracted", subtracted * weight.sum(0, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = (x.round().clamp(-20, 20).to(torch.int32) + self.offset).to(torch.uint8)
+        return (torch._int_mm(rows, self.weight) - self.subtracted).float() * 0.1
+
+
+@pytest.mark.parametrize(("offset", "subtracted", "calls"), [(128, 128, 1), (30, 30, 1), (30, 300, 0)])
+def test_products_of_unsigned_integers(offset: int, subtracted: int, calls: int) -> None:
+    """What is subtracted is a zero point; 300 is none of uint8."""
+    torch.manual_seed(0)
+    model, x = Product(offset, subtracted), torch.randn(5, 64) * 9
+    result, report = inspection.run_fused(model, (x,))
+    assert len(report.fused) == calls and not report.missed
+    testing.assert_same(result, model(x))
 
 
 def test_products_of_8_bit_integers_overflow_without_vnni_only() -> None:

@@ -105,7 +105,7 @@ def test_batches_of_one_and_of_sixteen_where_the_size_is_unbacked() -> None:
 @pytest.mark.parametrize("lines", [False, True], ids=["images", "lines"])
 def test_one_pixel_with_padding(lines: bool) -> None:
     """An image of one pixel lies both ways at once; the int8 kernels take and give channels innermost."""
-    layer = (testing.QConv1d if lines else testing.QConv2d)(13, 8, 1, padding=1)
+    layer = (testing.QConv1d if lines else testing.QConv2d)(13, 8, 2, padding=1)
 
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from inductor_x86q import _cpu
 from inductor_x86q._torch import decompositions
 from inductor_x86q.passes import aliasing, channel_factors, channels, finish, normalize, propagate
 from inductor_x86q.passes.fuse import call, compute, output_types, pool, post_ops
@@ -339,8 +340,8 @@ BROKEN = {
         Broken("drop the bias", compute._rewrite, "_as(node, bias, torch.float32)", "None", "linear"),
         Broken("forget the dilation", compute._packed_convolution, "(stride, padding, dilation, groups)",
                "(stride, padding, [1, 1], groups)", "dilated convolution"),
-        Broken("forget the padding", compute._packed_convolution, "(stride, padding, dilation, groups)",
-               "(stride, [0, 0], dilation, groups)", "convolution"),
+        Broken("forget the padding", compute._packed_convolution, "grid, *geometry, _shape_hint(x))",
+               "grid, *geometry, _shape_hint(x)); geometry = (geometry[0], [0, 0], *geometry[2:])", "convolution"),
         Broken("ignore a weight's zero points", compute._weight_obstacle, "zero_point.count_nonzero()", "False",
                "weight with zero points"),
         Broken("take a weight's scales along any axis", compute._weight_obstacle, "parameters.axis != 0", "False",
@@ -447,6 +448,12 @@ def broken_code(broken: Broken) -> Any:
     function = namespace[broken.function.__name__]
     assert isinstance(function, FunctionType)
     return function.__code__
+
+
+@pytest.fixture(autouse=True)
+def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bf16 instructions make superfluous is broken too."""
+    monkeypatch.setattr(_cpu, "has_bf16", lambda: False)
 
 
 @pytest.fixture(autouse=True)

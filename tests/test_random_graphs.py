@@ -185,6 +185,23 @@ FOUND |= {
     for dtype in ("torch.bfloat16", "torch.float16")
 }  # fmt: skip
 
+# The library's kernels for AVX-512 with VNNI get these wrong; they stay float on every CPU.
+for name, image, weight, geometry in (
+    ("an output that reads padding only", (3, 16, 5, 5), (32, 16, 3, 3), "2, 3, 1, 1"),
+    ("an output between two taps that both read padding", (2, 8, 1, 5), (17, 8, 2, 1), "1, (1, 0), (2, 1), 1"),
+    ("one input and 17 outputs of each group", (2, 4, 9, 9), (68, 1, 3, 3), "1, 1, 1, 4"),
+):
+    FOUND[name] = written(
+        QUANTIZE + f"y = F.conv2d(b, q.dequantize_per_tensor(self.c0, 0.01, 0, -127, 127, torch.int8), None, {geometry})",
+        {"c0": f"integers(0, {weight}, -64, 64, torch.int8)"}, {"x": f"reals(SEED, {image}, -2.0, 2.0)"},
+        defects="NO_KERNEL")  # fmt: skip
+# Wrong in float32, too.
+FOUND["one input channel, a stride, one column of outputs"] = written(
+    QUANTIZE + f"y = F.conv2d(b, {PER_TENSOR}, None, (1, 3), (0, 1)) + F.conv2d(x, self.c1, None, (1, 3), (0, 1))",
+    {"c0": "integers(0, (17, 1, 5, 5), -64, 64, torch.int8)", "c1": "reals(1, (17, 1, 5, 5), -1.0, 1.0)"},
+    {"x": "reals(SEED, (2, 1, 9, 5), -2.0, 2.0)"},
+    defects="NOT_QUANTIZED",
+)
 FOUND["a linear of flipped rows"] = written(
     QUANTIZE + f"y = F.linear(torch.flip(b, (0,)), {PER_TENSOR})", MATRIX_16, {"x": "reals(SEED, (3, 6), -2.0, 2.0)"}
 )

@@ -83,6 +83,16 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def guarded(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for the example at hand, which then becomes a guard of the compiled code.
+
+    False where the size has no example. Relies on `guard_or_false`.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
+
+
 def same_shape(first: Iterable[Any], second: Iterable[Any]) -> bool:
     """Whether two shapes are known to be equal."""
     left, right = list(first), list(second)

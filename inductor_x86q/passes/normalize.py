@@ -259,6 +259,29 @@ def _rewrite_average_of_all(node: fx.Node, dimensions: list[int]) -> fx.Node:
     return qgraph.call(aten.mean.dim, node.args[0], dimensions, True, like=node)
 
 
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+
+def _find_single_column(node: fx.Node) -> Any:
+    _, inputs, *kernel = qgraph.value(qgraph.schema_arguments(node)["weight"]).shape
+    stride, padding, dilation, _ = qgraph.geometry(node)
+    if inputs != 1 or stride[-1] == 1 or qgraph.schema_arguments(node)["transposed"]:
+        return No("it has several input channels a group, or no stride along its rows")
+    if _torch.guarded(qgraph.value(node).shape[-1] > 1):
+        return No("it gives more than one column")
+    return dilation[-1] * (kernel[-1] - 1) + 1 - padding[-1]
+
+
+def _rewrite_single_column(node: fx.Node, columns: int) -> fx.Node:
+    """A stride along rows that give one column means nothing, and oneDNN gives wrong numbers then, int8 and float32."""
+    x, weight, bias, stride, *others = node.args
+    stride = [*qgraph.geometry(node)[0][:-1], 1]
+    last = qgraph.value(node).dim() - 1
+    read = qgraph.call(aten.slice.Tensor, x, last, 0, columns, like=node)
+    new = qgraph.call(node.target, read, weight, bias, stride, *others, like=node)
+    return qgraph.call(aten.slice.Tensor, new, last, 0, 1, like=node)
+
+
 # --- activations written out ------------------------------------------------------------------------------------------
 
 
@@ -305,6 +328,7 @@ RULES = (
     Rule("view of a view", RESHAPES, _find_view_of_view, _rewrite_view_of_view),
     Rule("bias behind a linear", (aten.add.Tensor,), _find_bias, _rewrite_bias),
     Rule("average of a whole image", tuple(AVERAGE_POOLS), _find_average_of_all, _rewrite_average_of_all),
+    Rule("stride of one column", (aten.convolution.default,), _find_single_column, _rewrite_single_column),
     Rule("clamp", (aten.clamp.default, aten.clamp_min.default), _find_clamp, _rewrite_activation),
     Rule("gated by itself", (aten.mul.Tensor,), _find_gated, _rewrite_activation),
 )

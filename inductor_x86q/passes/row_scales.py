@@ -80,21 +80,44 @@ def _rewrite_row_scales(node: fx.Node, found: tuple[qgraph.QParams, fx.Node, lis
 
 def _find_integer_product(node: fx.Node) -> Any:
     product: Any = node.args[0]
+    subtracted = torch.zeros(1, dtype=torch.int32)
+    if product.target is aten.sub.Tensor and (constant := qgraph.constant(product.args[1])) is not None:
+        product, subtracted = product.args[0], constant
     if product.target is not INTEGER_PRODUCT:
         return No("it converts no product of integers")
     if not node.args[1].is_floating_point:  # type: ignore[union-attr]
         return No("the product stays integer")
     weight = qgraph.constant(product.args[1])
-    return weight if weight is not None else No("its second factor is not known when compiling")
+    if weight is None:
+        return No("its second factor is not known when compiling")
+    dtype = qgraph.value(product.args[0]).dtype  # type: ignore[arg-type]
+    limits = torch.iinfo(dtype)
+    zero_point = _zero_point(weight, subtracted)
+    if zero_point is None or not limits.min <= zero_point <= limits.max:
+        return No("what is subtracted is no zero point")
+    return product, weight, qgraph.QParams(1.0, zero_point, limits.min, limits.max, dtype)
 
 
-def _rewrite_integer_product(node: fx.Node, weight: torch.Tensor) -> fx.Node:
-    """The float of a product of int8 matrices is a linear of dequantized ones whose scales are 1."""
-    product: Any = node.args[0]
+def _zero_point(weight: torch.Tensor, subtracted: torch.Tensor) -> int | None:
+    """The number z for which x·weight - subtracted = (x - z)·weight, whatever the integers x are; None without one.
+
+    torchao multiplies int8 as uint8, 128 higher, on CPUs with VNNI.
+    """
+    sums = weight.sum(0, dtype=torch.int64)
+    if subtracted.numel() not in (1, len(sums)):
+        return None
+    differences = subtracted.reshape(-1).expand(len(sums))
+    largest = int(sums.abs().argmax()) if sums.any() else None
+    zero_point = 0 if largest is None else int(differences[largest]) // int(sums[largest])
+    return zero_point if torch.equal(differences, (zero_point * sums).to(differences.dtype)) else None
+
+
+def _rewrite_integer_product(node: fx.Node, found: tuple[fx.Node, torch.Tensor, qgraph.QParams]) -> fx.Node:
+    """The float of a product of 8-bit matrices is a linear of dequantized ones whose scales are 1."""
+    product, weight, rows = found
     outputs = weight.shape[1]
-    rows = qgraph.QParams(1.0, 0, -128, 127, torch.int8)
     matrix = weights.Weight(weight.t(), torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64))
-    x = qgraph.dequantize(product.args[0], rows, like=product)
+    x = qgraph.dequantize(product.args[0], rows, like=product)  # type: ignore[arg-type]
     new = qgraph.call(LINEAR, x, weights.emit(matrix, like=product), like=product)
     return new if node.args[1] == torch.float32 else qgraph.call(CONVERT, new, node.args[1], like=node)
 

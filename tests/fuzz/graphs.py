@@ -430,6 +430,12 @@ class _Draft:
         padding = [k // 2 if same_shape else self.number(0, 2) for k in kernel]
         dilation = 1 if same_shape or not all(s + 2 * p > 2 * (k - 1) for s, p, k in zip(image, padding, kernel, strict=True)) \
             else self.pick(1, 1, 2)  # fmt: skip
+        lone = any(
+            p > dilation * (k - 1) or (p > 0 and size < dilation)
+            for p, k, size in zip(padding, kernel, image, strict=True)
+        )
+        if lone or (channels == groups > 1 and outputs > 16 * groups):
+            self.defects.add("NO_KERNEL")  # the library's kernels may err
         weight = self.weight((outputs, channels // groups, *kernel), grid, self.dtype(name))
         bias = self.bias(outputs, self.dtype(name))
         rank = len(image)

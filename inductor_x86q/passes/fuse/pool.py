@@ -12,7 +12,6 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
-from inductor_x86q.passes.fuse.compute import full
 from inductor_x86q.passes.movement import MAX_POOLS, is_item
 from inductor_x86q.passes.stage import No, Rule
 
@@ -39,7 +38,7 @@ def _find(node: fx.Node) -> Any:
 def _rewrite(node: fx.Node, found: bool) -> None:
     x, *sizes, ceil_mode = qgraph.schema_arguments(node).values()
     spatial = qgraph.value(x).dim() - 2
-    kernel, stride, padding, dilation = (full(values, spatial) for values in sizes)
+    kernel, stride, padding, dilation = (qgraph.full(values, spatial) for values in sizes)
     stride = stride or kernel
     parameters: list[Any] = list(zip(kernel, stride, padding, dilation, strict=True))
     pool = _pool_2d if spatial == 2 else _pool_3d
