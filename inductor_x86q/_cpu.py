@@ -14,16 +14,20 @@ _ISA_ORDER = (
 
 
 @functools.cache
-def flags() -> frozenset[str]:
-    """The CPU's feature flags as Linux names them; empty where /proc/cpuinfo cannot be read."""
+def _facts() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first CPU; empty where it cannot be read."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
+        return {}
+    lines = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, value in lines}
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """The CPU's feature flags as Linux names them; empty where /proc/cpuinfo cannot be read."""
+    return frozenset(_facts().get("flags", "").split())
 
 
 def _allowed(instruction_set: str) -> bool:
@@ -53,6 +57,16 @@ def int8_lanes() -> int:
     if {"avx512_vnni", "avx512bw", "avx512vl"} <= flags() and _allowed("AVX512_CORE_VNNI"):
         return 16
     return 8 if "avx2" in flags() and _allowed("AVX2") else 0
+
+
+def halves_512() -> bool:
+    """Whether 512-bit instructions are run as two of 256 bits, as by AMD's Zen 4 (family 25)."""
+    return _facts().get("vendor_id") == "AuthenticAMD" and _facts().get("cpu family") == "25"
+
+
+def vector_registers() -> int:
+    """How many registers hold the vectors of `int8_lanes`."""
+    return 32 if "avx512vl" in flags() and _allowed("AVX512_CORE") else 16
 
 
 def has_bf16() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 import inductor_x86q
 from inductor_x86q import _cpu, testing
+from inductor_x86q.templates import layer as layers
 from inductor_x86q.templates.convolution import Convolution, Epilogue, Numbers
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
@@ -93,7 +95,9 @@ def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     blockings = Convolution.blockings
 
     def choose(number: int) -> None:
-        monkeypatch.setattr(Convolution, "blockings", lambda self, lanes: blockings(self, lanes)[: number + 1][-1:])
+        monkeypatch.setattr(
+            Convolution, "blockings", lambda self, registers: blockings(self, registers)[: number + 1][-1:]
+        )
 
     return choose
 
@@ -108,14 +112,23 @@ def graph() -> Iterator[tuple[torch.fx.GraphModule, tuple[Any, Any]]]:
     yield testing.qdq_graph(Together(), inputs), inputs
 
 
+def choose_width(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors as on that CPU, whatever this one is (its products then two by two); "wide" for all layers."""
+    lanes, registers = {"AVX2": (8, 16), "AVX-512": (16, 32), "wide": (16, 32)}[width]
+    monkeypatch.setattr(_cpu, "int8_lanes", lambda: lanes)
+    monkeypatch.setattr(_cpu, "vector_registers", lambda: registers)
+    if width == "wide":
+        monkeypatch.setattr(layers, "lanes", lambda channels, vectors=1: lanes)
+
+
 @needs_avx2
-@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("width", ["AVX2", "AVX-512", "wide"])
 @pytest.mark.parametrize("blocking", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_numbers(
-    lanes: int, blocking: int, graph: Any, only_generated: None, one_blocking: Any, monkeypatch: pytest.MonkeyPatch
+    width: str, blocking: int, graph: Any, only_generated: None, one_blocking: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kernel against the eager graph, also in the width of another CPU (its products two by two)."""
-    monkeypatch.setattr(_cpu, "int8_lanes", lambda: lanes)
+    """Every kernel against the eager graph."""
+    choose_width(width, monkeypatch)
     one_blocking(blocking)
     q, inputs = graph
     with torch.no_grad():
@@ -152,10 +165,10 @@ def test_eight_bits(only_generated: None, one_blocking: Any, monkeypatch: pytest
 
 
 @needs_avx2
-@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("width", ["AVX2", "wide"])
 @pytest.mark.parametrize(("largest_input", "largest_weight"), [(127, 127), (255, 64)])
 def test_sums_of_16_bits(
-    lanes: int,
+    width: str,
     largest_input: int,
     largest_weight: int,
     only_generated: None,
@@ -163,7 +176,7 @@ def test_sums_of_16_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without VNNI four products are added in 16 bits only where they cannot overflow, whatever the input."""
-    monkeypatch.setattr(_cpu, "int8_lanes", lambda: lanes)
+    choose_width(width, monkeypatch)
     monkeypatch.setattr(_cpu, "has_vnni", lambda: False)
     one_blocking(0)
     layer = QConv2d(22, 40, (1, 3), bias=False)
@@ -186,9 +199,9 @@ def test_sums_of_16_bits(
 
 def test_numbers_beyond_single_precision() -> None:
     """A scale in steps of a tiny output scale: infinite, it would make a sum of 0 no number."""
-    conv = Convolution(1, 1, 1, 4, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, False, True)
+    conv = Convolution(1, 1, 1, 4, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, 8, False, True)
     numbers = Numbers(1e20, 0, torch.ones(8), None, scale=1e-30)
-    channels = conv.channels(torch.ones(8, 4, 1, 1, dtype=torch.int8), numbers, Epilogue(torch.uint8), 8)
+    channels = conv.channels(torch.ones(8, 4, 1, 1, dtype=torch.int8), numbers, Epilogue(torch.uint8))
     scales = channels[8:16].view(torch.float32)
     assert torch.isfinite(scales).all() and (scales > 1e38).all()
 
@@ -240,7 +253,8 @@ def test_gaps(only_generated: None, one_blocking: Any) -> None:
     assert "OTHER_PIXEL = 12;" in compiled.code
 
 
-HEADER = "#ifndef INDUCTOR_X86Q_INT8_H"
+def headers(code: str) -> list[str]:
+    return re.findall(r"#ifndef INDUCTOR_X86Q_INT8_(\d+)", code)
 
 
 @needs_avx2
@@ -253,8 +267,8 @@ def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocki
     options = {"max_autotune": True, "cpp_wrapper_build_separate": apart}
     compiled = testing.assert_close_to_reference(q, (x,), options=options, step=0.05)
     assert compiled.code.count("struct Shape {") == 3
-    assert compiled.code.count(HEADER) == 1
-    assert inductor_x86q.cpp_code(q, (x,), options=options).count(HEADER) == 1
+    for code in (compiled.code, inductor_x86q.cpp_code(q, (x,), options=options)):
+        assert headers(code) == [str(layers.lanes(12))]
 
 
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,4 +90,4 @@ def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage
 def fingerprint() -> str:
     """Names this version of the package and the passes as they stand; part of the key under which a graph is cached."""
     lines = [f"{stage.name}: {', '.join(rule.name for rule in stage.rules)}" for stage in STAGES]
-    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines, header()])
+    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines, header(8)])

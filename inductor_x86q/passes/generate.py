@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import torch
 from torch import fx
 
 from inductor_x86q import _cpu, _torch, qgraph
@@ -12,6 +14,16 @@ from inductor_x86q.passes.stage import No, Rule
 from inductor_x86q.templates import layer as layers
 from inductor_x86q.templates.convolution import Convolution, Epilogue, Numbers
 from inductor_x86q.templates.operators import GENERATED
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """All that a generated kernel needs to be known of a call when compiling."""
+
+    weight: torch.Tensor
+    numbers: Numbers
+    convolution: Convolution
+    epilogue: Epilogue
 
 
 def _find(node: fx.Node) -> Any:
@@ -30,28 +42,32 @@ def _find(node: fx.Node) -> Any:
     kernel = weight.shape[2:] if call.family == "conv" else (1, 1)
     convolution = layers.describe(call, (n, h, w, c), output.shape, kernel, x.dtype)
     other_dtype = qgraph.value(call.binary.other).dtype if call.binary else None
-    why = layers.obstacle(call, convolution, other_dtype)
-    return No(f"no kernel is generated for {why}") if why else (convolution, layers.epilogue(call, other_dtype))
+    if why := layers.obstacle(call, convolution, other_dtype):
+        return No(f"no kernel is generated for {why}")
+    weight, numbers = weight.reshape(*weight.shape[:2], *convolution.kernel), _numbers(call)
+    if not (call.output_dtype == torch.float32 or convolution.largest_step(weight, numbers) < 2**30):
+        return No("no kernel is generated for an output scale so small beside those of input and weight")
+    return _Layer(weight, numbers, convolution, layers.epilogue(call, other_dtype))
 
 
-def _rewrite(node: fx.Node, found: tuple[Convolution, Epilogue]) -> fx.Node:
-    """call(…) → the operator that stands for it(packed weight, numbers, kernel size, …)"""
-    from inductor_x86q.templates import lowering  # noqa: F401  registers with Inductor, which is slow to import
-
-    convolution, epilogue = found
-    call, lanes = calls.read(node), _cpu.int8_lanes()
-    weight, scale = qgraph.constant(call.weight.args[0]), qgraph.constant(call.weight_scale)
-    assert weight is not None and scale is not None
-    weight = weight.reshape(*weight.shape[:2], *convolution.kernel)
-    binary = call.binary
-    numbers = Numbers(
+def _numbers(call: calls.Call) -> Numbers:
+    scale, binary = qgraph.constant(call.weight_scale), call.binary
+    assert scale is not None
+    return Numbers(
         *(call.x_scale, call.x_zero_point, scale, qgraph.constant(call.bias)),
         *(call.output_scale, call.output_zero_point),
         *((binary.scale, binary.zero_point) if binary else (1.0, 0)),
         tuple(float(value) for value in call.unary.scalars),
     )
-    packed = qgraph.new_constant(convolution.pack(weight, lanes), like=node)
-    channels = qgraph.new_constant(convolution.channels(weight, numbers, epilogue, lanes), like=node)
+
+
+def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
+    """call(…) → the operator that stands for it(packed weight, numbers, kernel size, …)"""
+    from inductor_x86q.templates import lowering  # noqa: F401  registers with Inductor, which is slow to import
+
+    convolution = layer.convolution
+    packed = qgraph.new_constant(convolution.pack(layer.weight), like=node)
+    channels = qgraph.new_constant(convolution.channels(layer.weight, layer.numbers, layer.epilogue), like=node)
     target = GENERATED[node.target]
     new = node.graph.call_function(target, (packed, channels, list(convolution.kernel), *node.args))
     new.meta.update(node.meta)

@@ -26,6 +26,13 @@ ACTIVATIONS: dict[str, str | tuple[str, str]] = {
 # Those that only limit a value, which limits do to the quantized one as well; None: its scalars are the limits.
 LIMITS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "hardtanh": None}
 
+# Rows by columns of the blocks of sums that the vector registers hold beside a vector of each column and one input, by the
+# number of registers. More than four columns are not rounded to bytes together.
+BLOCKS = {
+    16: ((6, 2), (4, 3), (3, 4)),
+    32: ((6, 4), (9, 3), (8, 3), (7, 3), (14, 2), (12, 2), (10, 2)),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Epilogue:
@@ -40,16 +47,15 @@ class Epilogue:
         """Whether scales and bias count in steps of the output, so that nothing is left to do but to limit and round."""
         return self.output_dtype != torch.float32 and self.activation in LIMITS
 
-    def limits(self, numbers: Numbers) -> tuple[float, float]:
-        """The least and the largest output, in steps and before the zero point is added."""
+    def limits(self, numbers: Numbers) -> tuple[int, int]:
+        """The least and the greatest integer of the output."""
         if self.output_dtype == torch.float32:
-            return 0.0, 0.0  # not used
+            return 0, 0  # not used
         type_ = torch.iinfo(self.output_dtype)
-        low, high = type_.min - numbers.zero_point, type_.max - numbers.zero_point
-        if not self.in_steps:
-            return low, high
-        floor, ceiling = (bound * numbers.steps for bound in LIMITS[self.activation] or numbers.activation)
-        return min(max(low, floor), high), max(min(high, ceiling), low)
+        bounds = (LIMITS[self.activation] or numbers.activation) if self.in_steps else LIMITS["none"]
+        steps = (torch.tensor(bounds) * numbers.steps).double() if numbers.steps else torch.zeros(2)
+        low, high = (steps.round() + numbers.zero_point).clamp(type_.min, type_.max).int().tolist()
+        return low, max(low, high)
 
     def source(self) -> str:
         return f"""\
@@ -115,6 +121,7 @@ class Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    lanes: int  # 32-bit numbers of a vector, 8 or 16
     x_signed: bool
     fits_16: bool  # no sum of two products exceeds 16 bits
     x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
@@ -166,32 +173,35 @@ class Convolution:
         bytes_ = self.c // self.groups
         return (rows, columns * bytes_, True) if whole else (rows * columns, bytes_, False)
 
-    def group_vectors(self, lanes: int) -> int:
-        return math.ceil(self.out_c / self.groups / lanes)
+    @property
+    def group_vectors(self) -> int:
+        return math.ceil(self.out_c / self.groups / self.lanes)
 
-    def channel_count(self, lanes: int) -> int:
+    @property
+    def channel_count(self) -> int:
         """How many channels the numbers of a layer are laid out for: vectors are filled up, a group at a time."""
         if self.depthwise:
-            return math.ceil(self.c / (4 * lanes)) * 4 * lanes
-        return self.group_vectors(lanes) * self.groups * lanes
+            return math.ceil(self.c / (4 * self.lanes)) * 4 * self.lanes
+        return self.group_vectors * self.groups * self.lanes
 
-    def depthwise_order(self, lanes: int) -> torch.Tensor:
+    def _depthwise_order(self) -> torch.Tensor:
         """The channels in the order in which a depthwise kernel takes them: in blocks of four vectors, the last of which
         begins earlier; a vector takes four channels of each 16, as instructions that interleave bytes give them."""
+        lanes = self.lanes
         block = torch.arange(4 * lanes).reshape(-1, 4, 4).transpose(0, 1).flatten()
         starts = torch.arange(0, self.c, 4 * lanes).clamp(max=max(self.c - 4 * lanes, 0))
         return (starts[:, None] + block).flatten().clamp(max=self.c - 1)
 
-    def pack(self, weight: torch.Tensor, lanes: int) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """The int8 weight (out, in/groups, kh, kw) in the order in which the kernel reads it, one-dimensional."""
         if self.depthwise:
-            taps = weight[self.depthwise_order(lanes), 0].unflatten(0, (-1, 4 * lanes))  # block, channel, kh, kw
+            taps = weight[self._depthwise_order(), 0].unflatten(0, (-1, 4 * self.lanes))  # block, channel, kh, kw
             taps = functional.pad(taps, (0, 0, 0, -taps.shape[2] % 4)).unflatten(2, (-1, 4))
             return taps.permute(0, 4, 2, 1, 3).contiguous().flatten()  # block, kw, four, channel, 4
         runs, size, _ = self.runs
         grouped = weight.permute(0, 2, 3, 1).reshape(self.groups, -1, runs, size)
-        grouped = functional.pad(grouped, (0, -size % 4, 0, 0, 0, -grouped.shape[1] % lanes))
-        vectors = grouped.unflatten(1, (-1, lanes)).unflatten(-1, (-1, 4))  # group, vector, lane, run, four, 4
+        grouped = functional.pad(grouped, (0, -size % 4, 0, 0, 0, -grouped.shape[1] % self.lanes))
+        vectors = grouped.unflatten(1, (-1, self.lanes)).unflatten(-1, (-1, 4))  # group, vector, lane, run, four, 4
         packed = vectors.permute(0, 1, 3, 4, 2, 5).contiguous()
         return torch.cat([packed.flatten(), self._overflows(packed).flatten()]) if self.pairs else packed.flatten()
 
@@ -212,7 +222,7 @@ class Convolution:
         sums = torch.stack([pairs.clamp(min=0).sum((4, 7)), -pairs.clamp(max=0).sum((4, 7))])
         return (sums.amax((0, -2, -1)) > 32767 // largest_input).to(torch.int8)
 
-    def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue, lanes: int) -> torch.Tensor:
+    def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue) -> torch.Tensor:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
         zero_point = numbers.x_zero_point + (128 if self.x_signed else 0)
         compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
@@ -221,16 +231,26 @@ class Convolution:
         bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.double() * steps
         rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
         if self.depthwise:
-            rows = rows[:, self.depthwise_order(lanes)]
+            rows = rows[:, self._depthwise_order()]
         else:
             rows = rows.unflatten(1, (self.groups, -1))
-            rows = functional.pad(rows, (0, -rows.shape[-1] % lanes)).flatten(1)
-        scalars = [numbers.steps, numbers.zero_point, *epilogue.limits(numbers)]
-        scalars += [numbers.other_scale * steps, numbers.other_zero_point, *[*numbers.activation, 0.0, 0.0][:2]]
-        tail = [_bits(torch.tensor(scalars)), torch.tensor([numbers.x_zero_point], dtype=torch.int32)]
+            rows = functional.pad(rows, (0, -rows.shape[-1] % self.lanes)).flatten(1)
+        activation = [*numbers.activation, 0.0, 0.0][:2]
+        floats = torch.tensor([numbers.other_scale * steps, numbers.other_zero_point, *activation])
+        integers = [torch.tensor(values, dtype=torch.int32) for values in (
+            (numbers.zero_point, *epilogue.limits(numbers)), (numbers.x_zero_point,)
+        )]  # fmt: skip
+        tail = [_bits(torch.tensor([numbers.steps])), integers[0], _bits(floats), integers[1]]
         return torch.cat([rows.flatten(), *tail])
 
-    def source(self, lanes: int, rows: int, columns: int) -> str:
+    def largest_step(self, weight: torch.Tensor, numbers: Numbers) -> float:
+        """How many steps of the output a result can be, whatever the bytes that are read, before it is limited."""
+        sums = 255 * weight.flatten(1).abs().sum(1, dtype=torch.int32)
+        largest = (sums * numbers.weight_scale.double() * numbers.x_scale).max() + 255 * numbers.other_scale
+        bias = 0.0 if numbers.bias is None else numbers.bias.abs().max()
+        return float(largest + bias) * numbers.steps
+
+    def source(self, rows: int, columns: int) -> str:
         """The struct of constants, for blocks of `rows` pixels by `columns` vectors (depthwise: `columns` pixels)."""
         image, row, pixel = self.strides
         runs, run, whole = self.runs
@@ -250,9 +270,9 @@ struct Shape {{
     static constexpr int64_t PADDED_HEIGHT = {self.h + 2 * self.padding[0]}, PADDED_WIDTH = {self.w + 2 * self.padding[1]};
     static constexpr int64_t X_IMAGE = {self.x_strides[0]}, X_ROW = {self.x_strides[1]}, X_PIXEL = {self.x_strides[2]};
     static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel}, OTHER_PIXEL = {self.other_pixel};
-    static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors(lanes) * self.groups};
+    static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors * self.groups};
     static constexpr int PAIRS = {self.pairs};  // of a run
-    static constexpr int ROWS = {rows}, COLUMNS = {columns}, THREADS = {self.threads}, CHANNELS = {self.channel_count(lanes)};
+    static constexpr int ROWS = {rows}, COLUMNS = {columns}, THREADS = {self.threads}, CHANNELS = {self.channel_count};
     static constexpr bool COPIED = {_flag(self.copied)}, SIGNED = {_flag(self.x_signed)}, FITS_16 = {_flag(self.fits_16)};
     static constexpr int64_t run(int run) {{ return {offset}; }}
 }};
@@ -262,21 +282,36 @@ struct Shape {{
     def function(self) -> str:
         return "depthwise" if self.depthwise else "convolution"
 
-    def blockings(self, lanes: int) -> list[tuple[int, int]]:
-        """Rows and columns of the register blocks that are worth trying, best guess first."""
+    def blockings(self, registers: int) -> list[tuple[int, int]]:
+        """Rows and columns of the register blocks worth trying on a CPU of so many registers, the best guess first."""
         if self.depthwise:
-            columns = 2 if lanes == 8 else 4  # of four vectors each, which is half of the registers
+            columns = 2 if registers == 16 else 4  # of four vectors each, which is half of the registers
             return [(1, min(columns, self.out_w))]
-        vectors, pixels = self.group_vectors(lanes), self.n * self.out_h * self.out_w
-        wanted = ((6, 2), (3, 4)) if lanes == 8 else ((6, 4), (12, 2))
-        found = [(min(rows, pixels), min(columns, vectors)) for rows, columns in wanted]
-        return list(dict.fromkeys(found))
+        vectors, pixels = self.group_vectors, self.n * self.out_h * self.out_w
+
+        def cost(block: tuple[int, int]) -> float:
+            """Products, and a load for each row and column; the last blocks overlap those before them."""
+            rows, columns = block
+            return math.ceil(pixels / rows) * math.ceil(vectors / columns) * (rows * columns + (rows + columns) / 2)
+
+        best: dict[int, tuple[int, int]] = {}  # of each number of columns
+        for rows, columns in BLOCKS[registers]:
+            block = min(rows, pixels), min(columns, vectors)
+            best[block[1]] = min(best.get(block[1], block), block, key=cost)
+        return sorted(best.values(), key=cost)[:2]
 
 
 @functools.cache
-def header() -> str:
-    """The C++ that all kernels share; it is guarded, so that a file may hold it more than once."""
-    return resources.files(__package__).joinpath("int8.h").read_text()
+def header(lanes: int) -> str:
+    """The C++ that all kernels of a vector width share; it is guarded, so that a file may hold it more than once."""
+    text = resources.files(__package__).joinpath("int8.h").read_text()
+    guard = f"INDUCTOR_X86Q_INT8_{lanes}"
+    return f"#ifndef {guard}\n#define {guard}\n#undef INDUCTOR_X86Q_LANES\n#define INDUCTOR_X86Q_LANES {lanes}\n{text}#endif\n"
+
+
+def namespace(lanes: int) -> str:
+    """Where the C++ of that vector width is."""
+    return f"inductor_x86q::lanes_{lanes}"
 
 
 def _flag(value: bool) -> str:

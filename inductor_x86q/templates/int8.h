@@ -2,9 +2,7 @@
 //
 // All shapes are compile-time constants of a struct (`Shape`), so that each instance is a kernel for one layer. Values are
 // the compiler's vectors of LANES 32-bit numbers; what names instructions is small functions on them, up to `finish`.
-#ifndef INDUCTOR_X86Q_INT8_H
-#define INDUCTOR_X86Q_INT8_H
-
+// Whoever includes this defines INDUCTOR_X86Q_LANES as 8 or 16; a file may include it for both, each is a namespace.
 #include <immintrin.h>
 #include <omp.h>
 
@@ -15,12 +13,15 @@
 #include <new>
 #include <type_traits>
 
+#define INDUCTOR_X86Q_JOINED(prefix, number) prefix##number
+#define INDUCTOR_X86Q_NAMESPACE(number) INDUCTOR_X86Q_JOINED(lanes_, number)
 namespace inductor_x86q {
+namespace INDUCTOR_X86Q_NAMESPACE(INDUCTOR_X86Q_LANES) {
 
 #define INDUCTOR_X86Q_INLINE inline __attribute__((always_inline))
 #define INDUCTOR_X86Q_LAMBDA __attribute__((always_inline))
 
-constexpr int LANES = INDUCTOR_X86Q_LANES;  // 8 or 16, defined where this is included
+constexpr int LANES = INDUCTOR_X86Q_LANES;
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
@@ -35,6 +36,31 @@ INDUCTOR_X86Q_INLINE Vector load(const void* address) {
 template <class Vector>
 INDUCTOR_X86Q_INLINE void store(void* address, Vector value) {
     std::memcpy(address, &value, sizeof value);
+}
+
+// The first BYTES of a vector, and 0 behind them.
+template <int BYTES>
+INDUCTOR_X86Q_INLINE Ints load_first(const void* address) {
+    if constexpr (BYTES == 4 * LANES) return load<Ints>(address);
+#if INDUCTOR_X86Q_LANES == 16 && defined(__AVX512BW__)
+    return (Ints)_mm512_maskz_loadu_epi8(~0ull >> (64 - BYTES), address);
+#elif INDUCTOR_X86Q_LANES == 8 && defined(__AVX512BW__) && defined(__AVX512VL__)
+    return (Ints)_mm256_maskz_loadu_epi8(~0u >> (32 - BYTES), address);
+#else
+    Ints value = {};
+    std::memcpy(&value, address, BYTES);
+    return value;
+#endif
+}
+
+INDUCTOR_X86Q_INLINE void store_first(void* address, Ints value, int bytes) {
+#if INDUCTOR_X86Q_LANES == 16 && defined(__AVX512BW__)
+    _mm512_mask_storeu_epi8(address, ~0ull >> (64 - bytes), (__m512i)value);
+#elif INDUCTOR_X86Q_LANES == 8 && defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_mask_storeu_epi8(address, ~0u >> (32 - bytes), (__m256i)value);
+#else
+    std::memcpy(address, &value, bytes);
+#endif
 }
 
 // --- instructions that work on each 128-bit part of a vector by itself ------------------------------------------------
@@ -63,8 +89,13 @@ INDUCTOR_X86Q_PARTWISE(interleave_low_16, unpacklo_epi16)
 INDUCTOR_X86Q_PARTWISE(interleave_high_16, unpackhi_epi16)
 INDUCTOR_X86Q_PARTWISE(pack_32, packs_epi32)
 INDUCTOR_X86Q_PARTWISE(add_16, add_epi16)
+INDUCTOR_X86Q_PARTWISE(add_saturated_16, adds_epi16)
 INDUCTOR_X86Q_PARTWISE(pack_signed_16, packs_epi16)
 INDUCTOR_X86Q_PARTWISE(pack_unsigned_16, packus_epi16)
+INDUCTOR_X86Q_PARTWISE(minimum_signed_8, min_epi8)
+INDUCTOR_X86Q_PARTWISE(maximum_signed_8, max_epi8)
+INDUCTOR_X86Q_PARTWISE(minimum_unsigned_8, min_epu8)
+INDUCTOR_X86Q_PARTWISE(maximum_unsigned_8, max_epu8)
 
 // Part j of vector i goes to place PARTS·i + j, where `pack` leaves it at 4·j + i (both counted in 32-bit numbers).
 INDUCTOR_X86Q_INLINE Ints parts_in_a_row(Ints x) {
@@ -112,14 +143,16 @@ INDUCTOR_X86Q_INLINE Ints dot_pair(Ints sum, Ints a, Ints b, Ints c, Ints d) {
 INDUCTOR_X86Q_INLINE Floats minimum(Floats a, Floats b) { return a < b ? a : b; }
 INDUCTOR_X86Q_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
-// To the nearest integer, ties to even, of |x| < 2^22.
+// To the nearest integer, ties to even, of |x| < 2^31.
 INDUCTOR_X86Q_INLINE Ints nearest(Floats x) {
 #if INDUCTOR_X86Q_LANES == 8
     return (Ints)_mm256_cvtps_epi32((__m256)x);
 #elif defined(__AVX512F__)
     return (Ints)_mm512_cvtps_epi32((__m512)x);
 #else
-    return (Ints)(x + 12582912.0f) - 0x4B400000;  // adding 1.5·2^23 leaves the integer in the lowest bits
+    struct Halves { __m256 part[2]; } halves = load<Halves>(&x);
+    struct { __m256i part[2]; } result = {_mm256_cvtps_epi32(halves.part[0]), _mm256_cvtps_epi32(halves.part[1])};
+    return load<Ints>(&result);
 #endif
 }
 
@@ -195,8 +228,8 @@ INDUCTOR_X86Q_INLINE Floats widen(const T* address) {
 
 // What a layer's numbers are, apart from its shape: they are data, so that layers of one shape share a kernel.
 struct Scalars {
-    float inverse_scale, zero_point;  // of the output
-    float low, high;  // what an output may be, in its steps and before the zero point is added
+    float inverse_scale;  // of the output
+    int32_t zero_point, low, high;  // of the output's integers
     float other_scale, other_zero_point;
     float first, second;  // of the activation
     int32_t x_zero_point;
@@ -207,13 +240,17 @@ struct Scalars {
 template <int STRIDE>
 INDUCTOR_X86Q_INLINE Scalars scalars(const int32_t* channels) { return load<Scalars>(channels + 3 * STRIDE); }
 
-// VECTORS vectors of integers as bytes, part 0 of each vector first, then part 1, ...
+// VECTORS vectors of integers as bytes, part 0 of each vector first, then part 1, ...; with the zero point added, and limited.
 template <int VECTORS, bool SIGNED>
-INDUCTOR_X86Q_INLINE Ints pack(const Ints* x, int zero_point) {
-    const Ints zero_points = Ints{} + (int32_t)((zero_point & 0xFFFF) * 0x10001u);
-    const Ints low = add_16(pack_32(x[0], x[VECTORS > 1 ? 1 : 0]), zero_points);
-    const Ints high = VECTORS > 2 ? add_16(pack_32(x[VECTORS > 2 ? 2 : 0], x[VECTORS > 3 ? 3 : 0]), zero_points) : low;
-    return SIGNED ? pack_signed_16(low, high) : pack_unsigned_16(low, high);
+INDUCTOR_X86Q_INLINE Ints pack(const Ints* x, const Scalars& scalars) {
+    const Ints zero_points = Ints{} + (int32_t)((scalars.zero_point & 0xFFFF) * 0x10001u);
+    const Ints least = Ints{} + (int32_t)((scalars.low & 0xFF) * 0x1010101u);
+    const Ints greatest = Ints{} + (int32_t)((scalars.high & 0xFF) * 0x1010101u);
+    const Ints front = add_saturated_16(pack_32(x[0], x[VECTORS > 1 ? 1 : 0]), zero_points);
+    const Ints back =
+        VECTORS > 2 ? add_saturated_16(pack_32(x[VECTORS > 2 ? 2 : 0], x[VECTORS > 3 ? 3 : 0]), zero_points) : front;
+    if constexpr (SIGNED) return maximum_signed_8(minimum_signed_8(pack_signed_16(front, back), greatest), least);
+    return maximum_unsigned_8(minimum_unsigned_8(pack_unsigned_16(front, back), greatest), least);
 }
 
 // The output of VECTORS vectors of channels, of which `count` are stored: dequantized, biased, with the other operand
@@ -225,10 +262,11 @@ INDUCTOR_X86Q_INLINE void finish(
     typename Epilogue::Out* out, int count) {
     typedef typename Epilogue::Out Out;
     constexpr int FULL = VECTORS * LANES;
+    constexpr bool HAS_FLOATS = Epilogue::HAS_OTHER && std::is_same_v<typename Epilogue::Other, float>;
     typename Epilogue::Other some_other[FULL];
     if (Epilogue::HAS_OTHER && count < FULL) other = (decltype(other))std::memcpy(some_other, other, count * sizeof *other);
     Out some[FULL];
-    Out* to = count < FULL ? some : out;
+    [[maybe_unused]] Out* to = count < FULL ? some : out;
     Ints steps[VECTORS];
     Floats values[VECTORS];
 #pragma GCC unroll 4
@@ -248,7 +286,9 @@ INDUCTOR_X86Q_INLINE void finish(
         Floats value = values[i];
         if constexpr (!std::is_same_v<Out, float>) {
             if constexpr (!Epilogue::IN_STEPS) value *= scalars.inverse_scale;
-            steps[i] = nearest(minimum(maximum(value, Floats{} + scalars.low), Floats{} + scalars.high));
+            // What only this kernel has computed has less than 2^30 steps; converting more than 2^31 would change its sign.
+            if constexpr (HAS_FLOATS) value = minimum(value, Floats{} + 0x1p30f);
+            steps[i] = nearest(value);
         } else if constexpr (IN_A_ROW) {
             store(to + i * LANES, value);
         } else {
@@ -257,11 +297,16 @@ INDUCTOR_X86Q_INLINE void finish(
         }
     }
     if constexpr (!std::is_same_v<Out, float>) {
-        const Ints packed = pack<VECTORS, std::is_signed_v<Out>>(steps, scalars.zero_point);
+        const Ints packed = pack<VECTORS, std::is_signed_v<Out>>(steps, scalars);
         const Ints bytes = IN_A_ROW ? parts_in_a_row(packed) : packed;
-        std::memcpy(to, &bytes, FULL);
+        if (count < FULL) {
+            store_first(out, bytes, count);
+        } else {
+            std::memcpy(out, &bytes, FULL);
+        }
+    } else if (count < FULL) {
+        std::memcpy(out, some, count * sizeof(Out));
     }
-    if (count < FULL) std::memcpy(out, some, count * sizeof(Out));
 }
 
 // --- convolution as a matrix product over runs of contiguous bytes --------------------------------------------------
@@ -465,7 +510,7 @@ template <int COUNT, int WIDTH>
 INDUCTOR_X86Q_INLINE void interleave(const uint8_t* const* rows, Ints (&values)[4]) {
     Ints row[4] = {};
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; ++i) std::memcpy(&row[i], rows[i], WIDTH);
+    for (int i = 0; i < COUNT; ++i) row[i] = load_first<WIDTH>(rows[i]);
     const Ints low = interleave_low_8(row[0], row[1]), high = interleave_high_8(row[0], row[1]);
     const Ints next_low = interleave_low_8(row[2], row[3]), next_high = interleave_high_8(row[2], row[3]);
     values[0] = interleave_low_16(low, next_low);
@@ -575,5 +620,6 @@ inline void depthwise(
     });
 }
 
+#undef INDUCTOR_X86Q_PARTWISE
+}
 }  // namespace inductor_x86q
-#endif

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,20 +19,33 @@ def describe(
     n, h, w, c = image
     is_conv = layer.family == "conv"
     stride, padding, dilation, groups = layer.geometry if is_conv else ((1, 1), (0, 0), (1, 1), 1)
+    out_c = output[1] if is_conv else output[-1]
     return Convolution(
         n=n,
         h=h,
         w=w,
         c=c,
-        out_c=output[1] if is_conv else output[-1],
+        out_c=out_c,
         kernel=_pair(kernel),
         stride=_pair(stride),
         padding=_pair(padding),
         dilation=_pair(dilation),
         groups=groups,
+        lanes=lanes(c, vectors=4) if groups == c > 1 else lanes(out_c // groups),
         x_signed=x_dtype == torch.int8,
         fits_16=not _cpu.has_vnni(),
     )
+
+
+def lanes(channels: int, vectors: int = 1) -> int:
+    """How wide vectors are best for so many neighbouring output channels, which a kernel takes in so many `vectors`.
+
+    The widest, unless narrow ones leave less of them empty at no more cost. Where a wide instruction is run as two halves
+    it costs as much as two narrow ones, but for what it saves in decoding.
+    """
+    widest = _cpu.int8_lanes()
+    narrow, wide = (math.ceil(channels / (width * vectors)) for width in (8, 16))
+    return min(widest, 8) if narrow <= (1.7 if _cpu.halves_512() else 1) * wide else widest
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from torch._inductor.virtualized import V
 
 from inductor_x86q import _cpu
 from inductor_x86q.passes.fuse import call as calls
-from inductor_x86q.templates.convolution import Convolution, Epilogue, header
+from inductor_x86q.templates.convolution import Convolution, Epilogue, header, namespace
 from inductor_x86q.templates.layer import describe, epilogue
 from inductor_x86q.templates.operators import STANDS_FOR
 
@@ -49,12 +49,11 @@ class _Template(CppTemplate):
     def header(self) -> IndentedBuffer:
         """What all kernels share. Inductor's own prefix is left out: it takes longer to compile than the kernel."""
         lines = IndentedBuffer()
-        lines.splice(f"#define INDUCTOR_X86Q_LANES {_cpu.int8_lanes()}")
-        lines.splice(header())
+        lines.splice(header(self._convolution.lanes))
         return lines
 
     def _header_once(self) -> str:
-        """The header for a kernel that is a file of its own; kernels that share one find it in front of the first.
+        """The header for a kernel that is a file of its own; kernels that share one find it in front of the first of a width.
 
         Relies on a C++ wrapper appending its kernels to `kernel_declarations`, once all of them are rendered.
         """
@@ -63,10 +62,11 @@ class _Template(CppTemplate):
             text = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" + text
         if not V.graph.cpp_wrapper:
             return text
-        wrapper = V.graph.wrapper_code
-        if not getattr(wrapper, "has_x86q", False):
+        wrapper: Any = V.graph.wrapper_code
+        widths = wrapper.__dict__.setdefault("_x86q_widths", set())
+        if self._convolution.lanes not in widths:
             wrapper.kernel_declarations.splice(text)
-            wrapper.has_x86q = True  # type: ignore[attr-defined]
+            widths.add(self._convolution.lanes)
         return ""
 
     def render(  # type: ignore[override]
@@ -82,16 +82,16 @@ class _Template(CppTemplate):
         x, other = self._inputs.x, self._inputs.other
         x_pointer = f"(const uint8_t*){names[x.buffer.get_name()]} + {x.offset}"
         other_pointer = f"{names[other.buffer.get_name()]} + {other.offset}" if other is not None else "nullptr"
-        namespace = f"shape_of_{kernel.kernel_name}"
+        shape, library = f"shape_of_{kernel.kernel_name}", namespace(self._convolution.lanes)
         return f"""\
 {self._header_once() if is_final else self.header().getvalue()}
-namespace {namespace} {{
-using namespace inductor_x86q;
-{self._convolution.source(_cpu.int8_lanes(), *self._blocking)}{self._epilogue.source()}}}
+namespace {shape} {{
+using namespace {library};
+{self._convolution.source(*self._blocking)}{self._epilogue.source()}}}
 extern "C" {definition}
 {{
     {kernel.maybe_codegen_profile() if is_final else ""}
-    inductor_x86q::{self._convolution.function}<{namespace}::Shape, {namespace}::Epilogue>(
+    {library}::{self._convolution.function}<{shape}::Shape, {shape}::Epilogue>(
         {x_pointer}, weight, channels, {other_pointer}, out);
 }}
 """
@@ -297,7 +297,7 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     arguments = inputs.realized(arguments)
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
-    blockings = convolution.blockings(_cpu.int8_lanes())
+    blockings = convolution.blockings(_cpu.vector_registers())
     templates = [_Template(inputs, convolution, after, blocking).generate() for blocking in blockings]
     _Contest(as_call, templates)
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
