@@ -208,6 +208,8 @@ INDUCTOR_X86Q_INLINE void exponentials(Floats (&x)[N]) {
 INDUCTOR_X86Q_INLINE Ints extend(const uint8_t* address) {
 #if INDUCTOR_X86Q_LANES == 8
     return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)address));
+#elif defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)address));
 #else
     return __builtin_convertvector(load<Bytes>(address), Ints);
 #endif
@@ -264,7 +266,10 @@ INDUCTOR_X86Q_INLINE void finish(
     constexpr int FULL = VECTORS * LANES;
     constexpr bool HAS_FLOATS = Epilogue::HAS_OTHER && std::is_same_v<typename Epilogue::Other, float>;
     typename Epilogue::Other some_other[FULL];
-    if (Epilogue::HAS_OTHER && count < FULL) other = (decltype(other))std::memcpy(some_other, other, count * sizeof *other);
+    if (Epilogue::HAS_OTHER && count < FULL) {
+        std::memcpy(some_other, other, count * sizeof *other);
+        other = some_other;
+    }
     Out some[FULL];
     [[maybe_unused]] Out* to = count < FULL ? some : out;
     Ints steps[VECTORS];
@@ -319,6 +324,17 @@ INDUCTOR_X86Q_INLINE Ints broadcast(const uint8_t* address, int bytes) {
     return Ints{} + (int32_t)four;
 }
 
+template <bool WRITTEN_OUT, class Body>
+INDUCTOR_X86Q_INLINE void each(int first, int end, const Body& body) {
+    if constexpr (WRITTEN_OUT) {
+#pragma GCC unroll 32
+        for (int i = first; i < end; ++i) body(i);
+    } else {
+#pragma GCC unroll 1
+        for (int i = first; i < end; ++i) body(i);
+    }
+}
+
 // The bytes of a vector's weights: each run is filled up to whole fours.
 template <class Shape>
 constexpr int64_t VECTOR_BYTES = (int64_t)Shape::RUNS * ((Shape::RUN + 3) / 4) * 4 * LANES;
@@ -358,30 +374,27 @@ INDUCTOR_X86Q_INLINE void multiply(
             }
         }
     };
-#pragma GCC unroll 1
-    for (int run = 0; run < Shape::RUNS; ++run) {
+    // A kernel of some rows has few enough bytes in each to be written out: no counting, and all offsets are constants.
+    constexpr bool SHORT = Shape::RUNS > 1 && Shape::RUNS * FOURS <= 32;
+    each<SHORT>(0, Shape::RUNS, [&](int run) INDUCTOR_X86Q_LAMBDA {
         const int64_t start = Shape::run(run);
         const int8_t* here = weight + (int64_t)run * FOURS * 4 * LANES;
-        int four = 0;
-        if constexpr (Shape::PAIRS > 0) {
-#pragma GCC unroll 1
-            for (; four + 1 < WHOLE; four += 2) {
-                int8_t overflow = 0;
+        const auto four = [&](int i) INDUCTOR_X86Q_LAMBDA { step(here + i * 4 * LANES, start + i * 4, 4); };
+        each<SHORT>(0, Shape::PAIRS, [&](int i) INDUCTOR_X86Q_LAMBDA {
+            int8_t overflow = 0;
 #pragma GCC unroll 16
-                for (int column = 0; column < COLUMNS; ++column)
-                    overflow |= overflows[(column * Shape::RUNS + run) * Shape::PAIRS + four / 2];
-                if (__builtin_expect(overflow, 0)) {
-                    step(here + four * 4 * LANES, start + four * 4, 4);
-                    step(here + (four + 1) * 4 * LANES, start + four * 4 + 4, 4);
-                } else {
-                    pair(here + four * 4 * LANES, start + four * 4);
-                }
+            for (int column = 0; column < COLUMNS; ++column)
+                overflow |= overflows[(column * Shape::RUNS + run) * Shape::PAIRS + i];
+            if (__builtin_expect(overflow, 0)) {
+                four(2 * i);
+                four(2 * i + 1);
+            } else {
+                pair(here + 2 * i * 4 * LANES, start + 2 * i * 4);
             }
-        }
-#pragma GCC unroll 1
-        for (; four < WHOLE; ++four) step(here + four * 4 * LANES, start + four * 4, 4);
+        });
+        each<SHORT>(2 * Shape::PAIRS, WHOLE, four);
         if constexpr (REST != 0) step(here + WHOLE * 4 * LANES, start + WHOLE * 4, REST);
-    }
+    });
 }
 
 struct Scratch {
@@ -451,9 +464,19 @@ inline void block(
     int64_t pixel = task % Blocks::COUNT * ROWS;
     if (pixel + ROWS > Blocks::PIXELS) pixel = Blocks::PIXELS - ROWS;
     const uint8_t* bases[ROWS];
+    const uint8_t* base = x + Blocks::base(pixel) + group * (Shape::C / Shape::GROUPS);
+    int64_t left = Shape::OUT_W - pixel % Shape::OUT_W;  // pixels of the row
 #pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row)
-        bases[row] = x + Blocks::base(pixel + row) + group * (Shape::C / Shape::GROUPS);
+    for (int row = 0; row < ROWS; ++row) {
+        bases[row] = base;
+        base += Shape::STRIDE_W * Shape::PIXEL;
+        if constexpr (!Blocks::ONE_TO_ONE) {
+            if (--left == 0) {
+                base = x + Blocks::base(pixel + row + 1) + group * (Shape::C / Shape::GROUPS);
+                left = Shape::OUT_W;
+            }
+        }
+    }
     const int64_t end = (pass + 1) * Blocks::TOGETHER < Blocks::PANELS ? (pass + 1) * Blocks::TOGETHER : Blocks::PANELS;
     for (int64_t panel = pass * Blocks::TOGETHER; panel < end; ++panel) {
         const int64_t last = Blocks::GROUP_VECTORS - COLUMNS, wanted = panel * COLUMNS;
