@@ -206,6 +206,53 @@ def test_numbers_beyond_single_precision() -> None:
     assert torch.isfinite(scales).all() and (scales > 1e38).all()
 
 
+@pytest.mark.parametrize(
+    ("halves", "channels", "vectors", "expected"),
+    [
+        (False, 8, 1, 8), (False, 24, 1, 16), (False, 32, 4, 8), (False, 40, 4, 16),
+        (True, 8, 1, 8), (True, 24, 1, 8), (True, 48, 1, 16), (True, 72, 4, 8), (True, 144, 4, 8), (True, 384, 4, 16),
+    ],
+)  # fmt: skip
+def test_vectors_are_as_wide_as_channels_fill(
+    halves: bool, channels: int, vectors: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu, "int8_lanes", lambda: 16)
+    monkeypatch.setattr(_cpu, "halves_512", lambda: halves)
+    assert layers.lanes(channels, vectors) == expected
+    monkeypatch.setattr(_cpu, "int8_lanes", lambda: 8)
+    assert layers.lanes(channels, vectors) == 8
+
+
+def test_blocks_waste_little() -> None:
+    """Six vectors are two blocks of three columns, and 49 pixels seven of seven rows."""
+    conv = Convolution(1, 7, 7, 16, 96, (1, 1), (1, 1), (0, 0), (1, 1), 1, 16, False, False)
+    assert conv.blockings(32)[0] == (7, 3)
+
+
+def test_limits_are_rounded_as_quantize_does() -> None:
+    """Half a step goes to the even number before the zero point is added."""
+    numbers = Numbers(1.0, 0, torch.ones(8), None, scale=1.0, zero_point=1, activation=(0.0, 2.5))
+    assert Epilogue(torch.uint8, "hardtanh").limits(numbers) == (1, 3)
+    assert Epilogue(torch.uint8, "relu").limits(numbers) == (1, 255)
+    assert Epilogue(torch.int8, "swish").limits(numbers) == (-128, 127)
+
+
+def test_an_output_scale_that_is_far_too_small() -> None:
+    """More steps than an integer holds would change their sign."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QConv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return QD(self.layer(QD(x)), 1e-12, 0)
+
+    q = testing.qdq_graph(Net(), (torch.randn(1, 8, 4, 4),))
+    report = inductor_x86q.explain(q, (torch.randn(1, 8, 4, 4),), mode=MODE)
+    assert any("an output scale so small" in note for note in report.notes)
+
+
 @needs_avx2
 def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: Any) -> None:
     one_blocking(0)

@@ -83,4 +83,5 @@ def calls_left(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
         return []
     left = [node for node in graph.nodes if calls.is_call(node)]
     dynamic = No("its scales are computed at run time")
-    return [(node, (_find(node) if node.target in GENERATED else dynamic).why) for node in left]
+    with _torch.disable_modes():  # as rules are run
+        return [(node, (_find(node) if node.target in GENERATED else dynamic).why) for node in left]
