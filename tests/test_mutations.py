@@ -338,8 +338,8 @@ BROKEN = {
     "compute": [
         Broken("drop the input's zero point", compute._rewrite, "grid.scale, grid.zero_point,", "grid.scale, 0,", "linear"),
         Broken("drop the bias", compute._rewrite, "_as(node, bias, torch.float32)", "None", "linear"),
-        Broken("forget the dilation", compute._packed_convolution, "(stride, padding, dilation, groups)",
-               "(stride, padding, [1, 1], groups)", "dilated convolution"),
+        Broken("forget the dilation", compute._packed_convolution, "grid, *geometry, _shape_hint(x))",
+               "grid, *geometry, _shape_hint(x)); geometry = (*geometry[:2], [1, 1], geometry[3])", "dilated convolution"),
         Broken("forget the padding", compute._packed_convolution, "grid, *geometry, _shape_hint(x))",
                "grid, *geometry, _shape_hint(x)); geometry = (geometry[0], [0, 0], *geometry[2:])", "convolution"),
         Broken("ignore a weight's zero points", compute._weight_obstacle, "zero_point.count_nonzero()", "False",

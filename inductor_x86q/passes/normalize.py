@@ -269,7 +269,9 @@ def _find_single_column(node: fx.Node) -> Any:
         return No("it has several input channels a group, or no stride along its rows")
     if _torch.guarded(qgraph.value(node).shape[-1] > 1):
         return No("it gives more than one column")
-    return dilation[-1] * (kernel[-1] - 1) + 1 - padding[-1]
+    return max(
+        dilation[-1] * (kernel[-1] - 1) + 1 - padding[-1], 1
+    )  # one that is not read, where padding is all it reads
 
 
 def _rewrite_single_column(node: fx.Node, columns: int) -> fx.Node:
