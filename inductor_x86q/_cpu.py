@@ -20,8 +20,8 @@ def _facts() -> dict[str, str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return {}
-    lines = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, value in lines}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 @functools.cache

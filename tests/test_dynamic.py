@@ -260,23 +260,25 @@ def test_products_of_integers_become_calls(rows: int) -> None:
 class Product(nn.Module):
     """int8 rows by a constant, multiplied as uint8 that are `offset` higher, as torchao does where the CPU has VNNI."""
 
-    def __init__(self, offset: int, subtracted: int) -> None:
+    def __init__(self, offset: int, subtracted: int, alpha: int) -> None:
         super().__init__()
-        self.offset = offset
+        self.offset, self.alpha = offset, alpha
         weight = torch.randint(-60, 60, (64, 96), dtype=torch.int8)
         self.register_buffer("weight", weight.t().contiguous().t())
         self.register_buffer("subtracted", subtracted * weight.sum(0, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = (x.round().clamp(-20, 20).to(torch.int32) + self.offset).to(torch.uint8)
-        return (torch._int_mm(rows, self.weight) - self.subtracted).float() * 0.1
+        return torch.sub(torch._int_mm(rows, self.weight), self.subtracted, alpha=self.alpha).float() * 0.1
 
 
-@pytest.mark.parametrize(("offset", "subtracted", "calls"), [(128, 128, 1), (30, 30, 1), (30, 300, 0)])
-def test_products_of_unsigned_integers(offset: int, subtracted: int, calls: int) -> None:
+@pytest.mark.parametrize(
+    ("offset", "subtracted", "alpha", "calls"), [(128, 128, 1, 1), (30, 30, 1, 1), (30, 300, 1, 0), (30, 30, 2, 0)]
+)
+def test_products_of_unsigned_integers(offset: int, subtracted: int, alpha: int, calls: int) -> None:
     """What is subtracted is a zero point; 300 is none of uint8."""
     torch.manual_seed(0)
-    model, x = Product(offset, subtracted), torch.randn(5, 64) * 9
+    model, x = Product(offset, subtracted, alpha), torch.randn(5, 64) * 9
     result, report = inspection.run_fused(model, (x,))
     assert len(report.fused) == calls and not report.missed
     testing.assert_same(result, model(x))

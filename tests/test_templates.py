@@ -237,6 +237,15 @@ def test_limits_are_rounded_as_quantize_does() -> None:
     assert Epilogue(torch.int8, "swish").limits(numbers) == (-128, 127)
 
 
+def test_the_largest_step_counts_all_weights() -> None:
+    """-128 has no counterpart in int8, and sums of long rows exceed 32 bits."""
+    conv = Convolution(1, 1, 1, 100000, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1, 8, False, True)
+    numbers = Numbers(1.0, 0, torch.ones(8), None, scale=1.0, other_scale=0.0)
+    weight = torch.full((8, 100000, 1, 1), -128, dtype=torch.int8)
+    assert conv.largest_step(weight, numbers) == 255 * 128 * 100000
+
+
+@needs_avx2
 def test_an_output_scale_that_is_far_too_small() -> None:
     """More steps than an integer holds would change their sign."""
 

@@ -248,7 +248,7 @@ AVERAGE_POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
 def _find_average_of_all(node: fx.Node) -> Any:
     x, kernel, _, padding, _, _, divisor = qgraph.schema_arguments(node).values()
     dimensions = AVERAGE_POOLS[node.target]  # type: ignore[index]
-    window = list(kernel) * (dimensions if len(kernel) == 1 else 1)
+    window = qgraph.full(kernel, dimensions)
     if not _torch.same_shape(qgraph.value(x).shape[-dimensions:], window) or any(padding) or divisor is not None:
         return No("its window is not the whole image")
     return list(range(-dimensions, 0))
@@ -263,9 +263,10 @@ def _rewrite_average_of_all(node: fx.Node, dimensions: list[int]) -> fx.Node:
 
 
 def _find_single_column(node: fx.Node) -> Any:
-    _, inputs, *kernel = qgraph.value(qgraph.schema_arguments(node)["weight"]).shape
+    arguments = qgraph.schema_arguments(node)
+    _, inputs, *kernel = qgraph.value(arguments["weight"]).shape
     stride, padding, dilation, _ = qgraph.geometry(node)
-    if inputs != 1 or stride[-1] == 1 or qgraph.schema_arguments(node)["transposed"]:
+    if inputs != 1 or stride[-1] == 1 or arguments["transposed"]:
         return No("it has several input channels a group, or no stride along its rows")
     if _torch.guarded(qgraph.value(node).shape[-1] > 1):
         return No("it gives more than one column")

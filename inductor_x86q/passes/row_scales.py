@@ -81,7 +81,11 @@ def _rewrite_row_scales(node: fx.Node, found: tuple[qgraph.QParams, fx.Node, lis
 def _find_integer_product(node: fx.Node) -> Any:
     product: Any = node.args[0]
     subtracted = torch.zeros(1, dtype=torch.int32)
-    if product.target is aten.sub.Tensor and (constant := qgraph.constant(product.args[1])) is not None:
+    if (
+        product.target is aten.sub.Tensor
+        and not product.kwargs
+        and (constant := qgraph.constant(product.args[1])) is not None
+    ):
         product, subtracted = product.args[0], constant
     if product.target is not INTEGER_PRODUCT:
         return No("it converts no product of integers")

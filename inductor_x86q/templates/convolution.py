@@ -245,7 +245,7 @@ class Convolution:
 
     def largest_step(self, weight: torch.Tensor, numbers: Numbers) -> float:
         """How many steps of the output a result can be, whatever the bytes that are read, before it is limited."""
-        sums = 255 * weight.flatten(1).abs().sum(1, dtype=torch.int32)
+        sums = 255 * weight.flatten(1).short().abs().sum(1)
         largest = (sums * numbers.weight_scale.double() * numbers.x_scale).max() + 255 * numbers.other_scale
         bias = 0.0 if numbers.bias is None else numbers.bias.abs().max()
         return float(largest + bias) * numbers.steps

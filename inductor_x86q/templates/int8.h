@@ -464,7 +464,8 @@ inline void block(
     int64_t pixel = task % Blocks::COUNT * ROWS;
     if (pixel + ROWS > Blocks::PIXELS) pixel = Blocks::PIXELS - ROWS;
     const uint8_t* bases[ROWS];
-    const uint8_t* base = x + Blocks::base(pixel) + group * (Shape::C / Shape::GROUPS);
+    const uint8_t* channel = x + group * (Shape::C / Shape::GROUPS);
+    const uint8_t* base = channel + Blocks::base(pixel);
     int64_t left = Shape::OUT_W - pixel % Shape::OUT_W;  // pixels of the row
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row) {
@@ -472,7 +473,7 @@ inline void block(
         base += Shape::STRIDE_W * Shape::PIXEL;
         if constexpr (!Blocks::ONE_TO_ONE) {
             if (--left == 0) {
-                base = x + Blocks::base(pixel + row + 1) + group * (Shape::C / Shape::GROUPS);
+                base = channel + Blocks::base(pixel + row + 1);
                 left = Shape::OUT_W;
             }
         }
