@@ -17,6 +17,7 @@ from torch import fx
 from inductor_x86q import _torchao as torchao
 from inductor_x86q import qat, qgraph
 from inductor_x86q.errors import QuantizationError
+from inductor_x86q.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantizer import X86Quantizer
 from inductor_x86q.report import layer
 
@@ -34,7 +35,7 @@ def quantize(
     exclude: Iterable[str | type] = (),
     reduce_range: bool | None = None,
     dynamic_shapes: Any = None,
-) -> fx.GraphModule:
+) -> QuantizedGraph:
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
 
     The result runs eagerly as the reference of what `torch.compile(result, backend="inductor_x86q")` computes. It
@@ -121,7 +122,7 @@ def prepare_qat(
     return trainable.train()
 
 
-def convert(prepared: fx.GraphModule) -> fx.GraphModule:
+def convert(prepared: fx.GraphModule) -> QuantizedGraph:
     """Turns a prepared and calibrated (or trained) graph into the q/dq graph that the backend compiles.
 
     Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad. What
@@ -143,7 +144,7 @@ def convert(prepared: fx.GraphModule) -> fx.GraphModule:
     _fold_weights(converted)
     _freeze_parameters(converted)
     _log_left_out(converted)
-    return converted
+    return side_by_side(converted)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

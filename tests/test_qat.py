@@ -183,10 +183,10 @@ def test_calls_and_rest(trained: Trained) -> None:
 
 
 def test_weights_keep_their_names_and_the_model_its_values(trained: Trained) -> None:
-    buffers = dict(trained.converted.named_buffers())
-    assert buffers["forms.0.layer.weight_int8"].dtype == torch.int8
-    assert buffers["forms.0.layer.bias"].shape == (8,)
-    assert "forms.0.norm.running_var" not in buffers
+    state = trained.converted.state_dict()
+    assert state["forms.0.layer.weight_int8"].dtype == torch.int8
+    assert state["forms.0.layer.bias"].shape == (8,)
+    assert "forms.0.norm.running_var" not in state
     assert not any(parameter.requires_grad for parameter in trained.converted.parameters())
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(tensor, trained.before[name]), name
@@ -233,7 +233,7 @@ def test_weights_are_rounded_as_they_will_be_folded() -> None:
     weight.register_forward_hook(lambda module, inputs, output: seen.append(output))
     prepared.eval()(torch.randn(IMAGE))
     converted = inductor_x86q.convert(prepared)
-    integers, scale = (dict(converted.named_buffers())[f"layer.weight_{name}"] for name in ("int8", "scale"))
+    integers, scale = (converted.state_dict()[f"layer.weight_{name}"] for name in ("int8", "scale"))
     torch.testing.assert_close(integers * scale.reshape(-1, 1, 1, 1), seen[0].detach())
 
 
@@ -325,7 +325,7 @@ def test_excluded_layers_are_left_as_they_are() -> None:
     converted = inductor_x86q.convert(prepared)
     targets = [str(node.target) for node in converted.graph.nodes]
     assert targets.count("aten.batch_norm.default") == 1
-    assert {name for name, _ in converted.named_parameters()} >= {"first.weight", "norm.weight"}
+    assert set(converted.state_dict()) >= {"first.weight", "norm.weight"}
     report = inductor_x86q.explain(converted, (torch.randn(IMAGE),))
     assert [f.layer for f in report.fused] == ["second"]
     assert [m.layer for m in report.kept_float] == ["first"]
