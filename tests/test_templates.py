@@ -313,6 +313,50 @@ def headers(code: str) -> list[str]:
     return re.findall(r"#ifndef INDUCTOR_X86Q_INT8_(\d+)", code)
 
 
+class Planes(nn.Module):
+    """Images of few channels: planes, pixels, one channel shown as three, with padding and without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.padded, self.bare = QConv2d(3, 8, 3, stride=2, padding=1), QConv2d(3, 8, 3)
+        self.two, self.four = QConv2d(2, 8, 2), QConv2d(4, 16, 1, stride=2)
+
+    def forward(self, planes: torch.Tensor, pixels: torch.Tensor, gray: torch.Tensor) -> list[torch.Tensor]:
+        images = [QD(x, 0.02, 70) for x in (planes, pixels, gray.expand(-1, 3, -1, -1))]
+        results = [layer(image) for image in images for layer in (self.padded, self.bare)]
+        return [*results, self.two(QD(planes[:, :2], 0.02, 70)), self.four(QD(torch.cat([planes, gray], 1), 0.02, 70))]
+
+
+@needs_avx2
+def test_images_of_few_channels_are_taken_as_they_lie(only_generated: None, one_blocking: Any) -> None:
+    one_blocking(0)
+    planes, pixels, gray = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 1, 9, 8)
+    inputs = (planes, pixels.to(memory_format=torch.channels_last), gray)
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Planes(), inputs), inputs, mode=MODE)
+    distances = [int(found) for found in re.findall(r"X_CHANNEL = (\d+)", compiled.code)]
+    assert distances.count(72) >= 3 and distances.count(1) >= 2, distances  # layers of one shape share a kernel
+
+
+@needs_avx2
+def test_compiled_code_holds_what_it_reads(only_generated: None, one_blocking: Any) -> None:
+    """Every constant costs at every call: those of the calls that lost are gone, but for those that something else reads."""
+    one_blocking(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = QConv2d(16, 24, 1), QConv2d(24, 16, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.first(QD(x))
+            return self.second(QD(y)), y + self.first.bias.view(-1, 1, 1)
+
+    x = torch.randn(1, 16, 6, 6)
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Net(), (x,)), (x,), mode=MODE)
+    (constants,) = re.findall(r"constants_tensor = \[(.*)\]", compiled.code)
+    assert len(constants.split(", ")) == 3, constants
+
+
 @needs_avx2
 @pytest.mark.parametrize("apart", [False, True])
 def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocking: Any) -> None:

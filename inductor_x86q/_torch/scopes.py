@@ -326,18 +326,30 @@ def _constants_once() -> Iterator[None]:
 
     stock = GraphLowering.allocate_non_dup_const_name
 
-    def allocate(self: Any, name: str | None, data: torch.Tensor) -> str:
+    def once(self: Any, name: str | None, data: torch.Tensor) -> str:
         if data.is_mkldnn or data.layout != torch.strided or data.numel() > 65536 or name in self.mutated_named_buffers:
             return stock(self, name, data)
         names: dict[Any, str] = self.__dict__.setdefault("_x86q_names", {})
         contents = data.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
         key = (data.dtype, data.shape, data.stride(), contents)
-        if key not in names:
+        if names.get(key) not in self.constants:  # as one that was taken out again
             names[key] = stock(self, name, data)
         return names[key]
 
+    def allocate(self: Any, name: str | None, data: torch.Tensor) -> str:
+        found = once(self, name, data)
+        node = self.current_node
+        readers(self, found).update(node.users if node.op == "get_attr" else [node])
+        return found
+
     with replaced(GraphLowering, "allocate_non_dup_const_name", allocate):
         yield
+
+
+def readers(graph: Any, constant: str) -> set[fx.Node]:
+    """Who reads a constant of a graph that is being lowered, as far as is known by then."""
+    known: dict[str, set[fx.Node]] = graph.__dict__.setdefault("_x86q_readers", {})
+    return known.setdefault(constant, set())
 
 
 @contextlib.contextmanager

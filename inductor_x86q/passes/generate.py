@@ -62,14 +62,13 @@ def _numbers(call: calls.Call) -> Numbers:
 
 
 def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
-    """call(…) → the operator that stands for it(packed weight, numbers, kernel size, …)"""
+    """call(…) → the operator that stands for it(numbers and packed weight, kernel size, …)"""
     from inductor_x86q.templates import lowering  # noqa: F401  registers with Inductor, which is slow to import
 
     convolution = layer.convolution
-    packed = qgraph.new_constant(convolution.pack(layer.weight), like=node)
-    channels = qgraph.new_constant(convolution.channels(layer.weight, layer.numbers, layer.epilogue), like=node)
+    constants = qgraph.new_constant(convolution.constants(layer.weight, layer.numbers, layer.epilogue), like=node)
     target = GENERATED[node.target]
-    new = node.graph.call_function(target, (packed, channels, list(convolution.kernel), *node.args))
+    new = node.graph.call_function(target, (constants, list(convolution.kernel), *node.args))
     new.meta.update(node.meta)
     return new
 

@@ -10,6 +10,7 @@ from importlib import resources
 import torch
 from torch.nn import functional
 
+ALIGNMENT = 64  # of weights, in bytes: a vector that lies across two lines of the cache takes two loads
 CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float"}
 
 # What the kernels take as a post-operation, as C++ on a vector `v` of floats; `first` and `second` are its scalars. Those
@@ -107,7 +108,7 @@ class Numbers:
 class Convolution:
     """A 2-d convolution of u8 (or a linear of s8 too, as one of 1×1 on its rows) with channels innermost.
 
-    Strides are in elements; the output's pixels lie without gaps. Neither strides nor threads change how a weight is
+    Strides are in elements; the output's pixels lie without gaps. The input's channels may lie apart. Neither strides nor threads change how a weight is
     packed.
     """
 
@@ -125,6 +126,7 @@ class Convolution:
     x_signed: bool
     fits_16: bool  # no sum of two products exceeds 16 bits
     x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
+    x_channel: int = 1  # from one channel to the next
     other_pixel: int = 0
     threads: int = 1  # 0: as many as there are when it runs
 
@@ -154,8 +156,9 @@ class Convolution:
 
     @property
     def copied(self) -> bool:
-        """Whether the input is first copied: with its padding, or without the gaps between its pixels."""
-        return not self.depthwise and (any(self.padding) or (self.kernel[1] > 1 and self.x_strides[2] != self.c))
+        """Whether the input is first copied: with its padding, or without gaps between channels and pixels."""
+        gaps = self.x_channel != 1 or (self.kernel[1] > 1 and self.x_strides[2] != self.c)
+        return not self.depthwise and (any(self.padding) or gaps)
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -191,6 +194,15 @@ class Convolution:
         block = torch.arange(4 * lanes).reshape(-1, 4, 4).transpose(0, 1).flatten()
         starts = torch.arange(0, self.c, 4 * lanes).clamp(max=max(self.c - 4 * lanes, 0))
         return (starts[:, None] + block).flatten().clamp(max=self.c - 1)
+
+    def constants(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue) -> torch.Tensor:
+        """All that a kernel reads besides images, as int8: the numbers, and the packed weight.
+
+        One tensor, because each costs at every call of the compiled code.
+        """
+        numbers_bytes = self.channels(weight, numbers, epilogue).view(torch.int8)
+        filled_up = functional.pad(numbers_bytes, (0, -len(numbers_bytes) % ALIGNMENT))
+        return torch.cat([filled_up, self.pack(weight)])
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """The int8 weight (out, in/groups, kh, kw) in the order in which the kernel reads it, one-dimensional."""
@@ -269,6 +281,7 @@ struct Shape {{
     static constexpr int64_t PAD_H = {self.padding[0]}, PAD_W = {self.padding[1]};
     static constexpr int64_t PADDED_HEIGHT = {self.h + 2 * self.padding[0]}, PADDED_WIDTH = {self.w + 2 * self.padding[1]};
     static constexpr int64_t X_IMAGE = {self.x_strides[0]}, X_ROW = {self.x_strides[1]}, X_PIXEL = {self.x_strides[2]};
+    static constexpr int64_t X_CHANNEL = {self.x_channel};
     static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel}, OTHER_PIXEL = {self.other_pixel};
     static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors * self.groups};
     static constexpr int PAIRS = {self.pairs};  // of a run

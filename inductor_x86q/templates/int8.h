@@ -237,10 +237,16 @@ struct Scalars {
     int32_t x_zero_point;
 };
 
-// Per output channel the compensation of the input's zero point (int32), the scale and the bias, STRIDE apart, and
-// behind them the scalars.
+// A layer's constants: per output channel the compensation of the input's zero point (int32), the scale and the bias,
+// STRIDE apart, behind them the scalars, and at the next whole ALIGNMENT the packed weight.
 template <int STRIDE>
 INDUCTOR_X86Q_INLINE Scalars scalars(const int32_t* channels) { return load<Scalars>(channels + 3 * STRIDE); }
+
+template <int STRIDE>
+INDUCTOR_X86Q_INLINE const int8_t* packed_weight(const int32_t* channels) {
+    constexpr int64_t ALIGNMENT = 64, NUMBERS = 3 * 4 * (int64_t)STRIDE + sizeof(Scalars);
+    return (const int8_t*)channels + (NUMBERS + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
 
 // VECTORS vectors of integers as bytes, part 0 of each vector first, then part 1, ...; with the zero point added, and limited.
 template <int VECTORS, bool SIGNED>
@@ -407,7 +413,7 @@ struct Scratch {
     Scratch& operator=(const Scratch&) = delete;
 };
 
-// The image with the zero point around it, pixels without gaps.
+// The image with the zero point around it, channels and pixels without gaps.
 template <class Shape>
 INDUCTOR_X86Q_INLINE void pad_row(const uint8_t* x, uint8_t* padded, int64_t row, int zero_point) {
     constexpr int64_t WIDTH = Shape::PADDED_WIDTH * Shape::C;
@@ -420,7 +426,12 @@ INDUCTOR_X86Q_INLINE void pad_row(const uint8_t* x, uint8_t* padded, int64_t row
     std::memset(to, zero_point, Shape::PAD_W * Shape::C);
     const uint8_t* from = x + image * Shape::X_IMAGE + h * Shape::X_ROW;
     uint8_t* inner = to + Shape::PAD_W * Shape::C;
-    if constexpr (Shape::X_PIXEL == Shape::C) {
+    if constexpr (Shape::X_CHANNEL != 1) {
+        for (int64_t w = 0; w < Shape::W; ++w)
+#pragma GCC unroll 4
+            for (int64_t c = 0; c < Shape::C; ++c)
+                inner[w * Shape::C + c] = from[w * Shape::X_PIXEL + c * Shape::X_CHANNEL];
+    } else if constexpr (Shape::X_PIXEL == Shape::C) {
         std::memcpy(inner, from, Shape::W * Shape::C);
     } else {
         for (int64_t w = 0; w < Shape::W; ++w) std::memcpy(inner + w * Shape::C, from + w * Shape::X_PIXEL, Shape::C);
@@ -518,8 +529,8 @@ inline void share(const uint8_t* x, const int32_t* channels, int64_t count, cons
 
 template <class Shape, class Epilogue>
 inline void convolution(
-    const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other* other,
-    typename Epilogue::Out* out) {
+    const uint8_t* x, const int32_t* channels, const typename Epilogue::Other* other, typename Epilogue::Out* out) {
+    const int8_t* weight = packed_weight<Shape::CHANNELS>(channels);
     constexpr int64_t TASKS = Blocks<Shape>::COUNT * Blocks<Shape>::PASSES * Shape::GROUPS;
     share<Shape>(x, channels, TASKS, [&](const uint8_t* image, const Scalars& numbers, int64_t task) {
         block<Shape, Epilogue>(image, weight, channels, other, out, numbers, task);
@@ -634,8 +645,8 @@ inline void depthwise_row(
 
 template <class Shape, class Epilogue>
 inline void depthwise(
-    const uint8_t* x, const int8_t* weight, const int32_t* channels, const typename Epilogue::Other*,
-    typename Epilogue::Out* out) {
+    const uint8_t* x, const int32_t* channels, const typename Epilogue::Other*, typename Epilogue::Out* out) {
+    const int8_t* weight = packed_weight<Shape::CHANNELS>(channels);
     constexpr int64_t PADDING = Shape::PAD_H || Shape::PAD_W ? Shape::W * Shape::PIXEL : 0;
     const Scratch padding(PADDING);
     if (PADDING) std::memset(padding.bytes, scalars<Shape::CHANNELS>(channels).x_zero_point, PADDING);

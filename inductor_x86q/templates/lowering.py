@@ -28,6 +28,7 @@ from torch._inductor.utils import IndentedBuffer, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from inductor_x86q import _cpu
+from inductor_x86q._torch import scopes
 from inductor_x86q.passes.fuse import call as calls
 from inductor_x86q.templates.convolution import Convolution, Epilogue, header, namespace
 from inductor_x86q.templates.layer import describe, epilogue
@@ -92,7 +93,7 @@ extern "C" {definition}
 {{
     {kernel.maybe_codegen_profile() if is_final else ""}
     {library}::{self._convolution.function}<{shape}::Shape, {shape}::Epilogue>(
-        {x_pointer}, weight, channels, {other_pointer}, out);
+        {x_pointer}, (const int32_t*)constants, {other_pointer}, out);
 }}
 """
 
@@ -102,8 +103,7 @@ class _Inputs:
     """The buffers that a kernel reads, and where in them its tensors begin."""
 
     x: _Pixels
-    weight: Any
-    channels: Any
+    constants: Any
     other: _Pixels | None
     layout: Any  # of the output
 
@@ -117,7 +117,7 @@ class _Inputs:
 
     def by_name(self) -> dict[str, Any]:
         """Each buffer under one name, also where the other operand lies in the input's."""
-        found = {"x": self.x.buffer, "weight": self.weight, "channels": self.channels}
+        found = {"x": self.x.buffer, "constants": self.constants}
         if self.other is not None and self.other.buffer.get_name() != self.x.buffer.get_name():
             found["other"] = self.other.buffer
         return found
@@ -241,11 +241,12 @@ def _buffer(box: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Pixels:
-    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row and a pixel."""
+    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row, a pixel and a channel."""
 
     box: Any
     sizes: tuple[int, ...]
     strides: tuple[int, int, int]
+    channel: int = 1
 
     @property
     def buffer(self) -> Any:
@@ -263,6 +264,11 @@ class _Pixels:
         return row == w * pixel and image == h * row
 
 
+# Images of so few channels are taken as they come, pixels or planes: their bytes are copied anyhow, and the copy takes planes
+# in a fraction of the time in which Inductor turns them into pixels.
+FEW_CHANNELS = 4
+
+
 def _pixels(box: Any, family: str, *, even: bool = False) -> _Pixels:
     """The pixels of an image, or of one line, which a linear's rows are.
 
@@ -274,26 +280,36 @@ def _pixels(box: Any, family: str, *, even: bool = False) -> _Pixels:
         *rows, c = _ints(box.get_size())
         return _Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
     found = _image(ir.ExternKernel.require_channels_last(box))
-    if found is None or (even and not found.is_even):
+    if found.channel != 1 or (even and not found.is_even):
         found = _image(ir.ExternKernel.require_channels_last(ir.ExternKernel.copy_input(box)))
-    assert found is not None
     return found
 
 
-def _image(box: Any) -> _Pixels | None:
-    """The pixels of a tensor (n, c, h, w), None where the channels of a pixel lie apart."""
+def _input(layer: calls.Call) -> _Pixels:
+    """The pixels that a layer reads; an image of few channels lies as what it is computed from."""
+    x: Any = layer.x
+    few = layer.family == "conv" and layer.geometry[3] == 1 and 1 < int(x.get_size()[1]) <= FEW_CHANNELS
+    if few:
+        x.realize()
+    if few and isinstance(x.data, ir.StorageBox):
+        _buffer(x).decide_layout()
+        return _image(x)
+    return _pixels(x, layer.family)
+
+
+def _image(box: Any) -> _Pixels:
+    """The pixels of a tensor (n, c, h, w)."""
     (n, c, h, w), stride = _ints(box.get_size()), _ints(box.get_stride())
-    if c > 1 and stride[1] != 1:
-        return None
     # A stride along one single element means nothing, whatever it says.
+    channel = stride[1] if c > 1 else 1
     pixel = stride[3] if w > 1 else c
     row = stride[2] if h > 1 else w * pixel
-    return _Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel))
+    return _Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel), channel)
 
 
-def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *arguments: Any) -> Any:
+def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> Any:
     layer = calls.parse(target, arguments)
-    inputs, convolution, after = _layer(layer, weight, channels, kernel)
+    inputs, convolution, after = _layer(layer, constants, kernel)
     arguments = inputs.realized(arguments)
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
@@ -305,40 +321,39 @@ def _lower(target: Any, weight: Any, channels: Any, kernel: list[int], *argument
     chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
     box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
     if as_call.is_chosen:
-        _forget(weight)
+        _forget(constants)
     else:
         _buffer(box).allow_epilogue_fusion = False
-        _forget(layer.weight)
+        _forget(layer.weight, layer.weight_scale, layer.weight_zero_point, *([layer.bias] if layer.bias else []))
     return box
 
 
-def _forget(weight: Any) -> None:
-    """Takes the weight that was packed for the other choice out of the compiled code, if nothing else reads it.
-
-    Relies on the graph's constants being the attributes of its module that `get_attr` nodes name.
-    """
-    graph, module = V.graph.graph, V.graph.module
-    tensor = V.graph.constants[weight.get_name()]
-    nodes = [n for n in graph.find_nodes(op="get_attr") if getattr(module, n.target, None) is tensor]
-    if {user for node in nodes for user in node.users} == {V.graph.current_node} and len(nodes) == 1:
-        # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
-        del V.graph.constants[weight.get_name()]
+def _forget(*constants: Any) -> None:
+    """Takes what was meant for the other choice out of the compiled code, where no other operator reads it."""
+    for constant in constants:
+        readers = scopes.readers(V.graph, constant.get_name())
+        readers.discard(V.graph.current_node)
+        if not readers:
+            # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
+            V.graph.constants.pop(constant.get_name(), None)
 
 
-def _layer(layer: calls.Call, weight: Any, channels: Any, kernel: list[int]) -> tuple[_Inputs, Convolution, Epilogue]:
+def _layer(layer: calls.Call, constants: Any, kernel: list[int]) -> tuple[_Inputs, Convolution, Epilogue]:
     """What a generated kernel has to compute."""
-    x = _pixels(layer.x, layer.family)
+    x = _input(layer)
     other = _pixels(layer.binary.other, layer.family, even=True) if layer.binary is not None else None
     size = _ints(V.graph.current_node.meta["val"].shape)
     convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
-    convolution = dataclasses.replace(convolution, x_strides=x.strides, threads=_threads(convolution.macs))
+    convolution = dataclasses.replace(
+        convolution, x_strides=x.strides, x_channel=x.channel, threads=_threads(convolution.macs)
+    )
     if other is not None:
         convolution = dataclasses.replace(convolution, other_pixel=other.strides[2])
     order = ir.NHWC_STRIDE_ORDER if layer.family == "conv" else list(reversed(range(len(size))))
     layout = ir.FixedLayout(
         torch.device("cpu"), layer.output_dtype, size, ir.FlexibleLayout.stride_ordered(size, order)
     )
-    inputs = _Inputs(x, _buffer(weight), _buffer(channels), other, layout)
+    inputs = _Inputs(x, _buffer(constants), other, layout)
     return inputs, convolution, epilogue(layer, other.box.get_dtype() if other is not None else None)
 
 

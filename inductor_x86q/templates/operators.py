@@ -1,7 +1,7 @@
 """Operators of ours that stand for one call of oneDNN each and bring along what a generated kernel needs.
 
-`inductor_x86q::qconv_pointwise` and its family take a weight packed for the generated kernel, the layer's numbers and
-the kernel's height and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
+`inductor_x86q::qconv_pointwise` and its family take what the generated kernel reads of a layer, and the kernel's height
+and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
 eagerly they are that operator; `lowering` decides what compiled code does.
 """
 
@@ -20,7 +20,7 @@ GENERATED: dict[Any, Any] = {}  # the call → our operator
 _library = torch.library.Library("inductor_x86q", "DEF")
 
 
-def _run(call: Any, weight: Any, channels: Any, kernel: Any, *arguments: Any) -> torch.Tensor:
+def _run(call: Any, constants: Any, kernel: Any, *arguments: Any) -> torch.Tensor:
     """The call itself; what it adds is copied, as the kernels take it, since a sum would write into it."""
     values = list(arguments)
     if "binary" in str(call):
@@ -34,7 +34,7 @@ def _define(call: Any) -> None:
     """Defines the operator that stands for `call`, with the same arguments behind its own."""
     schema = str(call._schema).removeprefix("onednn::").replace("Tensor(a!)", "Tensor")
     name = schema.split("(")[0]
-    _library.define(schema.replace("(", "(Tensor weight, Tensor channels, int[] kernel, ", 1))
+    _library.define(schema.replace("(", "(Tensor constants, int[] kernel, ", 1))
     _library.impl(name, functools.partial(_run, call), "CompositeExplicitAutograd")
     packet, overload = (*name.split("."), "default")[:2]
     operator = getattr(getattr(torch.ops.inductor_x86q, packet), overload)
