@@ -18,6 +18,7 @@ from inductor_x86q import drift as drift_module
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.debug import Answer
 from inductor_x86q.errors import CompileError
+from inductor_x86q.passes.movement import VIEWS
 from inductor_x86q.report import Kernel, Report
 from inductor_x86q.report import layer as layer_of
 
@@ -111,9 +112,15 @@ def measured(generated: Sequence[_torch.Generated], events: Sequence[tuple[str, 
             seen[call.symbol] += 1
             if samples := times.get(call.symbol, [])[number::per_run]:
                 nodes = [node for result in call.results for node in part.origins.get(result, ())]
-                names_of_nodes = tuple(dict.fromkeys(node.meta.get("x86q_reported", node.name) for node in nodes))
+                names_of_nodes = tuple(dict.fromkeys(map(_reported_name, nodes)))
                 found.append(Kernel(call.name, tuple(layers_of(nodes)), names_of_nodes, statistics.median(samples)))
     return found
+
+
+def _reported_name(node: fx.Node) -> str:
+    """What the report calls a node; a view around what a call became in a later stage is not that call."""
+    name: str = node.name if node.target in VIEWS else node.meta.get("x86q_reported", node.name)
+    return name
 
 
 def with_kernels(report: Report, kernels: list[Kernel]) -> Report:

@@ -14,7 +14,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -373,21 +373,29 @@ def _buffer_origins() -> dict[str, list[fx.Node]]:
     """Relies on `V.graph.scheduler.nodes` being the fused nodes, each with its snodes, their IR and its `origins`."""
     from torch._inductor.virtualized import V
 
+    scheduled = {fused: fused.get_nodes() for fused in V.graph.scheduler.nodes}
+    called = {origin for nodes in scheduled.values() for node in nodes if _is_call(node) for origin in _origins(node)}
     found: dict[str, list[fx.Node]] = {}
-    for fused in V.graph.scheduler.nodes:
-        nodes: dict[fx.Node, None] = {}
-        for scheduled in fused.get_nodes():
-            nodes.update(dict.fromkeys(_origins(scheduled)))
+    for fused, nodes in scheduled.items():
+        origins = dict.fromkeys(origin for node in nodes for origin in _origins(node, called))
         for name in fused.get_buffer_names():
-            found[name] = list(nodes)
+            found[name] = list(origins)
     return found
 
 
-def _origins(scheduled: Any) -> Iterable[fx.Node]:
-    """What a scheduled node computes; the origins of an operator's call also name its operands, which are left out."""
+def _is_call(scheduled: Any) -> bool:
+    return bool(scheduled.is_extern() or scheduled.is_template())
+
+
+def _origins(scheduled: Any, called: Collection[fx.Node] = ()) -> Iterable[fx.Node]:
+    """What a scheduled node computes.
+
+    The origins of an operator's call also name its operands, and those of an operand the operator that asked for it in
+    memory; both are left out.
+    """
     origins = list(getattr(scheduled.node, "origins", None) or ())
-    if not scheduled.is_extern():
-        return origins
+    if not _is_call(scheduled):
+        return [node for node in origins if node not in called] or origins
     operands = {operand for node in origins for operand in node.all_input_nodes}
     return [node for node in origins if node not in operands]
 
