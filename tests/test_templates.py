@@ -357,6 +357,24 @@ def test_compiled_code_holds_what_it_reads(only_generated: None, one_blocking: A
     assert len(constants.split(", ")) == 3, constants
 
 
+class Dots(nn.Module):
+    """Views of one single element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.linear = testing.QConv1d(1, 4, 1), QLinear(1, 8)
+
+    def forward(self, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.line(QD(x.sigmoid())), self.linear(QD(rows.sigmoid()).flatten(1))
+
+
+@needs_avx2
+def test_single_elements(only_generated: None, one_blocking: Any) -> None:
+    one_blocking(0)
+    inputs = (torch.randn(1, 1, 1), torch.randn(1, 1, 1, 1))
+    testing.assert_close_to_reference(testing.qdq_graph(Dots(), inputs), inputs, mode=MODE)
+
+
 @needs_avx2
 @pytest.mark.parametrize("apart", [False, True])
 def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocking: Any) -> None:

@@ -276,13 +276,19 @@ def _pixels(box: Any, family: str, *, even: bool = False) -> _Pixels:
     `even`. Nothing less would do: channels innermost is all that Inductor can be asked for, and it takes gaps for that.
     """
     if family == "linear":
-        box = ir.ExternKernel.require_contiguous(box)
+        box = _laid_out(box, ir.ExternKernel.require_contiguous)
         *rows, c = _ints(box.get_size())
         return _Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
-    found = _image(ir.ExternKernel.require_channels_last(box))
+    found = _image(_laid_out(box, ir.ExternKernel.require_channels_last))
     if found.channel != 1 or (even and not found.is_even):
         found = _image(ir.ExternKernel.require_channels_last(ir.ExternKernel.copy_input(box)))
     return found
+
+
+def _laid_out(box: Any, require: Callable[[Any], Any]) -> Any:
+    """What `require` gives; a view of one single element it leaves as it is, without strides, and that is copied."""
+    found = require(box)
+    return found if found.maybe_get_layout() is not None else require(ir.ExternKernel.copy_input(box))
 
 
 def _input(layer: calls.Call) -> _Pixels:
