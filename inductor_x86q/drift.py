@@ -16,6 +16,7 @@ from torch import fx
 
 from inductor_x86q import qgraph
 from inductor_x86q.errors import CompileError
+from inductor_x86q.quantized_graph import name_in_model
 from inductor_x86q.report import layer as layer_of
 
 # Layers are worth excluding when the noise of the output falls to half.
@@ -196,9 +197,12 @@ def _float_weights(
         if name is None:
             continue
         stored = qgraph.constant(node.args[0])
-        if name not in parameters or stored is None or parameters[name].shape != stored.shape:
-            raise CompileError(f"drift: the float model has no weight {name!r} of the quantized one's shape")
-        found[name] = parameters[name].detach()
+        weight = parameters.get(name, parameters.get(name_in_model(name)))
+        if weight is None or stored is None or weight.shape != stored.shape:
+            raise CompileError(
+                f"drift: the float model has no weight {name_in_model(name)!r} of the quantized one's shape"
+            )
+        found[name] = weight.detach()
     return found
 
 

@@ -252,7 +252,7 @@ def test_a_saved_graph_keeps_the_names_and_source_lines_of_its_layers(model, tmp
     assert before == after
     assert all(f.source for f in after)
     assert {name for name, _ in loaded.named_buffers() if name.endswith("_int8")} == {
-        f"{n.replace('.', '_')}_weight_int8" for n in LAYERS
+        f"{n.replace('.', '__')}__weight_int8" for n in LAYERS
     }
 
 

@@ -99,10 +99,21 @@ def test_a_coarse_weight_shows_against_the_float_model_only() -> None:
     assert found[net].layers[0].layer == "second" and alone[net] < alone[True] - 20  # type: ignore[union-attr, operator]
 
 
+def test_a_graph_that_was_saved_is_measured_too(
+    bad: tuple[nn.Module, torch.fx.GraphModule, Drift], tmp_path: Path
+) -> None:
+    net, quantized, drift = bad
+    torch.export.save(torch.export.export(quantized, INPUTS), tmp_path / "saved.pt2")
+    loaded = torch.export.load(tmp_path / "saved.pt2").module()
+    found = inductor_x86q.explain(loaded, INPUTS, drift=net).drift
+    assert found is not None and [x.layer for x in found.layers] == [x.layer for x in drift.layers]
+    assert found.output == pytest.approx(drift.output)
+
+
 def test_another_float_model(bad: tuple[nn.Module, torch.fx.GraphModule, Drift]) -> None:
     _, quantized, _ = bad
     other = nn.Sequential(nn.Conv2d(3, 16, 3)).eval()
-    with pytest.raises(CompileError, match="the float model has no weight 'first"):
+    with pytest.raises(CompileError, match=r"the float model has no weight 'first\.weight'"):
         inductor_x86q.explain(quantized, INPUTS, drift=other)
     with pytest.raises(CompileError, match="expected True or the float model"):
         inductor_x86q.explain(quantized, INPUTS, drift="second")  # type: ignore[arg-type]
