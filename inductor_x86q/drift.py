@@ -16,7 +16,7 @@ from torch import fx
 
 from inductor_x86q import qgraph
 from inductor_x86q.errors import CompileError
-from inductor_x86q.quantized_graph import name_in_model
+from inductor_x86q.quantized_graph import SEPARATOR, attribute_of
 from inductor_x86q.report import layer as layer_of
 
 # Layers are worth excluding when the noise of the output falls to half.
@@ -191,17 +191,17 @@ def _float_weights(
     prepared = pt2e._prepare(exported, X86Quantizer())
     parameters = {**dict(prepared.named_parameters(remove_duplicate=False)),
                   **dict(prepared.named_buffers(remove_duplicate=False))}  # fmt: skip
+    by_attribute = {attribute_of(name): tensor for name, tensor in parameters.items()}
     found = {}
     for node in quantized.graph.nodes:
         name = _weight_name(node) if qgraph.is_dequantize(node) else None
         if name is None:
             continue
         stored = qgraph.constant(node.args[0])
-        weight = parameters.get(name, parameters.get(name_in_model(name)))
+        weight = by_attribute.get(attribute_of(name))
         if weight is None or stored is None or weight.shape != stored.shape:
-            raise CompileError(
-                f"drift: the float model has no weight {name_in_model(name)!r} of the quantized one's shape"
-            )
+            in_model = name.replace(SEPARATOR, ".")
+            raise CompileError(f"drift: the float model has no weight {in_model!r} of the quantized one's shape")
         found[name] = weight.detach()
     return found
 

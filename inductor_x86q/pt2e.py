@@ -142,9 +142,10 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
     torchao.forget_graphs()
     qat.show_batch_norms(converted.graph)
     _fold_weights(converted)
-    _freeze_parameters(converted)
     _log_left_out(converted)
-    return side_by_side(converted)
+    quantized = side_by_side(converted)  # without what the graph does not read: the float weights above all
+    _freeze_parameters(quantized)
+    return quantized
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -397,7 +398,6 @@ def _fold_weights(converted: fx.GraphModule) -> None:
         node.replace_all_uses_with(nodes[f"{name}_int8"])
         qgraph.erase_dead(node)
     graph.eliminate_dead_code()
-    _drop_unused(converted)
     converted.recompile()
 
 
@@ -432,14 +432,13 @@ def _quantize_per_token(converted: fx.GraphModule) -> None:
 _SMALLEST_SCALE = 2.0**-24  # of a row of zeros
 
 
-def _freeze_parameters(converted: fx.GraphModule) -> None:
+def _freeze_parameters(quantized: QuantizedGraph) -> None:
     """Gives the graph parameters of its own, without gradients: those that it was exported with are the model's."""
     own: dict[int, torch.nn.Parameter] = {}
-    for name, parameter in list(converted.named_parameters(remove_duplicate=False)):
+    for name, parameter in list(quantized.named_parameters(remove_duplicate=False)):
         if id(parameter) not in own:
             own[id(parameter)] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        owner, _, last = name.rpartition(".")
-        setattr(converted.get_submodule(owner), last, own[id(parameter)])
+        setattr(quantized, name, own[id(parameter)])
 
 
 def _weight_name(node: fx.Node) -> str:
@@ -456,18 +455,6 @@ def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any])
             arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, values))
             values[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
     return values[node]
-
-
-def _drop_unused(module: fx.GraphModule) -> None:
-    """Deletes parameters and buffers that the graph does not read: the float weights above all."""
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
-        if name not in used:
-            *path, last = name.split(".")
-            owner: Any = module
-            for part in path:
-                owner = getattr(owner, part)
-            delattr(owner, last)
 
 
 def _log_left_out(converted: fx.GraphModule) -> None:

@@ -184,14 +184,20 @@ def store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.No
     owner: Any = module
     for part in path:
         owner = getattr(owner, part)
-    number, unique = 1, last
-    while hasattr(owner, unique):
-        number, unique = number + 1, f"{last}{number}"
+    unique = free_attribute(owner, last)
     owner.register_buffer(unique, tensor.detach().clone())
     with module.graph.inserting_before(before):
         node = module.graph.get_attr(".".join([*path, unique]))
     copy_origin(node, before)
     return node
+
+
+def free_attribute(owner: torch.nn.Module, name: str) -> str:
+    """The name, with a number appended where the module has such an attribute."""
+    number, unique = 1, name
+    while hasattr(owner, unique):
+        number, unique = number + 1, f"{name}{number}"
+    return unique
 
 
 def call(target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:

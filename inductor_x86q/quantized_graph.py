@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q import qgraph
+
 SEPARATOR = "__"  # in an attribute's name, of what a dot separated
 _NAMES = "x86q_names"  # in a graph's `meta`: of each attribute at the root the name that it had in the model
 
@@ -46,7 +48,7 @@ def side_by_side(converted: fx.GraphModule) -> QuantizedGraph:
         if not path or not isinstance(value, torch.Tensor):
             continue
         if node.target not in attributes:
-            attributes[node.target] = attribute = _free_attribute(converted, node.target.replace(".", SEPARATOR))
+            attributes[node.target] = attribute = qgraph.free_attribute(converted, attribute_of(node.target))
             if isinstance(value, torch.nn.Parameter):
                 converted.register_parameter(attribute, value)
             else:
@@ -58,12 +60,6 @@ def side_by_side(converted: fx.GraphModule) -> QuantizedGraph:
     return quantized.eval()
 
 
-def _free_attribute(module: torch.nn.Module, attribute: str) -> str:
-    while hasattr(module, attribute):
-        attribute += "_"
-    return attribute
-
-
-def name_in_model(attribute: str) -> str:
-    """The name that a tensor at the root had in the model, also where the graph was exported and loaded since."""
-    return attribute.replace(SEPARATOR, ".")
+def attribute_of(name: str) -> str:
+    """What a tensor of the model is called at the root, unless that is taken; what is exported and loaded keeps it."""
+    return name.replace(".", SEPARATOR)

@@ -110,6 +110,15 @@ def test_a_graph_that_was_saved_is_measured_too(
     assert found.output == pytest.approx(drift.output)
 
 
+def test_a_name_with_underscores() -> None:
+    """Two stand for a dot where tensors lie side by side."""
+    net = nn.Sequential()
+    net.add_module("a__b", nn.Conv2d(3, 8, 3))
+    quantized = inductor_x86q.quantize(net.eval(), INPUTS, calibration=[INPUTS])
+    found = inductor_x86q.explain(quantized, INPUTS, drift=net).drift
+    assert found is not None and [x.layer for x in found.layers] == ["a__b"]
+
+
 def test_another_float_model(bad: tuple[nn.Module, torch.fx.GraphModule, Drift]) -> None:
     _, quantized, _ = bad
     other = nn.Sequential(nn.Conv2d(3, 16, 3)).eval()

@@ -16,14 +16,14 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
-        self.stem_0 = nn.Conv2d(8, 8, 1)  # its bias would get the name that the stem's has in code
+        self.stem__0 = nn.Conv2d(8, 8, 1)  # its tensors would get the names that the stem's have at the root
         self.head = nn.Linear(8, 4)
         self.register_buffer("offset", torch.randn(4))
         self.inner = nn.Module()
         self.inner.register_buffer("scratch", torch.randn(4), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem_0(self.stem(x)).mean((2, 3))
+        x = self.stem__0(self.stem(x)).mean((2, 3))
         return self.head(x) * self.offset + self.inner.scratch
 
 
@@ -41,7 +41,7 @@ def quantized() -> QuantizedGraph:
 
 
 SCRATCH = {"inner.scratch"}  # not persistent, which copies of graphs forget in older torch
-LAYERS = ("stem.0", "stem_0", "head")
+LAYERS = ("stem.0", "stem__0", "head")
 NAMES = {"offset", *(f"{layer}.{name}" for layer in LAYERS for name in ("bias", "weight_int8", "weight_scale", "weight_zero_point"))}  # fmt: skip
 
 

@@ -320,7 +320,8 @@ def _constants_once() -> Iterator[None]:
 
     Lowering makes a tensor of each call's scale and of each zero point, and most zero points are equal. Each constant
     costs at every call and when compiling, since all are passed to the generated function. Relies on every constant
-    going through `GraphLowering.allocate_non_dup_const_name`, which returns its name.
+    going through `GraphLowering.allocate_non_dup_const_name`, which returns its name, and on `current_node` being what is
+    lowered then.
     """
     from torch._inductor.graph import GraphLowering
 

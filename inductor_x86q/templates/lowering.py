@@ -5,7 +5,8 @@ the same in the supported versions: `CppTemplate.generate` rendering a template'
 of it, `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`),
 `autotune_select_algorithm` timing the choices once for a shape and keeping the result in Inductor's autotuning cache,
 `register_lowering` for operators of other libraries, `ExternKernel.copy_input` giving a copy whose layout is still
-open, and `allow_epilogue_fusion` keeping what follows out of a template's kernel.
+open, `Buffer.decide_layout` laying a result out as what it is computed from, and `allow_epilogue_fusion` keeping what
+follows out of a template's kernel.
 """
 
 from __future__ import annotations
@@ -330,13 +331,13 @@ def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> A
         _forget(constants)
     else:
         _buffer(box).allow_epilogue_fusion = False
-        _forget(layer.weight, layer.weight_scale, layer.weight_zero_point, *([layer.bias] if layer.bias else []))
+        _forget(layer.weight, layer.weight_scale, layer.weight_zero_point, layer.bias)
     return box
 
 
 def _forget(*constants: Any) -> None:
     """Takes what was meant for the other choice out of the compiled code, where no other operator reads it."""
-    for constant in constants:
+    for constant in filter(None, constants):  # there may be no bias
         readers = scopes.readers(V.graph, constant.get_name())
         readers.discard(V.graph.current_node)
         if not readers:
