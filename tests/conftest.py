@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -58,3 +59,28 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         return done
 
     return run
+
+
+@pytest.fixture
+def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call always loses."""
+    import torch._inductor.lowering  # noqa: F401
+
+    from inductor_x86q.templates import lowering
+
+    monkeypatch.setattr(lowering._Call, "benchmark", lambda self, *values, out: math.inf)
+
+
+@pytest.fixture
+def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Leaves the n-th blocking of every layer to choose from."""
+    from inductor_x86q.templates.convolution import Convolution
+
+    blockings = Convolution.blockings
+
+    def choose(number: int) -> None:
+        monkeypatch.setattr(
+            Convolution, "blockings", lambda self, registers: blockings(self, registers)[: number + 1][-1:]
+        )
+
+    return choose

@@ -10,7 +10,17 @@ from torch import fx
 
 import inductor_x86q
 from inductor_x86q import _torch
-from inductor_x86q.passes import channel_factors, channels, finish, fuse, generate, normalize, propagate, row_scales
+from inductor_x86q.passes import (
+    channel_factors,
+    channels,
+    finish,
+    fuse,
+    generate,
+    join,
+    normalize,
+    propagate,
+    row_scales,
+)
 from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
 from inductor_x86q.templates.convolution import header
 
@@ -40,6 +50,7 @@ STAGES = (
         "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
     ),
     Stage("finish", [*finish.RULES], "The graph is legal for Inductor."),
+    Stage("join", [*join.RULES], "Every cat of int8 images is ours, and repeats none that another one joins."),
     Stage(
         "generate",
         [*generate.RULES],
@@ -55,7 +66,7 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
 
     Args:
         stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types",
-            "finish" or "generate"; what holds after each is said in STAGES, and the rule has to keep it so.
+            "finish", "join" or "generate"; what holds after each is said in STAGES, and the rule has to keep it so.
 
     Returns:
         A function that takes the rule out again.

@@ -51,6 +51,11 @@ def readers(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def is_overwritten(node: fx.Node) -> bool:
+    """Whether an in-place sum writes into the memory of `node`."""
+    return any(is_call(reader) and base(reader) is base(node) for reader in readers(node))
+
+
 def may_overwrite(node: fx.Node, *, after: fx.Node) -> bool:
     """Whether an in-place sum at `after` may write into the memory of `node`.
 

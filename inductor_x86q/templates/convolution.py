@@ -108,8 +108,7 @@ class Numbers:
 class Convolution:
     """A 2-d convolution of u8 (or a linear of s8 too, as one of 1×1 on its rows) with channels innermost.
 
-    Strides are in elements; the output's pixels lie without gaps. The input's channels may lie apart. Neither strides nor threads change how a weight is
-    packed.
+    Strides are in elements. The input's channels may lie apart. Neither strides nor threads change how a weight is packed.
     """
 
     n: int
@@ -128,6 +127,7 @@ class Convolution:
     x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
     x_channel: int = 1  # from one channel to the next
     other_pixel: int = 0
+    out_pixel: int = 0  # 0: no gaps between the output's pixels
     threads: int = 1  # 0: as many as there are when it runs
 
     @property
@@ -282,7 +282,8 @@ struct Shape {{
     static constexpr int64_t PADDED_HEIGHT = {self.h + 2 * self.padding[0]}, PADDED_WIDTH = {self.w + 2 * self.padding[1]};
     static constexpr int64_t X_IMAGE = {self.x_strides[0]}, X_ROW = {self.x_strides[1]}, X_PIXEL = {self.x_strides[2]};
     static constexpr int64_t X_CHANNEL = {self.x_channel};
-    static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel}, OTHER_PIXEL = {self.other_pixel};
+    static constexpr int64_t IMAGE = {image}, ROW = {row}, PIXEL = {pixel};
+    static constexpr int64_t OTHER_PIXEL = {self.other_pixel}, OUT_PIXEL = {self.out_pixel or self.out_c};
     static constexpr int RUNS = {runs}, RUN = {run}, VECTORS = {self.group_vectors * self.groups};
     static constexpr int PAIRS = {self.pairs};  // of a run
     static constexpr int ROWS = {rows}, COLUMNS = {columns}, THREADS = {self.threads}, CHANNELS = {self.channel_count};

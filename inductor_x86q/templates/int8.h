@@ -504,7 +504,7 @@ inline void block(
             finish<Shape, Epilogue, COLUMNS, true>(
                 sums[row], channels + vector * LANES, numbers,
                 other + (pixel + row) * Shape::OTHER_PIXEL + group * GROUP_OUT + c,
-                out + (pixel + row) * Shape::OUT_C + group * GROUP_OUT + c, count);
+                out + (pixel + row) * Shape::OUT_PIXEL + group * GROUP_OUT + c, count);
     }
 }
 
@@ -608,7 +608,7 @@ INDUCTOR_X86Q_INLINE void depthwise_block(
     }
 #pragma GCC unroll 16
     for (int i = 0; i < COLUMNS; ++i)
-        finish<Shape, Epilogue, 4, false>(sums[i], channels, numbers, nullptr, out + i * Shape::C, WIDTH);
+        finish<Shape, Epilogue, 4, false>(sums[i], channels, numbers, nullptr, out + i * Shape::OUT_PIXEL, WIDTH);
 }
 
 // A row of the output. The last channels and the last block of pixels begin earlier and compute some outputs twice,
@@ -628,16 +628,16 @@ inline void depthwise_row(
             rows[i] = (h < 0 || h >= Shape::H ? padding : x + n * Shape::IMAGE + h * Shape::ROW) + c;
         }
         const int8_t* taps = weight + block * Shape::KERNEL_W * Taps<Shape>::FOURS * 4 * BLOCK;
-        typename Epilogue::Out* to = out + row * Shape::OUT_W * Shape::C + c;
+        typename Epilogue::Out* to = out + row * Shape::OUT_W * Shape::OUT_PIXEL + c;
         for (int64_t ow = 0; ow < Shape::OUT_W; ow += COLUMNS) {
             if (ow + COLUMNS > Shape::OUT_W) ow = Shape::OUT_W - COLUMNS;
             const int64_t column = ow * Shape::STRIDE_W - Shape::PAD_W;
             if (column < 0 || column + Taps<Shape>::REACH > Shape::W) {
                 depthwise_block<Shape, Epilogue, true>(
-                    rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::C);
+                    rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::OUT_PIXEL);
             } else {
                 depthwise_block<Shape, Epilogue, false>(
-                    rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::C);
+                    rows, padding + c, column, taps, channels + block * BLOCK, numbers, to + ow * Shape::OUT_PIXEL);
             }
         }
     }

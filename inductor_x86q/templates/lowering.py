@@ -1,6 +1,6 @@
 """What Inductor makes of the operators that stand for a call: the call, or a kernel of ours, whichever is faster.
 
-Inductor's template interface is private; it is reached in this file and nowhere else. What is relied on, all of it
+Inductor's template interface is private; it is reached in this package's files and nowhere else. What is relied on, all of it
 the same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller`
 of it, `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`),
 `autotune_select_algorithm` timing the choices once for a shape and keeping the result in Inductor's autotuning cache,
@@ -31,7 +31,9 @@ from torch._inductor.virtualized import V
 from inductor_x86q import _cpu
 from inductor_x86q._torch import scopes
 from inductor_x86q.passes.fuse import call as calls
+from inductor_x86q.templates import cat
 from inductor_x86q.templates.convolution import Convolution, Epilogue, header, namespace
+from inductor_x86q.templates.images import Pixels, buffer, image, ints, pixels
 from inductor_x86q.templates.layer import describe, epilogue
 from inductor_x86q.templates.operators import STANDS_FOR
 
@@ -103,9 +105,9 @@ extern "C" {definition}
 class _Inputs:
     """The buffers that a kernel reads, and where in them its tensors begin."""
 
-    x: _Pixels
+    x: Pixels
     constants: Any
-    other: _Pixels | None
+    other: Pixels | None
     layout: Any  # of the output
 
     def realized(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -217,52 +219,15 @@ def _real(argument: Any, given: dict[str, torch.Tensor]) -> Any:
     if name in V.graph.constants:
         return V.graph.constants[name]
     layout = argument.get_layout()
-    return given[name].as_strided(_ints(layout.size), _ints(layout.stride), int(layout.offset))
-
-
-def _ints(values: Any) -> list[int]:
-    return [int(value) for value in values]
+    return given[name].as_strided(ints(layout.size), ints(layout.stride), int(layout.offset))
 
 
 def _filled(node: Any) -> torch.Tensor:
     """A buffer's contents for timing; their values do not matter to integer arithmetic, but fp32 should be finite."""
     if node.get_name() in V.graph.constants:
         return V.graph.constants[node.get_name()]
-    size, stride = _ints(node.get_size()), _ints(node.get_stride())
+    size, stride = ints(node.get_size()), ints(node.get_stride())
     return torch.empty_strided(size, stride, dtype=node.get_dtype()).fill_(1)
-
-
-def _buffer(box: Any) -> Any:
-    """The buffer in which a tensor lies."""
-    node = box.data
-    while isinstance(node, (ir.StorageBox, ir.BaseView)):
-        node = node.data
-    return node
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pixels:
-    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row, a pixel and a channel."""
-
-    box: Any
-    sizes: tuple[int, ...]
-    strides: tuple[int, int, int]
-    channel: int = 1
-
-    @property
-    def buffer(self) -> Any:
-        return _buffer(self.box)
-
-    @property
-    def offset(self) -> int:
-        return int(self.box.get_layout().offset)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all pixels lie at one distance from each other."""
-        _, h, w, _ = self.sizes
-        image, row, pixel = self.strides
-        return row == w * pixel and image == h * row
 
 
 # Images of so few channels are taken as they come, pixels or planes: their bytes are copied anyhow, and the copy takes planes
@@ -270,53 +235,22 @@ class _Pixels:
 FEW_CHANNELS = 4
 
 
-def _pixels(box: Any, family: str, *, even: bool = False) -> _Pixels:
-    """The pixels of an image, or of one line, which a linear's rows are.
-
-    An image whose channels lie apart is copied; so is one whose pixels lie at several distances, if they are to be
-    `even`. Nothing less would do: channels innermost is all that Inductor can be asked for, and it takes gaps for that.
-    """
-    if family == "linear":
-        box = _laid_out(box, ir.ExternKernel.require_contiguous)
-        *rows, c = _ints(box.get_size())
-        return _Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
-    found = _image(_laid_out(box, ir.ExternKernel.require_channels_last))
-    if found.channel != 1 or (even and not found.is_even):
-        found = _image(ir.ExternKernel.require_channels_last(ir.ExternKernel.copy_input(box)))
-    return found
-
-
-def _laid_out(box: Any, require: Callable[[Any], Any]) -> Any:
-    """What `require` gives; a view of one single element it leaves as it is, without strides, and that is copied."""
-    found = require(box)
-    return found if found.maybe_get_layout() is not None else require(ir.ExternKernel.copy_input(box))
-
-
-def _input(layer: calls.Call) -> _Pixels:
+def _input(layer: calls.Call) -> Pixels:
     """The pixels that a layer reads; an image of few channels lies as what it is computed from."""
     x: Any = layer.x
     few = layer.family == "conv" and layer.geometry[3] == 1 and 1 < int(x.get_size()[1]) <= FEW_CHANNELS
     if few:
         x.realize()
     if few and isinstance(x.data, ir.StorageBox):
-        _buffer(x).decide_layout()
-        return _image(x)
-    return _pixels(x, layer.family)
-
-
-def _image(box: Any) -> _Pixels:
-    """The pixels of a tensor (n, c, h, w)."""
-    (n, c, h, w), stride = _ints(box.get_size()), _ints(box.get_stride())
-    # A stride along one single element means nothing, whatever it says.
-    channel = stride[1] if c > 1 else 1
-    pixel = stride[3] if w > 1 else c
-    row = stride[2] if h > 1 else w * pixel
-    return _Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel), channel)
+        buffer(x).decide_layout()
+        return image(x)
+    return pixels(x, layer.family)
 
 
 def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> Any:
     layer = calls.parse(target, arguments)
-    inputs, convolution, after = _layer(layer, constants, kernel)
+    part = cat.place(V.graph.current_node) if layer.family == "conv" else None
+    inputs, convolution, after = _layer(layer, constants, kernel, part)
     arguments = inputs.realized(arguments)
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
@@ -330,7 +264,9 @@ def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> A
     if as_call.is_chosen:
         _forget(constants)
     else:
-        _buffer(box).allow_epilogue_fusion = False
+        buffer(box).allow_epilogue_fusion = False
+        if part is not None:
+            buffer(box).layout = ir.NonOwningLayout(part)
         _forget(layer.weight, layer.weight_scale, layer.weight_zero_point, layer.bias)
     return box
 
@@ -345,11 +281,13 @@ def _forget(*constants: Any) -> None:
             V.graph.constants.pop(constant.get_name(), None)
 
 
-def _layer(layer: calls.Call, constants: Any, kernel: list[int]) -> tuple[_Inputs, Convolution, Epilogue]:
-    """What a generated kernel has to compute."""
+def _layer(
+    layer: calls.Call, constants: Any, kernel: list[int], part: ir.ReinterpretView | None
+) -> tuple[_Inputs, Convolution, Epilogue]:
+    """What a generated kernel has to compute, as `part` of a larger image where there is one."""
     x = _input(layer)
-    other = _pixels(layer.binary.other, layer.family, even=True) if layer.binary is not None else None
-    size = _ints(V.graph.current_node.meta["val"].shape)
+    other = pixels(layer.binary.other, layer.family, even=True) if layer.binary is not None else None
+    size = ints(V.graph.current_node.meta["val"].shape)
     convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
     convolution = dataclasses.replace(
         convolution, x_strides=x.strides, x_channel=x.channel, threads=_threads(convolution.macs)
@@ -357,10 +295,12 @@ def _layer(layer: calls.Call, constants: Any, kernel: list[int]) -> tuple[_Input
     if other is not None:
         convolution = dataclasses.replace(convolution, other_pixel=other.strides[2])
     order = ir.NHWC_STRIDE_ORDER if layer.family == "conv" else list(reversed(range(len(size))))
-    layout = ir.FixedLayout(
-        torch.device("cpu"), layer.output_dtype, size, ir.FlexibleLayout.stride_ordered(size, order)
-    )
-    inputs = _Inputs(x, _buffer(constants), other, layout)
+    stride = ir.FlexibleLayout.stride_ordered(size, order)
+    if part is not None:
+        stride = ints(part.get_stride())
+        convolution = dataclasses.replace(convolution, out_pixel=stride[3])
+    layout = ir.FixedLayout(torch.device("cpu"), layer.output_dtype, size, stride)
+    inputs = _Inputs(x, buffer(constants), other, layout)
     return inputs, convolution, epilogue(layer, other.box.get_dtype() if other is not None else None)
 
 

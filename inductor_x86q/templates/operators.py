@@ -1,4 +1,6 @@
-"""Operators of ours that stand for one call of oneDNN each and bring along what a generated kernel needs.
+"""Operators of ours: a cat of int8 images, and those that stand for a call of oneDNN and bring what a kernel needs instead.
+
+`inductor_x86q::cat` joins the channels of images.
 
 `inductor_x86q::qconv_pointwise` and its family take what the generated kernel reads of a layer, and the kernel's height
 and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
@@ -18,6 +20,11 @@ STANDS_FOR: dict[Any, Any] = {}  # our operator → the call
 GENERATED: dict[Any, Any] = {}  # the call → our operator
 
 _library = torch.library.Library("inductor_x86q", "DEF")
+
+
+_library.define("cat(Tensor[] images) -> Tensor")
+_library.impl("cat", lambda images: torch.cat(images, 1), "CompositeExplicitAutograd")
+CAT = torch.ops.inductor_x86q.cat.default
 
 
 def _run(call: Any, constants: Any, kernel: Any, *arguments: Any) -> torch.Tensor:

@@ -1,0 +1,77 @@
+"""The join stage: a cat of int8 images is an operator of ours, and adds to another one where it repeats that one's images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import qgraph
+from inductor_x86q.passes import aliasing
+from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.templates.operators import CAT
+
+aten = torch.ops.aten
+
+
+def _find_cat(node: fx.Node) -> Any:
+    value = qgraph.value(node)
+    if value.dtype not in (torch.uint8, torch.int8) or value.dim() != 4:
+        return No("it joins no int8 images")
+    images, dimension = qgraph.schema_arguments(node).values()
+    if dimension not in (1, -3):
+        return No("it does not join channels")
+    values = [qgraph.value(image) for image in images]
+    if any(image.dtype != value.dtype or image.dim() != 4 for image in values):
+        return No("its images have other types or sizes")
+    if not all(isinstance(size, int) and size > 0 for image in values for size in image.shape):
+        return No("a size is not known when compiling, or is 0")
+    return images
+
+
+def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
+    """Inductor has no kernel for a cat of integers, and calls eager mode's."""
+    from inductor_x86q.templates import cat  # noqa: F401  registers with Inductor, which is slow to import
+
+    return qgraph.call(CAT, images, like=node)
+
+
+def _find_continued(node: fx.Node) -> Any:
+    """The longest other cat with which this one begins, as densely connected networks have them."""
+    images = _images(node)
+    fronts = [
+        other for other in _beginning_with(images[0])
+        if _images(other) == images[: len(_images(other))] != images and not aliasing.is_overwritten(other)
+    ]  # fmt: skip
+    front = max(fronts, key=lambda other: len(_images(other)), default=None)
+    if front is None or front in node.args[0]:  # type: ignore[operator]
+        return No("no other cat has the same images in front")
+    return front, images[len(_images(front)) :]
+
+
+def _images(cat: fx.Node) -> list[fx.Node]:
+    """The images that a cat joins, itself or through cats that it adds to."""
+    images: Any = cat.args[0]
+    return [part for image in images for part in (_images(image) if image.target is CAT else [image])]
+
+
+def _beginning_with(image: fx.Node) -> Iterator[fx.Node]:
+    """The cats whose first image it is, themselves or through cats that they add to."""
+    for user in image.users:
+        if user.target is CAT and user.args[0][0] is image:  # type: ignore[index]
+            yield user
+            yield from _beginning_with(user)
+
+
+def _rewrite_continued(node: fx.Node, found: tuple[fx.Node, list[fx.Node]]) -> fx.Node:
+    """cat(a, b, c), cat(a, b) → cat(cat(a, b), c): the second cat's memory can be part of the first one's."""
+    front, rest = found
+    return qgraph.call(CAT, [front, *rest], like=node)
+
+
+RULES = (
+    Rule("cat of images", (aten.cat.default,), _find_cat, _rewrite_cat),
+    Rule("cat that goes on", (CAT,), _find_continued, _rewrite_continued),
+)

@@ -1,0 +1,175 @@
+"""What Inductor makes of a cat of int8 images: each is computed at its place in the result, or copied there, all at once.
+
+Inductor itself calls eager mode's cat, which takes longer than the convolutions around it. Beside what `lowering` relies on,
+this relies on `ConcatKernel`, a buffer that nothing computes: its inputs have a `NonOwningLayout`, a view of it. Such a
+layout has Inductor allocate the whole before the part, and keeps it from handing the part's memory on; the whole's it
+hands on after the last operator that reads it under its name, so that who reads a part must have done so by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config, ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.lowering import register_lowering
+from torch._inductor.utils import IndentedBuffer, parallel_num_threads
+from torch._inductor.virtualized import V
+
+from inductor_x86q import qgraph
+from inductor_x86q.passes import aliasing
+from inductor_x86q.templates.images import Pixels, buffer, ints, pixels
+from inductor_x86q.templates.operators import CAT
+
+# A thread more pays where it saves more than waking it costs, which is about the time in which one copies so many bytes.
+BYTES_PER_THREAD = 32_768
+
+
+def place(node: fx.Node) -> ir.ReinterpretView | None:
+    """The part of a cat's result that is the node's value; None where the value needs memory of its own.
+
+    It may lie there if all else that reads it is done before the cat is: is needed to compute the cat.
+    """
+    for cat in node.users:
+        images: Any = cat.args[0] if cat.target is CAT else []
+        if images.count(node) == 1 and aliasing.readers(node) - {cat} <= qgraph.compute_ancestors(cat):
+            start = sum(_channels(image) for image in images[: images.index(node)])
+            return _part(_result(cat), start, _channels(node))
+    return None
+
+
+def _channels(node: fx.Node) -> int:
+    return int(qgraph.value(node).shape[1])
+
+
+def _part(whole: ir.StorageBox, start: int, channels: int) -> ir.ReinterpretView:
+    n, _, h, w = ints(whole.get_size())
+    sizes, strides = [n, channels, h, w], ints(whole.get_stride())
+    layout = ir.FixedLayout(torch.device("cpu"), whole.get_dtype(), sizes, strides, offset=start)
+    return ir.ReinterpretView(data=whole, layout=layout)
+
+
+def _result(cat: fx.Node) -> ir.StorageBox:
+    """The buffer of a cat's result, made when the first of its parts asks for it; itself in that of another cat it may be."""
+    results: dict[fx.Node, ir.StorageBox] = V.graph.__dict__.setdefault("_x86q_cats", {})
+    if cat not in results:
+        value, around = qgraph.value(cat), place(cat)
+        size = ints(value.shape)
+        stride = ir.FlexibleLayout.stride_ordered(size, ir.NHWC_STRIDE_ORDER)
+        own = ir.FixedLayout(torch.device("cpu"), value.dtype, size, stride)
+        kernel = ir.ConcatKernel(name=None, layout=own if around is None else ir.NonOwningLayout(around), inputs=[])
+        kernel.name = V.graph.register_buffer(kernel)
+        results[cat] = ir.StorageBox(kernel)
+    return results[cat]
+
+
+def _lower(images: Sequence[Any]) -> Any:
+    cat: Any = V.graph.current_node
+    whole = _result(cat)
+    kernel: Any = whole.data
+    copied = []
+    start = 0
+    for image, node in zip(images, cat.args[0], strict=True):
+        image.realize()
+        if in_place := _in_place(image, node, whole):
+            kernel.inputs.append(in_place)
+        else:
+            copied.append(_Copied(pixels(image, "conv"), start))
+        start += _channels(node)
+    if copied:
+        kernel.inputs.append(_copies(whole, copied))
+    V.graph.register_operation(kernel)
+    return ir.TensorBox(whole)
+
+
+def _in_place(image: Any, node: fx.Node, whole: ir.StorageBox) -> Any:
+    """The buffer of an image that is computed where it belongs, or now will be; None where it has to be copied."""
+    if not isinstance(image.data, ir.StorageBox):
+        return None
+    layout = buffer(image).layout
+    if isinstance(layout, ir.NonOwningLayout):
+        return buffer(image) if layout.view.data is whole else None
+    part = place(node)  # which may be in another cat
+    if part is None or part.data is not whole or not ir.ConcatKernel.can_realize_into_without_copy(image):
+        return None
+    return ir.ConcatKernel.realize_into(image, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copied:
+    """An image that is computed elsewhere, and the channel from which on it lies in the result."""
+
+    pixels: Pixels
+    start: int
+
+
+def _copies(whole: ir.StorageBox, copied: Sequence[_Copied]) -> Any:
+    """The kernel that copies images to their places."""
+    view = _part(whole, 0, int(whole.get_size()[1]))
+    box = _Template(view.get_layout(), copied).generate().output_node()
+    copies = buffer(box)
+    copies.allow_epilogue_fusion = False
+    copies.layout = ir.NonOwningLayout(view)
+    return copies
+
+
+class _Template(CppTemplate):
+    """A kernel that copies images to where they lie in another."""
+
+    def __init__(self, layout: ir.Layout, copied: Sequence[_Copied]) -> None:
+        n, _, h, w = ints(layout.size)
+        self._images, self._h, self._w, self._pixel = n, h, w, int(layout.stride[3])
+        self._buffers = {image.pixels.buffer.get_name(): image.pixels.buffer for image in copied}
+        self._copied = copied
+        total = sum(n * h * w * image.pixels.sizes[3] for image in copied)
+        self._threads = min(parallel_num_threads(), max(1, total // BYTES_PER_THREAD))
+        super().__init__("x86q_cat", list(self._buffers.values()), layout, self._threads)
+
+    def header(self) -> IndentedBuffer:
+        lines = IndentedBuffer()
+        lines.splice("#include <omp.h>\n\n#include <cstdint>\n#include <cstring>")
+        if config.cpp.enable_kernel_profile:
+            lines.writeline("#include <torch/csrc/inductor/aoti_runtime/utils.h>")
+        return lines
+
+    def render(  # type: ignore[override]
+        self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
+    ) -> str:
+        assert not epilogue_nodes
+        if template_buffer_node is not None:
+            self.output_node = template_buffer_node
+        inputs = {f"x{number}": node for number, node in enumerate(self._buffers.values())}
+        definition = kernel.def_kernel(inputs=inputs, outputs={"out": self.output_node})
+        names = {node.get_name(): name for name, node in inputs.items()}
+        begin, copy = [], []
+        for number, copied in enumerate(self._copied):
+            x, (image, row, pixel) = copied.pixels, copied.pixels.strides
+            at = f"{names[x.buffer.get_name()]} + {x.offset} + n * {image} + h * {row}"
+            begin.append(f"const auto* from{number} = {at};")
+            copy.append(f"std::memcpy(to + {copied.start}, from{number}, {x.sizes[3]});")
+            copy.append(f"from{number} += {pixel};")
+        threads = "omp_get_max_threads()" if config.cpp.dynamic_threads and self._threads > 1 else self._threads
+        lines = "\n        "
+        return f"""\
+{self.header().getvalue()}
+extern "C" {definition}
+{{
+    {kernel.maybe_codegen_profile() if template_buffer_node is not None else ""}
+    #pragma omp parallel for num_threads({threads}) if ({self._threads} != 1)
+    for (int64_t row = 0; row < {self._images * self._h}; ++row) {{
+        const int64_t n = row / {self._h}, h = row % {self._h};
+        {lines.join(begin)}
+        auto* to = out + row * {self._w * self._pixel};
+        for (int64_t w = 0; w < {self._w}; ++w, to += {self._pixel}) {{
+            {(lines + "    ").join(copy)}
+        }}
+    }}
+}}
+"""
+
+
+register_lowering(CAT, type_promotion_kind=None)(_lower)

@@ -1,0 +1,79 @@
+"""Tensors in Inductor's hands as images of pixels: where each lies, and in which buffer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch._inductor import ir
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row, a pixel and a channel."""
+
+    box: Any
+    sizes: tuple[int, ...]
+    strides: tuple[int, int, int]
+    channel: int = 1
+
+    @property
+    def buffer(self) -> Any:
+        return buffer(self.box)
+
+    @property
+    def offset(self) -> int:
+        return int(self.box.get_layout().offset)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all pixels lie at one distance from each other."""
+        _, h, w, _ = self.sizes
+        image, row, pixel = self.strides
+        return row == w * pixel and image == h * row
+
+
+def pixels(box: Any, family: str, *, even: bool = False) -> Pixels:
+    """The pixels of an image, or of one line, which a linear's rows are.
+
+    An image whose channels lie apart is copied; so is one whose pixels lie at several distances, if they are to be
+    `even`. Nothing less would do: channels innermost is all that Inductor can be asked for, and it takes gaps for that.
+    """
+    if family == "linear":
+        box = laid_out(box, ir.ExternKernel.require_contiguous)
+        *rows, c = ints(box.get_size())
+        return Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
+    found = image(laid_out(box, ir.ExternKernel.require_channels_last))
+    if found.channel != 1 or (even and not found.is_even):
+        found = image(ir.ExternKernel.require_channels_last(ir.ExternKernel.copy_input(box)))
+    return found
+
+
+def laid_out(box: Any, require: Callable[[Any], Any]) -> Any:
+    """What `require` gives; a view of one single element it leaves as it is, without strides, and that is copied."""
+    found = require(box)
+    return found if found.maybe_get_layout() is not None else require(ir.ExternKernel.copy_input(box))
+
+
+def image(box: Any) -> Pixels:
+    """The pixels of a tensor (n, c, h, w)."""
+    (n, c, h, w), stride = ints(box.get_size()), ints(box.get_stride())
+    # A stride along one single element means nothing, whatever it says.
+    channel = stride[1] if c > 1 else 1
+    pixel = stride[3] if w > 1 else c
+    row = stride[2] if h > 1 else w * pixel
+    return Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel), channel)
+
+
+def buffer(box: Any) -> Any:
+    """The buffer in which a tensor lies."""
+    node = box.data
+    while isinstance(node, (ir.StorageBox, ir.BaseView)):
+        node = node.data
+    return node
+
+
+def ints(values: Any) -> list[int]:
+    return [int(value) for value in values]

@@ -1,0 +1,171 @@
+"""Cats of int8 images: what is computed at its place in the result, what is copied there, and what stays as it is."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from inductor_x86q import _cpu, testing
+from inductor_x86q.testing import QConv2d, quantize_dequantize
+
+QD = quantize_dequantize
+MODE = "max-autotune"
+needs_avx2 = pytest.mark.skipif(not _cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
+
+
+def copies(code: str) -> list[tuple[int, int]]:
+    """The channels that kernels copy to the result of a cat: from where on, and how many."""
+    return [(int(start), int(count)) for start, count in re.findall(r"memcpy\(to \+ (\d+), \w+, (\d+)\)", code)]
+
+
+def out_pixels(code: str) -> list[int]:
+    return [int(found) for found in re.findall(r"OUT_PIXEL = (\d+)", code)]
+
+
+def joined(*images: torch.Tensor) -> torch.Tensor:
+    return QD(torch.cat(images, 1))
+
+
+class Branches(nn.Module):
+    """What an inception block is: convolutions, whole and depthwise, and a convolution behind a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = QConv2d(16, 20, 1), QConv2d(71, 8, 1)
+        self.one, self.two, self.three = (
+            QConv2d(20, 11, 1),
+            QConv2d(20, 20, 3, padding=1, groups=20),
+            QConv2d(20, 40, 3, padding=1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = QD(self.first(QD(x)))
+        both = joined(QD(self.one(x)), QD(self.two(x)), QD(self.three(x).relu()))
+        return self.last(both)
+
+
+@needs_avx2
+def test_layers_write_their_part_of_the_result(only_generated: None, one_blocking: Any) -> None:
+    one_blocking(0)
+    x = torch.randn(2, 16, 7, 6)
+    q = testing.qdq_graph(Branches(), (x,))
+    compiled = testing.assert_close_to_reference(q, (x,), mode=MODE)
+    assert not copies(compiled.code) and "aten.cat" not in compiled.code
+    assert sorted(out_pixels(compiled.code)) == [8, 20, 71, 71, 71]
+
+
+class Dense(nn.Module):
+    """Each layer reads what all before it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = QConv2d(8, 12, 1)
+        self.layers = nn.ModuleList(QConv2d(12 + 10 * i, 10, 3, padding=1) for i in range(4))
+        self.last = QConv2d(52, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images = [QD(F.max_pool2d(QD(self.first(QD(x))), 3, 2))]
+        for layer in self.layers:
+            images.append(QD(layer(joined(*images) if len(images) > 1 else images[0])))
+        return self.last(joined(*images))
+
+
+@needs_avx2
+def test_a_cat_grows_in_place(only_generated: None, one_blocking: Any) -> None:
+    """One image of 52 channels holds all; only what the library's max pool gives is copied there."""
+    one_blocking(0)
+    x = torch.randn(1, 8, 15, 13)
+    q = testing.qdq_graph(Dense(), (x,))
+    compiled = testing.assert_close_to_reference(q, (x,), mode=MODE)
+    assert copies(compiled.code) == [(0, 12)]
+    assert sorted(out_pixels(compiled.code)) == [8, 12, 52, 52, 52, 52]
+
+
+def test_a_cat_grows_by_what_is_new_in_default_mode() -> None:
+    x = torch.randn(1, 8, 15, 13)
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Dense(), (x,)), (x,))
+    assert copies(compiled.code) == [(0, 12), (12, 10), (22, 10), (32, 10), (42, 10)]
+    assert compiled.calls["cat"] == 0
+
+
+class Elsewhere(nn.Module):
+    """Images that something reads when the cat's own readers may be done, or that show, or that the cat has twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shown, self.late, self.twice = (QConv2d(8, 6, 1) for _ in range(4))
+        self.after, self.end = QConv2d(6, 6, 3, padding=1), QConv2d(30, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = QD(x)
+        first, late, twice = QD(self.first(x)), QD(self.late(x) - 1), QD(self.twice(x) + 1)
+        shown = torch.ops.quantized_decomposed.quantize_per_tensor.default(self.shown(x), 0.02, 60, 0, 127, torch.uint8)
+        visible = torch.ops.quantized_decomposed.dequantize_per_tensor.default(shown, 0.02, 60, 0, 127, torch.uint8)
+        y = QD(self.end(joined(first, visible, late, twice, twice)))
+        return self.after(late) + y, shown, QD(self.after(QD(y + late)))
+
+
+@pytest.mark.parametrize("mode", [None, MODE])
+def test_images_that_outlive_the_cat(mode: str | None) -> None:
+    x = torch.randn(1, 8, 9, 8)
+    q = testing.qdq_graph(Elsewhere(), (x,))
+    compiled = testing.assert_close_to_reference(q, (x,), mode=mode, step=0.02)
+    assert set(copies(compiled.code)) >= {(6, 6), (12, 6), (18, 6), (24, 6)}
+
+
+class Overwritten(nn.Module):
+    """A sum may write into the first cat, whose images another cat has as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = QConv2d(8, 6, 1), QConv2d(8, 10, 1), QConv2d(16, 12, 1), QConv2d(12, 16, 1)
+        self.last = QConv2d(32, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = QD(x)
+        a, b = QD(self.a(x)), QD(self.b(x))
+        both = joined(a, b)
+        total = QD(self.d(QD(self.c(both))) + both)
+        return self.last(joined(a, b, total))
+
+
+@pytest.mark.parametrize("mode", [None, MODE])
+def test_a_cat_that_is_overwritten_is_not_added_to(mode: str | None) -> None:
+    x = torch.randn(1, 8, 9, 8)
+    testing.assert_close_to_reference(testing.qdq_graph(Overwritten(), (x,)), (x,), mode=mode)
+
+
+class Others(nn.Module):
+    """Slices, signed integers, planes, rows of an image, another dimension, and what is left to Inductor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.read = QConv2d(8, 16, 1), QConv2d(14, 4, 1)
+
+    def forward(self, x: torch.Tensor, planes: torch.Tensor) -> list[torch.Tensor]:
+        image = QD(self.first(QD(x)))
+        slices = self.read(joined(image[:, 3:10], image[:, 9:], QD(planes)[:, :0]))
+        mixed = self.read(joined(image[:, ::2, 1:, 1:], QD(planes)[:, :, 1:, 1:], QD(planes)[:, :3, 1:, 1:]))
+        signed = [QD(y, dtype=torch.int8, quant_min=-64, quant_max=63, zero_point=3) for y in (x, planes)]
+        above = QD(torch.cat([image, image], 2))
+        return [slices, mixed, torch.cat(signed, 1), self.read(above[:, :14])]
+
+
+@pytest.mark.parametrize("mode", [None, MODE])
+def test_other_images(mode: str | None) -> None:
+    inputs = torch.randn(2, 8, 5, 6), torch.randn(2, 3, 5, 6)
+    testing.assert_close_to_reference(testing.qdq_graph(Others(), inputs), inputs, mode=mode, step=0.02)
+
+
+def test_an_open_batch_is_left_to_inductor() -> None:
+    x = torch.randn(2, 16, 7, 6)
+    q = testing.qdq_graph(Branches(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = testing.assert_close_to_reference(q, (x,))
+    assert compiled.calls["cat"] == 1
+    testing.assert_same(compiled.run(more := torch.randn(3, 16, 7, 6)), q(more))
