@@ -64,6 +64,7 @@ struct Epilogue {{
     using Out = {CPP_TYPES[self.output_dtype]};
     using Other = {CPP_TYPES[self.other_dtype or torch.float32]};
     static constexpr bool HAS_OTHER = {_flag(self.other_dtype is not None)}, IN_STEPS = {_flag(self.in_steps)};
+    static constexpr bool EXPONENTIAL = {_flag(not isinstance(ACTIVATIONS[self.activation], str))};
     template <int N>
     static INDUCTOR_X86Q_INLINE void activate(Floats (&values)[N], const Scalars& scalars) {{
         [[maybe_unused]] const float first = scalars.first, second = scalars.second;

@@ -179,29 +179,29 @@ INDUCTOR_X86Q_INLINE Floats reciprocal(Floats x) {
     return estimate * multiply_add(-x, estimate, Floats{} + 2.0f);
 }
 
-// e^x of N vectors, each to about 1e-7 of its value: 2^n·p(x − n·ln 2), the polynomial is that of Cephes' expf. It is one
-// long chain of operations, hence several side by side: a CPU does not look far enough ahead to find them by itself.
+// How many vectors of exponentials it takes to keep a CPU busy.
+constexpr int EXPONENTIALS = 6;
+
+// e^x of N vectors, each to about 2e-7 of its value: 2^n·p(x − n·ln 2), where p is the polynomial of fifth degree with the
+// least relative error from −ln(2)/2 to ln(2)/2, which Remez' algorithm finds. It is one long chain of operations, hence
+// several side by side: a CPU does not look far enough ahead to find them by itself.
 template <int N>
 INDUCTOR_X86Q_INLINE void exponentials(Floats (&x)[N]) {
-    constexpr float POLYNOMIAL[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-    Ints n[N];
-    Floats r[N], p[N];
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) n[i] = nearest((x[i] = minimum(maximum(x[i], Floats{} - 87.0f), Floats{} + 88.0f)) * 1.44269504f);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) p[i] = __builtin_convertvector(n[i], Floats);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) r[i] = multiply_add(p[i], Floats{} - 0.693359375f, x[i]);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) r[i] = multiply_add(p[i], Floats{} + 2.12194440e-4f, r[i]), p[i] = Floats{} + 1.9875691500e-4f;
+    constexpr float POLYNOMIAL[] = {4.1915875e-2f, 1.66675776e-1f, 4.99988914e-1f, 9.99999702e-1f, 1.00000012f};
+    constexpr float ROUNDING = 12582912.0f;  // 1.5·2^23: what is added to it is rounded, and lies in its lowest bits
+    Floats n[N], p[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = minimum(maximum(x[i], Floats{} - 87.0f), Floats{} + 88.0f);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) n[i] = multiply_add(x[i], Floats{} + 1.44269504f, Floats{} + ROUNDING);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = multiply_add(n[i] - ROUNDING, Floats{} - 0.693147181f, x[i]), p[i] = Floats{} + 8.29758402e-3f;
 #pragma GCC unroll 8
     for (const float factor : POLYNOMIAL)
-#pragma GCC unroll 4
-        for (int i = 0; i < N; ++i) p[i] = multiply_add(p[i], r[i], Floats{} + factor);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) p[i] = multiply_add(p[i], r[i] * r[i], r[i]) + 1.0f;
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) x[i] = (Floats)((Ints)p[i] + (n[i] << 23));  // p is near 1: its exponent does not overflow
+#pragma GCC unroll 8
+        for (int i = 0; i < N; ++i) p[i] = multiply_add(p[i], x[i], Floats{} + factor);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) x[i] = (Floats)((Ints)p[i] + ((Ints)n[i] << 23));  // p is near 1: its exponent does not overflow
 }
 
 // LANES bytes as integers. Compilers take a conversion of so short vectors apart, hence the instructions by name.
@@ -261,25 +261,17 @@ INDUCTOR_X86Q_INLINE Ints pack(const Ints* x, const Scalars& scalars) {
     return maximum_unsigned_8(minimum_unsigned_8(pack_unsigned_16(front, back), greatest), least);
 }
 
-// The output of VECTORS vectors of channels, of which `count` are stored: dequantized, biased, with the other operand
-// added, activated and quantized. The channels of the vectors lie one after the other if IN_A_ROW, else as
-// `interleave` gives them, which is how `pack` takes them.
-template <class Shape, class Epilogue, int VECTORS, bool IN_A_ROW>
-INDUCTOR_X86Q_INLINE void finish(
-    const Ints* sums, const int32_t* channels, const Scalars& scalars, const typename Epilogue::Other* other,
-    typename Epilogue::Out* out, int count) {
-    typedef typename Epilogue::Out Out;
-    constexpr int FULL = VECTORS * LANES;
-    constexpr bool HAS_FLOATS = Epilogue::HAS_OTHER && std::is_same_v<typename Epilogue::Other, float>;
-    typename Epilogue::Other some_other[FULL];
-    if (Epilogue::HAS_OTHER && count < FULL) {
+// The values of a pixel's VECTORS vectors of channels, of which `count` are wanted: dequantized, biased, and with the other
+// operand added.
+template <class Shape, class Epilogue, int VECTORS>
+INDUCTOR_X86Q_INLINE void dequantize(
+    const Ints* sums, const int32_t* channels, const Scalars& scalars, const typename Epilogue::Other* other, int count,
+    Floats* values) {
+    typename Epilogue::Other some_other[VECTORS * LANES];
+    if (Epilogue::HAS_OTHER && count < VECTORS * LANES) {
         std::memcpy(some_other, other, count * sizeof *other);
         other = some_other;
     }
-    Out some[FULL];
-    [[maybe_unused]] Out* to = count < FULL ? some : out;
-    Ints steps[VECTORS];
-    Floats values[VECTORS];
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; ++i) {
         const int32_t* here = channels + i * LANES;
@@ -291,7 +283,19 @@ INDUCTOR_X86Q_INLINE void finish(
             values[i] = multiply_add(others, Floats{} + scalars.other_scale, values[i]);
         }
     }
-    if constexpr (!Epilogue::IN_STEPS) Epilogue::activate(values, scalars);
+}
+
+// Stores the first `count` of a pixel's channels, quantized. They lie one after the other if IN_A_ROW, else as `interleave`
+// gives them, which is how `pack` takes them.
+template <class Epilogue, int VECTORS, bool IN_A_ROW>
+INDUCTOR_X86Q_INLINE void quantize(
+    const Floats* values, const Scalars& scalars, typename Epilogue::Out* out, int count) {
+    typedef typename Epilogue::Out Out;
+    constexpr int FULL = VECTORS * LANES;
+    constexpr bool HAS_FLOATS = Epilogue::HAS_OTHER && std::is_same_v<typename Epilogue::Other, float>;
+    Out some[FULL];
+    [[maybe_unused]] Out* to = count < FULL ? some : out;
+    Ints steps[VECTORS];
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; ++i) {
         Floats value = values[i];
@@ -318,6 +322,38 @@ INDUCTOR_X86Q_INLINE void finish(
     } else if (count < FULL) {
         std::memcpy(out, some, count * sizeof(Out));
     }
+}
+
+// The output of PIXELS neighbouring pixels from their sums on.
+template <class Shape, class Epilogue, int PIXELS, int VECTORS, bool IN_A_ROW>
+INDUCTOR_X86Q_INLINE void finish(
+    const Ints (*sums)[VECTORS], const int32_t* channels, const Scalars& scalars, const typename Epilogue::Other* other,
+    typename Epilogue::Out* out, int count) {
+    Floats values[PIXELS * VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; ++i)
+        dequantize<Shape, Epilogue, VECTORS>(
+            sums[i], channels, scalars, other + i * Shape::OTHER_PIXEL, count, values + i * VECTORS);
+    if constexpr (!Epilogue::IN_STEPS) Epilogue::activate(values, scalars);
+#pragma GCC unroll 8
+    for (int i = 0; i < PIXELS; ++i)
+        quantize<Epilogue, VECTORS, IN_A_ROW>(values + i * VECTORS, scalars, out + i * Shape::OUT_PIXEL, count);
+}
+
+// All ROWS pixels of a block, as many together as it takes to hide how long an exponential takes.
+template <class Shape, class Epilogue, int ROWS, int VECTORS, bool IN_A_ROW>
+INDUCTOR_X86Q_INLINE void finish_all(
+    const Ints (&sums)[ROWS][VECTORS], const int32_t* channels, const Scalars& scalars,
+    const typename Epilogue::Other* other, typename Epilogue::Out* out, int count) {
+    constexpr int WANTED = Epilogue::EXPONENTIAL ? (EXPONENTIALS + VECTORS - 1) / VECTORS : 1;
+    constexpr int TOGETHER = WANTED < ROWS ? WANTED : ROWS, WHOLE = ROWS / TOGETHER * TOGETHER;
+#pragma GCC unroll 16
+    for (int row = 0; row < WHOLE; row += TOGETHER)
+        finish<Shape, Epilogue, TOGETHER, VECTORS, IN_A_ROW>(
+            sums + row, channels, scalars, other + row * Shape::OTHER_PIXEL, out + row * Shape::OUT_PIXEL, count);
+    if constexpr (WHOLE < ROWS)
+        finish<Shape, Epilogue, ROWS - WHOLE, VECTORS, IN_A_ROW>(
+            sums + WHOLE, channels, scalars, other + WHOLE * Shape::OTHER_PIXEL, out + WHOLE * Shape::OUT_PIXEL, count);
 }
 
 // --- convolution as a matrix product over runs of contiguous bytes --------------------------------------------------
@@ -499,12 +535,9 @@ inline void block(
             bases, weight + vector * VECTOR_BYTES<Shape>, overflows, channels + vector * LANES, sums);
         const int64_t c = column * LANES, rest = GROUP_OUT - c;
         const int count = GROUP_OUT % LANES == 0 || rest > COLUMNS * LANES ? COLUMNS * LANES : rest;
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row)
-            finish<Shape, Epilogue, COLUMNS, true>(
-                sums[row], channels + vector * LANES, numbers,
-                other + (pixel + row) * Shape::OTHER_PIXEL + group * GROUP_OUT + c,
-                out + (pixel + row) * Shape::OUT_PIXEL + group * GROUP_OUT + c, count);
+        finish_all<Shape, Epilogue, ROWS, COLUMNS, true>(
+            sums, channels + vector * LANES, numbers, other + pixel * Shape::OTHER_PIXEL + group * GROUP_OUT + c,
+            out + pixel * Shape::OUT_PIXEL + group * GROUP_OUT + c, count);
     }
 }
 
@@ -606,9 +639,7 @@ INDUCTOR_X86Q_INLINE void depthwise_block(
             add(position, FOURS - 1, values);
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < COLUMNS; ++i)
-        finish<Shape, Epilogue, 4, false>(sums[i], channels, numbers, nullptr, out + i * Shape::OUT_PIXEL, WIDTH);
+    finish_all<Shape, Epilogue, COLUMNS, 4, false>(sums, channels, numbers, nullptr, out, WIDTH);
 }
 
 // A row of the output. The last channels and the last block of pixels begin earlier and compute some outputs twice,
