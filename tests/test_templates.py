@@ -238,6 +238,25 @@ def test_an_output_scale_that_is_far_too_small() -> None:
     assert any("an output scale so small" in note for note in report.notes)
 
 
+def test_constants_that_are_written_out_leave_the_calls() -> None:
+    """A layer's numbers are no tensors then, which the choice between kernels would read."""
+    x = torch.randn(1, 8, 4, 4)
+    options = {"always_keep_tensor_constants": False}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QConv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(QD(x))
+
+    q = testing.qdq_graph(Net(), (x,))
+    compiled = testing.assert_close_to_reference(q, (x,), mode=MODE, options=options)
+    assert compiled.calls["qconv"] == 1
+    assert any("always_keep_tensor_constants=False" in note for note in compiled.report.notes)
+
+
 @needs_avx2
 def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: Any) -> None:
     one_blocking(0)

@@ -180,6 +180,13 @@ def is_autotuning() -> bool:
     return bool(config.max_autotune)
 
 
+def keeps_constants() -> bool:
+    """Whether the compile at hand leaves short constants the tensors they are, instead of writing their numbers out."""
+    from torch._inductor import config
+
+    return bool(config.always_keep_tensor_constants)
+
+
 def cxx_compiler() -> str:
     """The C++ compiler that Inductor will call; raises RuntimeError naming what was looked for when there is none.
 

@@ -29,6 +29,8 @@ class _Layer:
 def _find(node: fx.Node) -> Any:
     if not _torch.is_autotuning():
         return No('the mode is not "max-autotune"')
+    if not _torch.keeps_constants():
+        return No("no kernel is generated with the option always_keep_tensor_constants=False")
     if not _cpu.int8_lanes():
         return No("this CPU has no AVX2")
     call = calls.read(node)
