@@ -12,7 +12,15 @@ from inductor_x86q.coverage import Row
 
 def test_count_kernels() -> None:
     calls = Counter(
-        {"qconv": 3, "qconv.binary": 2, "qlinear": 1, "cat": 4, "cpp_fused_mean_0": 1, "cpp_fused_add_1": 2}
+        {
+            "qconv": 3,
+            "qconv.binary": 2,
+            "qlinear": 1,
+            "cat": 4,
+            "cpp_fused_mean_0": 1,
+            "cpp_fused_add_1": 2,
+            "cpp_fused_max_pool2d_3": 1,
+        }
     )
     calls.update({"convolution": 1, "linear": 1, "bmm": 2, "empty_strided": 9})
     assert coverage.count_kernels(calls) == (6, 11)

@@ -310,7 +310,7 @@ def test_debug_dump(net: torch.fx.GraphModule, tmp_path: Path, monkeypatch: pyte
         "5 after fuse post-ops.txt",
         "6 after fuse output types.txt",
         "7 after finish.txt",
-        "8 after join.txt",
+        "8 after images.txt",
         "9 after generate.txt",
     ]
     assert "onednn.qconv_pointwise.default" in (tmp_path / "graph0" / "5 after fuse post-ops.txt").read_text()

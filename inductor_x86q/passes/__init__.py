@@ -16,7 +16,7 @@ from inductor_x86q.passes import (
     finish,
     fuse,
     generate,
-    join,
+    images,
     normalize,
     propagate,
     row_scales,
@@ -50,7 +50,11 @@ STAGES = (
         "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
     ),
     Stage("finish", [*finish.RULES], "The graph is legal for Inductor."),
-    Stage("join", [*join.RULES], "Every cat of int8 images is ours, and repeats none that another one joins."),
+    Stage(
+        "images",
+        [*images.RULES],
+        "Every cat and max pool of int8 images of known sizes is ours, and no cat repeats what another one joins.",
+    ),
     Stage(
         "generate",
         [*generate.RULES],
@@ -66,7 +70,7 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
 
     Args:
         stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types",
-            "finish", "join" or "generate"; what holds after each is said in STAGES, and the rule has to keep it so.
+            "finish", "images" or "generate"; what holds after each is said in STAGES, and the rule has to keep it so.
 
     Returns:
         A function that takes the rule out again.

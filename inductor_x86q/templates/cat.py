@@ -8,25 +8,20 @@ hands on after the last operator that reads it under its name, so that who reads
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config, ir
-from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor import ir
 from torch._inductor.lowering import register_lowering
-from torch._inductor.utils import IndentedBuffer, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from inductor_x86q import qgraph
 from inductor_x86q.passes import aliasing
 from inductor_x86q.templates.images import Pixels, buffer, ints, pixels
 from inductor_x86q.templates.operators import CAT
-
-# A thread more pays where it saves more than waking it costs, which is about the time in which one copies so many bytes.
-BYTES_PER_THREAD = 32_768
+from inductor_x86q.templates.rows import compute
 
 
 def place(node: fx.Node) -> ir.ReinterpretView | None:
@@ -78,7 +73,7 @@ def _lower(images: Sequence[Any]) -> Any:
         if in_place := _in_place(image, node, whole):
             kernel.inputs.append(in_place)
         else:
-            copied.append(_Copied(pixels(image, "conv"), start))
+            copied.append((pixels(image, "conv"), start))
         start += _channels(node)
     if copied:
         kernel.inputs.append(_copies(whole, copied))
@@ -99,77 +94,23 @@ def _in_place(image: Any, node: fx.Node, whole: ir.StorageBox) -> Any:
     return ir.ConcatKernel.realize_into(image, part)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Copied:
-    """An image that is computed elsewhere, and the channel from which on it lies in the result."""
-
-    pixels: Pixels
-    start: int
-
-
-def _copies(whole: ir.StorageBox, copied: Sequence[_Copied]) -> Any:
-    """The kernel that copies images to their places."""
+def _copies(whole: ir.StorageBox, copied: Sequence[tuple[Pixels, int]]) -> Any:
+    """The kernel that copies images to where they lie in another: from which of its channels on."""
     view = _part(whole, 0, int(whole.get_size()[1]))
-    box = _Template(view.get_layout(), copied).generate().output_node()
-    copies = buffer(box)
-    copies.allow_epilogue_fusion = False
-    copies.layout = ir.NonOwningLayout(view)
-    return copies
+    layout = view.get_layout()
+    n, _, h, w = ints(layout.size)
 
-
-class _Template(CppTemplate):
-    """A kernel that copies images to where they lie in another."""
-
-    def __init__(self, layout: ir.Layout, copied: Sequence[_Copied]) -> None:
-        n, _, h, w = ints(layout.size)
-        self._images, self._h, self._w, self._pixel = n, h, w, int(layout.stride[3])
-        self._buffers = {image.pixels.buffer.get_name(): image.pixels.buffer for image in copied}
-        self._copied = copied
-        total = sum(n * h * w * image.pixels.sizes[3] for image in copied)
-        self._threads = min(parallel_num_threads(), max(1, total // BYTES_PER_THREAD))
-        super().__init__("x86q_cat", list(self._buffers.values()), layout, self._threads)
-
-    def header(self) -> IndentedBuffer:
-        lines = IndentedBuffer()
-        lines.splice("#include <omp.h>\n\n#include <cstdint>\n#include <cstring>")
-        if config.cpp.enable_kernel_profile:
-            lines.writeline("#include <torch/csrc/inductor/aoti_runtime/utils.h>")
-        return lines
-
-    def render(  # type: ignore[override]
-        self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
-    ) -> str:
-        assert not epilogue_nodes
-        if template_buffer_node is not None:
-            self.output_node = template_buffer_node
-        inputs = {f"x{number}": node for number, node in enumerate(self._buffers.values())}
-        definition = kernel.def_kernel(inputs=inputs, outputs={"out": self.output_node})
-        names = {node.get_name(): name for name, node in inputs.items()}
+    def row(starts: Sequence[str]) -> str:
         begin, copy = [], []
-        for number, copied in enumerate(self._copied):
-            x, (image, row, pixel) = copied.pixels, copied.pixels.strides
-            at = f"{names[x.buffer.get_name()]} + {x.offset} + n * {image} + h * {row}"
-            begin.append(f"const auto* from{number} = {at};")
-            copy.append(f"std::memcpy(to + {copied.start}, from{number}, {x.sizes[3]});")
-            copy.append(f"from{number} += {pixel};")
-        threads = "omp_get_max_threads()" if config.cpp.dynamic_threads and self._threads > 1 else self._threads
-        lines = "\n        "
-        return f"""\
-{self.header().getvalue()}
-extern "C" {definition}
-{{
-    {kernel.maybe_codegen_profile() if template_buffer_node is not None else ""}
-    #pragma omp parallel for num_threads({threads}) if ({self._threads} != 1)
-    for (int64_t row = 0; row < {self._images * self._h}; ++row) {{
-        const int64_t n = row / {self._h}, h = row % {self._h};
-        {lines.join(begin)}
-        auto* to = out + row * {self._w * self._pixel};
-        for (int64_t w = 0; w < {self._w}; ++w, to += {self._pixel}) {{
-            {(lines + "    ").join(copy)}
-        }}
-    }}
-}}
-"""
+        for number, ((x, channel), start) in enumerate(zip(copied, starts, strict=True)):
+            begin.append(f"const auto* from{number} = {start} + h * {x.strides[1]};")
+            copy.append(f"    std::memcpy(to + {channel}, from{number}, {x.sizes[3]});")
+            copy.append(f"    from{number} += {x.strides[2]};")
+        loop = f"for (int64_t w = 0; w < {w}; ++w, to += {int(layout.stride[3])}) {{"
+        return "\n".join([*begin, loop, *copy, "}"])
+
+    bytes_ = sum(n * h * w * x.sizes[3] for x, _ in copied)
+    return buffer(compute(layout, [x for x, _ in copied], bytes_, row, part=view))
 
 
 register_lowering(CAT, type_promotion_kind=None)(_lower)

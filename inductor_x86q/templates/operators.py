@@ -1,6 +1,6 @@
-"""Operators of ours: a cat of int8 images, and those that stand for a call of oneDNN and bring what a kernel needs instead.
+"""Operators of ours: on int8 images, and those that stand for a call of oneDNN and bring what a kernel needs instead.
 
-`inductor_x86q::cat` joins the channels of images.
+`inductor_x86q::cat` joins the channels of images, `inductor_x86q::max_pool2d` is `quantized::max_pool2d`.
 
 `inductor_x86q::qconv_pointwise` and its family take what the generated kernel reads of a layer, and the kernel's height
 and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
@@ -25,6 +25,11 @@ _library = torch.library.Library("inductor_x86q", "DEF")
 _library.define("cat(Tensor[] images) -> Tensor")
 _library.impl("cat", lambda images: torch.cat(images, 1), "CompositeExplicitAutograd")
 CAT = torch.ops.inductor_x86q.cat.default
+
+POOL = torch.ops.quantized.max_pool2d.default
+_library.define(str(POOL._schema).removeprefix("quantized::"))
+_library.impl("max_pool2d", POOL, "CompositeExplicitAutograd")
+MAX_POOL = torch.ops.inductor_x86q.max_pool2d.default
 
 
 def _run(call: Any, constants: Any, kernel: Any, *arguments: Any) -> torch.Tensor:

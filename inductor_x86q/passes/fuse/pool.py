@@ -14,9 +14,9 @@ from torch import fx
 from inductor_x86q import qgraph
 from inductor_x86q.passes.movement import MAX_POOLS, is_item
 from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.templates.operators import POOL
 
 aten = torch.ops.aten
-POOL = torch.ops.quantized.max_pool2d.default
 
 
 def accepts(pool: fx.Node, integers: Any) -> bool | No:

@@ -1,4 +1,4 @@
-"""Cats of int8 images: what is computed at its place in the result, what is copied there, and what stays as it is."""
+"""Cats and max pools of int8 images: what is computed at its place in another image, and what is copied there."""
 
 from __future__ import annotations
 
@@ -77,19 +77,19 @@ class Dense(nn.Module):
 
 @needs_avx2
 def test_a_cat_grows_in_place(only_generated: None, one_blocking: Any) -> None:
-    """One image of 52 channels holds all; only what the library's max pool gives is copied there."""
+    """One image of 52 channels holds all."""
     one_blocking(0)
     x = torch.randn(1, 8, 15, 13)
     q = testing.qdq_graph(Dense(), (x,))
     compiled = testing.assert_close_to_reference(q, (x,), mode=MODE)
-    assert copies(compiled.code) == [(0, 12)]
+    assert not copies(compiled.code)
     assert sorted(out_pixels(compiled.code)) == [8, 12, 52, 52, 52, 52]
 
 
 def test_a_cat_grows_by_what_is_new_in_default_mode() -> None:
     x = torch.randn(1, 8, 15, 13)
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Dense(), (x,)), (x,))
-    assert copies(compiled.code) == [(0, 12), (12, 10), (22, 10), (32, 10), (42, 10)]
+    assert copies(compiled.code) == [(12, 10), (22, 10), (32, 10), (42, 10)]  # the pool is computed where it belongs
     assert compiled.calls["cat"] == 0
 
 
@@ -169,3 +169,35 @@ def test_an_open_batch_is_left_to_inductor() -> None:
     compiled = testing.assert_close_to_reference(q, (x,))
     assert compiled.calls["cat"] == 1
     testing.assert_same(compiled.run(more := torch.randn(3, 16, 7, 6)), q(more))
+
+
+# channels, size, and kernel size, stride, padding, dilation and ceil mode
+POOLS: tuple[tuple[int, tuple[int, int], tuple[Any, ...]], ...] = (
+    (24, (9, 8), (3, 2, 1, 1, False)),
+    (70, (7, 9), ((3, 2), (2, 1), (1, 0), 1, True)),
+    (3, (11, 5), (2, 2, 0, 1, False)),
+    (64, (6, 6), (5, 1, 2, 1, False)),
+    (1, (9, 9), (3, 2, 1, 2, True)),
+    (130, (5, 6), (3, 2, 0, 1, True)),
+    (8, (2, 4), (2, 1, 1, (3, 1), False)),  # its windows lie beside the image
+)
+
+
+class Pools(nn.Module):
+    def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        results = []
+        for image, (_, _, window) in zip(images, POOLS, strict=True):
+            results.append(QD(F.max_pool2d(QD(image), *window)) + 1)
+        part = QD(images[1])[1:, 5:60:3, 1:, ::2]
+        return [*results, QD(F.max_pool2d(part, 2, 1)) + 1]
+
+
+@pytest.mark.parametrize("mode", [None, MODE])
+def test_pools(mode: str | None) -> None:
+    images = [torch.randn(2, channels, *size) for channels, size, _ in POOLS]
+    q = testing.qdq_graph(Pools(), (images,))
+    compiled = testing.compile_once(q, (images,), mode=mode)
+    for actual, expected in zip(compiled.outputs, q(images), strict=True):
+        assert torch.equal(actual, expected)
+    assert "quantized::max_pool2d" not in compiled.code
+    assert compiled.code.count("most = value > most") == len(POOLS) + 1

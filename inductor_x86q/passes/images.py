@@ -1,8 +1,11 @@
-"""The join stage: a cat of int8 images is an operator of ours, and adds to another one where it repeats that one's images."""
+"""The images stage: a cat or max pool of int8 images is an operator of ours, where all sizes are known.
+
+A cat also adds to another one where it repeats that one's images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +14,15 @@ from torch import fx
 from inductor_x86q import qgraph
 from inductor_x86q.passes import aliasing
 from inductor_x86q.passes.stage import No, Rule
-from inductor_x86q.templates.operators import CAT
+from inductor_x86q.templates.operators import CAT, MAX_POOL, POOL
 
 aten = torch.ops.aten
+
+
+def _call(target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
+    new = qgraph.call(target, *arguments, like=like)
+    new.meta["original_aten"] = target  # which Inductor names the kernel by
+    return new
 
 
 def _find_cat(node: fx.Node) -> Any:
@@ -26,16 +35,18 @@ def _find_cat(node: fx.Node) -> Any:
     values = [qgraph.value(image) for image in images]
     if any(image.dtype != value.dtype or image.dim() != 4 for image in values):
         return No("its images have other types or sizes")
-    if not all(isinstance(size, int) and size > 0 for image in values for size in image.shape):
-        return No("a size is not known when compiling, or is 0")
-    return images
+    return images if _have_sizes(values) else No("a size is not known when compiling, or is 0")
+
+
+def _have_sizes(values: Iterable[Any]) -> bool:
+    return all(isinstance(size, int) and size > 0 for value in values for size in value.shape)
 
 
 def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
     """Inductor has no kernel for a cat of integers, and calls eager mode's."""
     from inductor_x86q.templates import cat  # noqa: F401  registers with Inductor, which is slow to import
 
-    return qgraph.call(CAT, images, like=node)
+    return _call(CAT, images, like=node)
 
 
 def _find_continued(node: fx.Node) -> Any:
@@ -68,10 +79,23 @@ def _beginning_with(image: fx.Node) -> Iterator[fx.Node]:
 def _rewrite_continued(node: fx.Node, found: tuple[fx.Node, list[fx.Node]]) -> fx.Node:
     """cat(a, b, c), cat(a, b) → cat(cat(a, b), c): the second cat's memory can be part of the first one's."""
     front, rest = found
-    return qgraph.call(CAT, [front, *rest], like=node)
+    return _call(CAT, [front, *rest], like=node)
+
+
+def _find_pool(node: fx.Node) -> Any:
+    x: Any = node.args[0]
+    values = qgraph.value(x), qgraph.value(node)
+    return _have_sizes(values) or No("a size is not known when compiling, or is 0")
+
+
+def _rewrite_pool(node: fx.Node, found: bool) -> fx.Node:
+    from inductor_x86q.templates import pool  # noqa: F401  registers with Inductor, which is slow to import
+
+    return _call(MAX_POOL, *node.args, like=node)
 
 
 RULES = (
     Rule("cat of images", (aten.cat.default,), _find_cat, _rewrite_cat),
     Rule("cat that goes on", (CAT,), _find_continued, _rewrite_continued),
+    Rule("max pool of images", (POOL,), _find_pool, _rewrite_pool),
 )
