@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 # A call of an operator through its C shim, and a call of a generated kernel with a body in the same text.
 _SHIM = re.compile(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_(\w+)\(")
-_PROXY = re.compile(r'aoti_torch_call_dispatcher\("([\w:]+)", "(\w*)"')
+_PROXY = re.compile(r'torch_call_dispatcher\("([\w:]+)", "(\w*)"')
 _KERNEL = re.compile(r"^\s+(cpp_\w+)\(\(")
 
 _NAMES = {
@@ -57,8 +57,8 @@ def kernel_calls(code: str) -> Counter[str]:
     """How often the wrapper calls each kernel.
 
     Keys: "qconv", "qconv.binary", "qlinear", "qlinear.binary" for the onednn int8 operators; "convolution", "linear"
-    and their ".binary" for float oneDNN; other operators under the name of their C shim; and each generated kernel by
-    its name, which begins with "cpp_".
+    and their ".binary" for float oneDNN; other operators under the name of their C shim, or their own where they are called
+    through the dispatcher; and each generated kernel by its name, which begins with "cpp_".
     """
     return Counter(name for line in _body(code) if (name := _called(line)))
 

@@ -206,4 +206,5 @@ def test_a_pool_needs_no_headers_of_the_dispatcher() -> None:
     torch._dynamo.mark_dynamic(inputs[0], 0)  # else the pool is ours
     code = cpp_code(quantized, inputs)
     assert 'torch_call_dispatcher("quantized::max_pool2d"' in code and "Dispatcher.h" not in code
+    assert testing.kernel_calls(code)["quantized::max_pool2d"] == 1  # so that `explain --timing` lists it
     testing.assert_close_to_reference(quantized, inputs)
