@@ -66,6 +66,8 @@ def may_overwrite(node: fx.Node, *, after: fx.Node) -> bool:
     root = base(node)
     if root.op != "call_function" or not _is_dense(node):
         return False
+    if qgraph.value(root).dim() == 5 and qgraph.value(node).dim() == 4:
+        return False  # images of a volume lie apart, which the library's sum refuses at run time
     needed = qgraph.compute_ancestors(after)
     for reader in readers(node):
         # The dequantize in front of the addition goes away with it; what else reads through it must be done before.
