@@ -156,7 +156,37 @@ LEFT_ALONE = [
     row("gelu is no post-op of a conv", after(F.gelu), C, IMAGE, {"qconv": 1}),
 ]  # fmt: skip
 
-ALL = FUSED + LEFT_ALONE
+
+def part(name: str, function: Callable[[torch.Tensor], torch.Tensor], whole: nn.Module, shape: tuple[int, ...]) -> Row:
+    """Adds a convolution to part of another's result, whose elements do not lie side by side."""
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        accumulator = function(m.whole(QD(x)))
+        return torch.relu(m.layer(QD(accumulator)) + accumulator)
+
+    layers = {"whole": whole, "layer": QConv2d(8, 8, 1)}
+    return row(f"the accumulator is {name}", forward, layers, shape, {"qconv": 2}, rounds_inside=True)
+
+
+def int8_part(m: Any, x: torch.Tensor) -> torch.Tensor:
+    accumulator = QD(m.whole(QD(x)))[:, :, 1:]
+    return QD(m.layer(QD(accumulator * 1.5, 0.03)) + accumulator)
+
+
+# The library refuses to write into them.
+PARTS = [
+    part("rows of an image", lambda y: y[:, :, 1:], QConv2d(8, 8, 3), (2, 8, 5, 6)),
+    part("columns of an image", lambda y: y[..., 1:], QConv2d(8, 8, 3), (2, 8, 5, 6)),
+    part("every other image", lambda y: y[::2], QConv2d(8, 8, 3), (4, 8, 5, 6)),
+    part("channels of an image", lambda y: y[:, 8:], QConv2d(8, 16, 3), (2, 8, 5, 6)),
+    part("a frame of a volume", lambda y: y.select(2, 0), QConv3d(8, 8, (1, 3, 3)), (2, 8, 3, 5, 6)),
+    row("int8 sum into rows of an image", int8_part, {"whole": QConv2d(8, 8, 3), "layer": QConv2d(8, 8, 1)},
+        (2, 8, 5, 6), {"qconv": 1, "qconv.binary": 1}, "sum", rounds_inside=True),
+    row("linear adds part of another's result", lambda m, x: m.second(QD(x)) + m.first(QD(x, 0.03, 20))[:, 8:56],
+        {"first": QLinear(32, 64), "second": QLinear(32, 48)}, ROWS, {"qlinear": 1, "qlinear.binary": 1}),
+]  # fmt: skip
+
+ALL = FUSED + LEFT_ALONE + PARTS
 
 
 def inputs_of(case: Row) -> tuple[torch.Tensor, ...]:
@@ -204,3 +234,9 @@ def test_numbers(number: int, together: tuple[list[Any], list[Any], list[Any]]) 
     else:
         testing.assert_same(first, reference)
     testing.assert_same(second, first)
+
+
+def test_parts_in_max_autotune() -> None:
+    inputs = tuple(x for case in PARTS for x in inputs_of(case))
+    q = testing.qdq_graph(Together(PARTS), inputs)
+    testing.assert_close_to_reference(q, inputs, mode="max-autotune", min_snr=35)

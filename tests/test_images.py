@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from inductor_x86q import _cpu, testing
-from inductor_x86q.testing import QConv2d, QConv3d, quantize_dequantize
+from inductor_x86q.testing import QConv2d, quantize_dequantize
 
 QD = quantize_dequantize
 MODE = "max-autotune"
@@ -201,21 +201,3 @@ def test_pools(mode: str | None) -> None:
         assert torch.equal(actual, expected)
     assert "quantized::max_pool2d" not in compiled.code
     assert compiled.code.count("most = value > most") == len(POOLS) + 1
-
-
-class FrameOfVolume(nn.Module):
-    """A sum may not be written into one frame of a convolved volume: its images lie apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.volume, self.image = QConv3d(8, 8, (1, 3, 3)), QConv2d(8, 8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        frame = self.volume(QD(x)).select(2, 0)
-        return torch.relu(self.image(QD(frame)) + frame)
-
-
-@pytest.mark.parametrize("mode", [None, MODE])
-def test_a_frame_of_a_volume_is_not_overwritten(mode: str | None) -> None:
-    x = torch.randn(2, 8, 3, 5, 6)
-    testing.assert_close_to_reference(testing.qdq_graph(FrameOfVolume(), (x,)), (x,), mode=mode)

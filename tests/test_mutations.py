@@ -414,7 +414,7 @@ BROKEN = {
                "not remaining <= needed", "False", "accumulator read later"),
         Broken("sum into an input of the graph", aliasing.may_overwrite, 'root.op != "call_function"', "False",
                "accumulator is an input"),
-        Broken("sum into what is expanded", aliasing._is_dense, "stride != 0", "True", "accumulator is expanded"),
+        Broken("sum into what is expanded", aliasing._is_dense, "stride == expected", "True", "accumulator is expanded"),
         Broken("do not look from a view to what it views", aliasing.base,
                "_lives_in(node)", "None",
                "accumulator is a view of what is read later"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -10,6 +10,7 @@ from torch import fx
 from inductor_x86q import _torch, qgraph
 from inductor_x86q.passes import movement
 from inductor_x86q.passes.fuse.call import is_call, read
+from inductor_x86q.passes.stage import No
 
 aten = torch.ops.aten
 
@@ -56,28 +57,36 @@ def is_overwritten(node: fx.Node) -> bool:
     return any(is_call(reader) and base(reader) is base(node) for reader in readers(node))
 
 
-def may_overwrite(node: fx.Node, *, after: fx.Node) -> bool:
+def may_overwrite(node: fx.Node, *, after: fx.Node) -> Literal[True] | No:
     """Whether an in-place sum at `after` may write into the memory of `node`.
 
-    It may where that memory belongs to no input, constant or output of the graph, is not expanded, and everything
-    else that reads it is done before: is needed to compute `after`. Graph order alone would not do, since later passes
-    reorder nodes.
+    It may where that memory belongs to no input, constant or output of the graph, the value has no gaps in it, and
+    everything else that reads it is done before: is needed to compute `after`. Graph order alone would not do, since
+    later passes reorder nodes.
     """
     root = base(node)
-    if root.op != "call_function" or not _is_dense(node):
-        return False
-    if qgraph.value(root).dim() == 5 and qgraph.value(node).dim() == 4:
-        return False  # images of a volume lie apart, which the library's sum refuses at run time
+    if root.op != "call_function":
+        return No("it is an input or a constant")
+    if not _is_dense(node):
+        return No("it has gaps in its memory")
     needed = qgraph.compute_ancestors(after)
     for reader in readers(node):
         # The dequantize in front of the addition goes away with it; what else reads through it must be done before.
         remaining = set(reader.users) - {after} if after in reader.users else {reader} - {after}
         if not remaining <= needed:
-            return False
+            return No("it is read later")
     return True
 
 
 def _is_dense(node: fx.Node) -> bool:
+    """Whether the value's elements lie side by side, each once: the library's sum refuses others when it runs."""
     value = qgraph.value(node)
-    sizes_and_strides = zip(value.shape, value.stride(), strict=True)
-    return all(_torch.known(stride != 0) or _torch.known(size == 1) for size, stride in sizes_and_strides)
+    dimensions = [pair for pair in zip(value.shape, value.stride(), strict=True) if not _torch.known(pair[0] == 1)]
+    expected: Any = 1
+    while dimensions:
+        is_next = [_torch.known(stride == expected) for _, stride in dimensions]
+        if not any(is_next):
+            return False
+        size, _ = dimensions.pop(is_next.index(True))
+        expected = expected * size
+    return True

@@ -144,7 +144,7 @@ def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, 
             # A kernel that reads its input while it overwrites it would read its own results.
             apart = aliasing.base(integers) is not aliasing.base(call.x)  # type: ignore[arg-type]
             free = apart and aliasing.may_overwrite(integers, after=node)  # type: ignore[arg-type]
-            return dataclasses.replace(call, binary=binary), free
+            return dataclasses.replace(call, binary=binary), bool(free)
     dtype = qgraph.value(other).dtype
     if qgraph.is_dequantize(other):
         return No("its other operand is int8 and its own result is not: left to one generated kernel")
@@ -152,11 +152,13 @@ def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, 
         call = dataclasses.replace(call, output_dtype=dtype)  # the sum would be widened, so its terms need no rounding
     if dtype != call.output_dtype or qgraph.value(node).dtype != dtype:
         return No(f"it adds {dtype} to {call.output_dtype}")
-    if aliasing.may_overwrite(other, after=node) and quantized is None:
+    int8_result = No("it is float, and the result int8")
+    free = aliasing.may_overwrite(other, after=node) if quantized is None else int8_result
+    if free:
         return dataclasses.replace(call, binary=Binary("sum", other)), True
     if "add" in ADDITIONS[call.kernel]:
         return dataclasses.replace(call, binary=Binary("add", other)), True
-    return No("the accumulator is read later, and the convolution has no addition that leaves it alone")
+    return No(f"a convolution's sum overwrites the accumulator, which it may not here: {free.why}")
 
 
 def _quantized_output(node: fx.Node) -> qgraph.QParams | None:
