@@ -64,14 +64,14 @@ class Row:
     module: nn.Module
     shapes: tuple[tuple[int, ...], ...]
     calls: dict[str, int]  # int8 and float oneDNN calls; "cpp": generated kernels
-    post_op: str = "none"  # that one of the calls does, or the name of one
+    text: str = '"none"'  # in the code: a post-op that one of the calls does, or a line of a kernel
     rounds_inside: bool = False  # a quantized value between two layers
 
 
 def row(name: str, function: Callable[..., Any], layers: dict[str, nn.Module], shapes: Any, calls: dict[str, int],
-        post_op: str = "none", rounds_inside: bool = False) -> Row:  # fmt: skip
+        post_op: str = "none", rounds_inside: bool = False, text: str = "") -> Row:  # fmt: skip
     shapes = shapes if isinstance(shapes[0], tuple) else (shapes,)
-    return Row(name, Case(function, **layers), shapes, calls, post_op, rounds_inside)
+    return Row(name, Case(function, **layers), shapes, calls, text or f'"{post_op}"', rounds_inside)
 
 
 def after(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -126,7 +126,7 @@ FUSED = [
         lambda m, x: m.second(QD(F.max_pool2d(QD(m.first(QD(x))), 7, 1, 3))),
         {"first": conv(), "second": conv()}, IMAGE, {"qconv": 2, "cpp": 3}, rounds_inside=True),
     row("max pool of a large box in front of a conv", lambda m, x: m.layer(QD(F.max_pool3d(QD(x), 3, 1, 1))),
-        {"layer": QConv3d(16, 16, 3)}, (1, 16, 4, 5, 6), {"qconv": 1, "cpp": 4}),
+        {"layer": QConv3d(16, 16, 3)}, (1, 16, 4, 5, 6), {"qconv": 1, "cpp": 4}, text="most = value > most"),
     row("average pool over the whole image", lambda m, x: m.fc(QD(F.avg_pool2d(QD(m.conv(QD(x))), 8, 1).flatten(1))),
         {"conv": conv(), "fc": QLinear(16, 24)}, IMAGE, {"qconv": 1, "qlinear": 1, "cpp": 2}, rounds_inside=True),
     row("flatten in front of a linear", lambda m, x: m.fc(QD(torch.flatten(QD(m.conv(QD(x))), 1))),
@@ -198,7 +198,7 @@ def inputs_of(case: Row) -> tuple[torch.Tensor, ...]:
 def test_kernels(case: Row) -> None:
     inputs = inputs_of(case)
     code = testing.assert_fused(testing.qdq_graph(case.module, inputs), inputs, case.calls)
-    assert f'"{case.post_op}"' in code
+    assert case.text in code
 
 
 class Together(nn.Module):

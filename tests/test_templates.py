@@ -329,7 +329,7 @@ def test_images_of_few_channels_are_taken_as_they_lie(only_generated: None, one_
     inputs = (planes, pixels.to(memory_format=torch.channels_last), gray)
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Planes(), inputs), inputs, mode=MODE)
     distances = [int(found) for found in re.findall(r"X_CHANNEL = (\d+)", compiled.code)]
-    assert distances.count(72) == 2 and distances.count(1) >= 2, distances  # layers of one shape share a kernel
+    assert distances.count(72) >= 3 and distances.count(1) >= 2, distances  # layers of one shape share a kernel
 
 
 @needs_avx2

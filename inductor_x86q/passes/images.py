@@ -14,6 +14,7 @@ from torch import fx
 from inductor_x86q import qgraph
 from inductor_x86q.passes import aliasing
 from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.templates.layer import FEW_CHANNELS
 from inductor_x86q.templates.operators import CAT, MAX_POOL, POOL
 
 aten = torch.ops.aten
@@ -35,7 +36,9 @@ def _find_cat(node: fx.Node) -> Any:
     values = [qgraph.value(image) for image in images]
     if any(image.dtype != value.dtype or image.dim() != 4 for image in values):
         return No("its images have other types or sizes")
-    return images if _have_sizes(values) else No("a size is not known when compiling, or is 0")
+    if not _have_sizes(values):
+        return No("a size is not known when compiling, or is 0")
+    return images if value.shape[1] > FEW_CHANNELS else No("convolutions take so few channels as planes too")
 
 
 def _have_sizes(values: Iterable[Any]) -> bool:
@@ -52,14 +55,15 @@ def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
 def _find_continued(node: fx.Node) -> Any:
     """The longest other cat with which this one begins, as densely connected networks have them."""
     images = _images(node)
-    fronts = [
-        other for other in _beginning_with(images[0])
-        if _images(other) == images[: len(_images(other))] != images and not aliasing.is_overwritten(other)
-    ]  # fmt: skip
-    front = max(fronts, key=lambda other: len(_images(other)), default=None)
+    others = {other: _images(other) for other in _beginning_with(images[0])}
+    fronts = {
+        other: its for other, its in others.items()
+        if its == images[: len(its)] != images and not aliasing.is_overwritten(other)
+    }  # fmt: skip
+    front = max(fronts, key=lambda other: len(fronts[other]), default=None)
     if front is None or front in node.args[0]:  # type: ignore[operator]
         return No("no other cat has the same images in front")
-    return front, images[len(_images(front)) :]
+    return front, images[len(fronts[front]) :]
 
 
 def _images(cat: fx.Node) -> list[fx.Node]:

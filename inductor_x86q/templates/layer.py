@@ -11,6 +11,10 @@ from inductor_x86q import _cpu
 from inductor_x86q.passes.fuse.call import Call
 from inductor_x86q.templates.convolution import ACTIVATIONS, CPP_TYPES, Convolution, Epilogue
 
+# Convolutions take images of so few channels as they come, pixels or planes: their bytes are copied anyhow, and the copy takes
+# planes in a fraction of the time in which Inductor turns them into pixels.
+FEW_CHANNELS = 4
+
 
 def describe(
     layer: Call, image: Sequence[int], output: Sequence[int], kernel: Sequence[int], x_dtype: torch.dtype

@@ -34,7 +34,7 @@ from inductor_x86q.passes.fuse import call as calls
 from inductor_x86q.templates import cat
 from inductor_x86q.templates.convolution import Convolution, Epilogue, header, namespace
 from inductor_x86q.templates.images import Pixels, buffer, image, ints, pixels
-from inductor_x86q.templates.layer import describe, epilogue
+from inductor_x86q.templates.layer import FEW_CHANNELS, describe, epilogue
 from inductor_x86q.templates.operators import STANDS_FOR
 
 # A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
@@ -228,11 +228,6 @@ def _filled(node: Any) -> torch.Tensor:
         return V.graph.constants[node.get_name()]
     size, stride = ints(node.get_size()), ints(node.get_stride())
     return torch.empty_strided(size, stride, dtype=node.get_dtype()).fill_(1)
-
-
-# Images of so few channels are taken as they come, pixels or planes: their bytes are copied anyhow, and the copy takes planes
-# in a fraction of the time in which Inductor turns them into pixels.
-FEW_CHANNELS = 4
 
 
 def _input(layer: calls.Call) -> Pixels:
