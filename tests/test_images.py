@@ -32,7 +32,7 @@ def joined(*images: torch.Tensor) -> torch.Tensor:
 
 
 class Branches(nn.Module):
-    """What an inception block is: convolutions, whole and depthwise, and a convolution behind a pool."""
+    """What an inception block is: convolutions, whole and depthwise, of one image, side by side."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from torch._inductor.virtualized import V
 
 from inductor_x86q import qgraph
 from inductor_x86q.passes import aliasing
-from inductor_x86q.templates.images import Pixels, buffer, ints, pixels
+from inductor_x86q.templates.images import Pixels, buffer, contiguous, ints, pixels
 from inductor_x86q.templates.operators import CAT
 from inductor_x86q.templates.rows import compute
 
@@ -53,9 +53,7 @@ def _result(cat: fx.Node) -> ir.StorageBox:
     results: dict[fx.Node, ir.StorageBox] = V.graph.__dict__.setdefault("_x86q_cats", {})
     if cat not in results:
         value, around = qgraph.value(cat), place(cat)
-        size = ints(value.shape)
-        stride = ir.FlexibleLayout.stride_ordered(size, ir.NHWC_STRIDE_ORDER)
-        own = ir.FixedLayout(torch.device("cpu"), value.dtype, size, stride)
+        own = contiguous(ints(value.shape), value.dtype, "conv")
         kernel = ir.ConcatKernel(name=None, layout=own if around is None else ir.NonOwningLayout(around), inputs=[])
         kernel.name = V.graph.register_buffer(kernel)
         results[cat] = ir.StorageBox(kernel)
@@ -110,7 +108,7 @@ def _copies(whole: ir.StorageBox, copied: Sequence[tuple[Pixels, int]]) -> Any:
         return "\n".join([*begin, loop, *copy, "}"])
 
     bytes_ = sum(n * h * w * x.sizes[3] for x, _ in copied)
-    return buffer(compute(layout, [x for x, _ in copied], bytes_, row, part=view))
+    return buffer(compute(layout, [x for x, _ in copied], bytes_, row, view))
 
 
 register_lowering(CAT, type_promotion_kind=None)(_lower)

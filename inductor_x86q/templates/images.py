@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._inductor import ir
 
 
@@ -65,6 +66,15 @@ def image(box: Any) -> Pixels:
     pixel = stride[3] if w > 1 else c
     row = stride[2] if h > 1 else w * pixel
     return Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel), channel)
+
+
+def contiguous(
+    size: list[int], dtype: torch.dtype, family: str, part: ir.ReinterpretView | None = None
+) -> ir.FixedLayout:
+    """The layout of images pixel by pixel, or of a linear's rows; that of `part` of a larger image where there is one."""
+    order = ir.NHWC_STRIDE_ORDER if family == "conv" else list(reversed(range(len(size))))
+    stride = ir.FlexibleLayout.stride_ordered(size, order) if part is None else ints(part.get_stride())
+    return ir.FixedLayout(torch.device("cpu"), dtype, size, stride)
 
 
 def buffer(box: Any) -> Any:

@@ -1,12 +1,10 @@
 """What Inductor makes of the operators that stand for a call: the call, or a kernel of ours, whichever is faster.
 
 Inductor's template interface is private; it is reached in this package's files and nowhere else. What is relied on, all of it
-the same in the supported versions: `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller`
-of it, `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`),
+the same in the supported versions: `ChoiceCaller` being what the selection times and builds (a template's by its `bmreq`),
 `autotune_select_algorithm` timing the choices once for a shape and keeping the result in Inductor's autotuning cache,
 `register_lowering` for operators of other libraries, `ExternKernel.copy_input` giving a copy whose layout is still
-open, `Buffer.decide_layout` laying a result out as what it is computed from, and `allow_epilogue_fusion` keeping what
-follows out of a template's kernel.
+open, and `Buffer.decide_layout` laying a result out as what it is computed from.
 """
 
 from __future__ import annotations
@@ -21,11 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch._inductor import config, ir
-from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor import ir
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.select_algorithm import autotune_select_algorithm
-from torch._inductor.utils import IndentedBuffer, parallel_num_threads
 from torch._inductor.virtualized import V
 
 from inductor_x86q import _cpu
@@ -33,72 +29,42 @@ from inductor_x86q._torch import scopes
 from inductor_x86q.passes.fuse import call as calls
 from inductor_x86q.templates import cat
 from inductor_x86q.templates.convolution import Convolution, Epilogue, header, namespace
-from inductor_x86q.templates.images import Pixels, buffer, image, ints, pixels
+from inductor_x86q.templates.images import Pixels, buffer, contiguous, image, ints, pixels
 from inductor_x86q.templates.layer import FEW_CHANNELS, describe, epilogue
 from inductor_x86q.templates.operators import STANDS_FOR
+from inductor_x86q.templates.template import Template, computed, threads
 
 # A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
 MACS_PER_THREAD = 100_000
 
 
-class _Template(CppTemplate):
+class _Layer(Template):
     """The generated kernel for one layer, in one blocking."""
 
     def __init__(
         self, inputs: _Inputs, convolution: Convolution, epilogue: Epilogue, blocking: tuple[int, int]
     ) -> None:
-        super().__init__("x86q", inputs.nodes, inputs.layout, convolution.threads)
+        super().__init__("x86q", inputs.by_name(), inputs.layout, convolution.threads)
         self._inputs, self._convolution, self._epilogue, self._blocking = inputs, convolution, epilogue, blocking
 
-    def header(self) -> IndentedBuffer:
+    def shared(self) -> str:
         """What all kernels share. Inductor's own prefix is left out: it takes longer to compile than the kernel."""
-        lines = IndentedBuffer()
-        lines.splice(header(self._convolution.lanes))
-        return lines
+        return header(self._convolution.lanes)
 
-    def _header_once(self) -> str:
-        """The header for a kernel that is a file of its own; kernels that share one find it in front of the first of a width.
-
-        Relies on a C++ wrapper appending its kernels to `kernel_declarations`, once all of them are rendered.
-        """
-        text = self.header().getvalue()
-        if config.cpp.enable_kernel_profile:
-            text = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" + text
-        if not V.graph.cpp_wrapper:
-            return text
-        wrapper: Any = V.graph.wrapper_code
-        widths = wrapper.__dict__.setdefault("_x86q_widths", set())
-        if self._convolution.lanes not in widths:
-            wrapper.kernel_declarations.splice(text)
-            widths.add(self._convolution.lanes)
-        return ""
-
-    def render(  # type: ignore[override]
-        self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
-    ) -> str:
-        assert not epilogue_nodes
-        is_final = template_buffer_node is not None
-        if is_final:
-            self.output_node = template_buffer_node
-        named = self._inputs.by_name()
-        definition = kernel.def_kernel(inputs=named, outputs={"out": self.output_node})
-        names = {node.get_name(): name for name, node in named.items()}
-        x, other = self._inputs.x, self._inputs.other
-        x_pointer = f"(const uint8_t*){names[x.buffer.get_name()]} + {x.offset}"
-        other_pointer = f"{names[other.buffer.get_name()]} + {other.offset}" if other is not None else "nullptr"
-        shape, library = f"shape_of_{kernel.kernel_name}", namespace(self._convolution.lanes)
+    def before(self, name: str) -> str:
         return f"""\
-{self._header_once() if is_final else self.header().getvalue()}
-namespace {shape} {{
-using namespace {library};
+namespace shape_of_{name} {{
+using namespace {namespace(self._convolution.lanes)};
 {self._convolution.source(*self._blocking)}{self._epilogue.source()}}}
-extern "C" {definition}
-{{
-    {kernel.maybe_codegen_profile() if is_final else ""}
-    {library}::{self._convolution.function}<{shape}::Shape, {shape}::Epilogue>(
-        {x_pointer}, (const int32_t*)constants, {other_pointer}, out);
-}}
 """
+
+    def body(self, name: str) -> str:
+        x, other = self._inputs.x, self._inputs.other
+        shape, library = f"shape_of_{name}", namespace(self._convolution.lanes)
+        addend = self.address(other) if other is not None else "nullptr"
+        return f"""\
+{library}::{self._convolution.function}<{shape}::Shape, {shape}::Epilogue>(
+    (const uint8_t*){self.address(x)}, (const int32_t*)constants, {addend}, out);"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +216,7 @@ def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> A
     key = repr((convolution, after))
     as_call = _Call(inputs, target, arguments, key)
     blockings = convolution.blockings(_cpu.vector_registers())
-    templates = [_Template(inputs, convolution, after, blocking).generate() for blocking in blockings]
+    templates = [_Layer(inputs, convolution, after, blocking).generate() for blocking in blockings]
     _Contest(as_call, templates)
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
     choices = [as_call, *templates]
@@ -259,9 +225,7 @@ def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> A
     if as_call.is_chosen:
         _forget(constants)
     else:
-        buffer(box).allow_epilogue_fusion = False
-        if part is not None:
-            buffer(box).layout = ir.NonOwningLayout(part)
+        box = computed(box, part)
         _forget(layer.weight, layer.weight_scale, layer.weight_zero_point, layer.bias)
     return box
 
@@ -285,25 +249,15 @@ def _layer(
     size = ints(V.graph.current_node.meta["val"].shape)
     convolution = describe(layer, x.sizes, size, kernel, x.box.get_dtype())
     convolution = dataclasses.replace(
-        convolution, x_strides=x.strides, x_channel=x.channel, threads=_threads(convolution.macs)
+        convolution, x_strides=x.strides, x_channel=x.channel, threads=threads(convolution.macs, MACS_PER_THREAD)
     )
     if other is not None:
         convolution = dataclasses.replace(convolution, other_pixel=other.strides[2])
-    order = ir.NHWC_STRIDE_ORDER if layer.family == "conv" else list(reversed(range(len(size))))
-    stride = ir.FlexibleLayout.stride_ordered(size, order)
+    layout = contiguous(size, layer.output_dtype, layer.family, part)
     if part is not None:
-        stride = ints(part.get_stride())
-        convolution = dataclasses.replace(convolution, out_pixel=stride[3])
-    layout = ir.FixedLayout(torch.device("cpu"), layer.output_dtype, size, stride)
+        convolution = dataclasses.replace(convolution, out_pixel=layout.stride[3])
     inputs = _Inputs(x, buffer(constants), other, layout)
     return inputs, convolution, epilogue(layer, other.box.get_dtype() if other is not None else None)
-
-
-def _threads(macs: int) -> int:
-    """How many threads share so much work; 0 for as many as there are when it runs, where Inductor is told so."""
-    if config.cpp.dynamic_threads:
-        return 0 if macs >= 2 * MACS_PER_THREAD else 1
-    return min(parallel_num_threads(), max(1, macs // MACS_PER_THREAD))
 
 
 for _target, _call in STANDS_FOR.items():

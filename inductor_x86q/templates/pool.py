@@ -17,7 +17,7 @@ from torch._inductor.virtualized import V
 from inductor_x86q import qgraph
 from inductor_x86q.templates import cat
 from inductor_x86q.templates.convolution import CPP_TYPES
-from inductor_x86q.templates.images import Pixels, ints, pixels
+from inductor_x86q.templates.images import Pixels, contiguous, ints, pixels
 from inductor_x86q.templates.operators import MAX_POOL
 from inductor_x86q.templates.rows import compute
 
@@ -34,9 +34,7 @@ def _lower(
 ) -> Any:
     image = pixels(x, "conv")
     value, part = qgraph.value(V.graph.current_node), cat.place(V.graph.current_node)
-    size = ints(value.shape)
-    strides = ir.FlexibleLayout.stride_ordered(size, ir.NHWC_STRIDE_ORDER) if part is None else ints(part.get_stride())
-    layout = ir.FixedLayout(torch.device("cpu"), value.dtype, size, strides)
+    layout = contiguous(ints(value.shape), value.dtype, "conv", part)
     windows = list(zip(kernel, stride, padding, dilation, strict=True))
     # A vector of the window is read in a fraction of the time in which one is copied from memory.
     bytes_ = value.numel() * kernel[0] * kernel[1] // 4

@@ -1,7 +1,7 @@
 """Max pool on uint8 tensors becomes the library's int8 pool, which the images stage makes one of ours where sizes are known.
 
-Inductor's own lowering of an integer pool loads 8 bytes at a time through masks: 8.0 ms against 0.12 ms for
-1×64×112×112, kernel 3, stride 2; with ours 0.02.
+Inductor's own lowering of an integer pool loads 8 bytes at a time through masks: 8.0 ms for 1×64×112×112, kernel 3, stride
+2, where the library's takes 0.07 and ours 0.01; of 24 channels, which are no multiple of 32, the library's takes 0.5.
 """
 
 from __future__ import annotations
