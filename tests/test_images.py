@@ -1,4 +1,4 @@
-"""Cats and max pools of int8 images: what is computed at its place in another image, and what is copied there."""
+"""Cats and pools of int8 images: what is computed at its place in another image, and what is copied there."""
 
 from __future__ import annotations
 
@@ -201,3 +201,59 @@ def test_pools(mode: str | None) -> None:
         assert torch.equal(actual, expected)
     assert "quantized::max_pool2d" not in compiled.code
     assert compiled.code.count("most = value > most") == len(POOLS) + 1
+
+
+def averaged(x: torch.Tensor, *window: Any, scale: float = 0.0131, **quantize: Any) -> torch.Tensor:
+    return QD(F.avg_pool2d(x, *window), scale, **quantize)
+
+
+class Averages(nn.Module):
+    """Average pools that are a kernel of ours: of which images, and windows, and types."""
+
+    COUNT = 8
+
+    def forward(self, x: torch.Tensor, few: torch.Tensor) -> list[torch.Tensor]:
+        many, few = QD(x), QD(few, 0.03, 60)
+        signed = QD(x, 0.02, -3, dtype=torch.int8, quant_min=-128, quant_max=127)
+        return [
+            averaged(many, 3, 1, 1),
+            averaged(many, 3, 1, 1, scale=0.02),  # its input's: no sum of nine lies at a tie
+            averaged(few, (3, 2), (1, 2), (1, 0), False, False),
+            averaged(few, 2, 2, 0, False, True, 3),
+            averaged(many, 3, 2, 0, True, scale=0.0011),  # many of them saturate
+            averaged(signed, 5, 2, 2, zero_point=3, dtype=torch.int8, quant_min=-64, quant_max=63),
+            averaged(signed, 2, 1, scale=0.017, zero_point=60),
+            averaged(many[:, 5:60:3, 1:, ::2], 2, 1),
+        ]
+
+
+@pytest.mark.parametrize("mode", [None, MODE])
+def test_average_pools(mode: str | None) -> None:
+    x = torch.randn(2, 70, 9, 11), torch.randn(2, 5, 8, 8)
+    q = testing.qdq_graph(Averages(), x)
+    compiled = testing.compile_once(q, x, mode=mode)
+    for actual, expected in zip(compiled.outputs, q(*x), strict=True):
+        assert torch.equal(actual, expected)
+    assert compiled.code.count("both += pairs") == Averages.COUNT
+
+
+LEFT_TO_INDUCTOR: dict[str, tuple[tuple[int, ...], Any]] = {
+    "results at ties": ((2, 8, 6, 6), lambda x: averaged(QD(x, 0.02), 2, scale=0.02)),
+    "windows beyond the padding": ((2, 8, 6, 6), lambda x: averaged(QD(x), 3, 2, 0, True)),
+    "three channels": ((2, 3, 6, 6), lambda x: averaged(QD(x), 3)),
+    "one image": ((8, 6, 6), lambda x: averaged(QD(x), 3)),
+    "a large window": ((1, 8, 20, 20), lambda x: averaged(QD(x), 19)),
+    "scales far apart": ((2, 8, 6, 6), lambda x: averaged(QD(x, 1e-20), 3, scale=1e15)),
+    "reals that are read": ((2, 8, 6, 6), lambda x: (lambda y: QD(y, 0.013) + y)(F.avg_pool2d(QD(x), 3))),
+}
+
+
+class LeftToInductor(nn.Module):
+    def forward(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [build(x) for x, (_, build) in zip(images, LEFT_TO_INDUCTOR.values(), strict=True)]
+
+
+def test_average_pools_that_are_left_to_inductor() -> None:
+    images = ([torch.randn(shape) for shape, _ in LEFT_TO_INDUCTOR.values()],)
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(LeftToInductor(), images), images, step=0.02)
+    assert "both += pairs" not in compiled.code

@@ -53,7 +53,7 @@ STAGES = (
     Stage(
         "images",
         [*images.RULES],
-        "Every cat and max pool of int8 images of known sizes is ours, and no cat repeats what another one joins.",
+        "Every cat and pool of int8 images of known sizes is ours, and no cat repeats what another one joins.",
     ),
     Stage(
         "generate",

@@ -1,4 +1,4 @@
-"""The images stage: a cat or max pool of int8 images is an operator of ours, where all sizes are known.
+"""The images stage: a cat or pool of int8 images is an operator of ours, where all sizes are known.
 
 A cat also adds to another one where it repeats that one's images.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import qgraph
-from inductor_x86q.passes import aliasing
+from inductor_x86q.passes import aliasing, average_pool
 from inductor_x86q.passes.stage import No, Rule
 from inductor_x86q.templates.layer import FEW_CHANNELS
 from inductor_x86q.templates.operators import CAT, MAX_POOL, POOL
@@ -102,4 +102,5 @@ RULES = (
     Rule("cat of images", (aten.cat.default,), _find_cat, _rewrite_cat),
     Rule("cat that goes on", (CAT,), _find_continued, _rewrite_continued),
     Rule("max pool of images", (POOL,), _find_pool, _rewrite_pool),
+    *average_pool.RULES,
 )

@@ -1,6 +1,7 @@
 """Operators of ours: on int8 images, and those that stand for a call of oneDNN and bring what a kernel needs instead.
 
-`inductor_x86q::cat` joins the channels of images, `inductor_x86q::max_pool2d` is `quantized::max_pool2d`.
+`inductor_x86q::cat` joins the channels of images, `inductor_x86q::max_pool2d` is `quantized::max_pool2d`, and
+`inductor_x86q::avg_pool2d` is a dequantize, `aten::avg_pool2d` without `ceil_mode`, and a quantize.
 
 `inductor_x86q::qconv_pointwise` and its family take what the generated kernel reads of a layer, and the kernel's height
 and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
@@ -30,6 +31,30 @@ POOL = torch.ops.quantized.max_pool2d.default
 _library.define(str(POOL._schema).removeprefix("quantized::"))
 _library.impl("max_pool2d", POOL, "CompositeExplicitAutograd")
 MAX_POOL = torch.ops.inductor_x86q.max_pool2d.default
+
+
+def _avg_pool2d(
+    x: torch.Tensor, scale: float, zero_point: int, window: tuple[Any, ...], quantize: tuple[Any, ...]
+) -> torch.Tensor:
+    decomposed = torch.ops.quantized_decomposed
+    real = decomposed.dequantize_per_tensor.default(x, scale, zero_point, 0, 0, x.dtype)
+    kernel, stride, padding, count_include_pad, divisor = window
+    pooled = torch.nn.functional.avg_pool2d(real, kernel, stride, padding, False, count_include_pad, divisor)
+    result: torch.Tensor = decomposed.quantize_per_tensor.default(pooled, *quantize)
+    return result
+
+
+_library.define(
+    "avg_pool2d(Tensor x, float scale, int zero_point, int[] kernel_size, int[] stride, int[] padding, "
+    "bool count_include_pad, int? divisor_override, float output_scale, int output_zero_point, int quant_min, "
+    "int quant_max, ScalarType dtype) -> Tensor"
+)
+_library.impl(
+    "avg_pool2d",
+    lambda x, scale, zero_point, *rest: _avg_pool2d(x, scale, zero_point, rest[:5], rest[5:]),
+    "CompositeExplicitAutograd",
+)
+AVERAGE_POOL = torch.ops.inductor_x86q.avg_pool2d.default
 
 
 def _run(call: Any, constants: Any, kernel: Any, *arguments: Any) -> torch.Tensor:
