@@ -258,6 +258,22 @@ def test_constants_that_are_written_out_leave_the_calls() -> None:
 
 
 @needs_avx2
+def test_tanh_of_0_is_0(only_generated: None) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QLinear(8, 40, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(QD(x)).tanh()
+
+    x = torch.zeros(3, 8)
+    compiled = testing.compile_once(testing.qdq_graph(Net(), (x,)), (x,), mode=MODE)
+    assert not testing.int8_calls(compiled.code)
+    assert torch.equal(compiled.outputs, torch.zeros(3, 40))
+
+
+@needs_avx2
 def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: Any) -> None:
     one_blocking(0)
     net = nn.Sequential(QConv2d(8, 8, 1), QConv2d(8, 8, 1))

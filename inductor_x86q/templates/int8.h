@@ -167,27 +167,33 @@ INDUCTOR_X86Q_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// 1/x to about 1e-7 of its value, for x from 1 on: an estimate of 12 bits or more, and one step of Newton's.
+// One step of Newton's towards 1/x, which squares an estimate's relative error.
+INDUCTOR_X86Q_INLINE Floats refine(Floats x, Floats estimate) {
+    return multiply_add(estimate, multiply_add(-x, estimate, Floats{} + 1.0f), estimate);
+}
+
+// 1/x to about 1e-7 of its value, for x from 1 on, and 1/2 exactly, which tanh(0) takes: from an estimate of 12 or 14 bits.
 INDUCTOR_X86Q_INLINE Floats reciprocal(Floats x) {
-#if INDUCTOR_X86Q_LANES == 8
-    const Floats estimate = (Floats)_mm256_rcp_ps((__m256)x);
+#if INDUCTOR_X86Q_LANES == 8 && defined(__AVX512VL__)
+    return refine(x, (Floats)_mm256_rcp14_ps((__m256)x));
+#elif INDUCTOR_X86Q_LANES == 8
+    return refine(x, refine(x, (Floats)_mm256_rcp_ps((__m256)x)));
 #elif defined(__AVX512F__)
-    const Floats estimate = (Floats)_mm512_rcp14_ps((__m512)x);
+    return refine(x, (Floats)_mm512_rcp14_ps((__m512)x));
 #else
-    const Floats estimate = 1.0f / x;
+    return 1.0f / x;
 #endif
-    return estimate * multiply_add(-x, estimate, Floats{} + 2.0f);
 }
 
 // How many vectors of exponentials it takes to keep a CPU busy.
 constexpr int EXPONENTIALS = 6;
 
 // e^x of N vectors, each to about 2e-7 of its value: 2^n·p(x − n·ln 2), where p is the polynomial of fifth degree with the
-// least relative error from −ln(2)/2 to ln(2)/2, which Remez' algorithm finds. It is one long chain of operations, hence
-// several side by side: a CPU does not look far enough ahead to find them by itself.
+// least relative error from −ln(2)/2 to ln(2)/2 that is 1 at 0, so that tanh(0) is 0. It is one long chain of operations,
+// hence several side by side: a CPU does not look far enough ahead to find them by itself.
 template <int N>
 INDUCTOR_X86Q_INLINE void exponentials(Floats (&x)[N]) {
-    constexpr float POLYNOMIAL[] = {4.1915875e-2f, 1.66675776e-1f, 4.99988914e-1f, 9.99999702e-1f, 1.00000012f};
+    constexpr float POLYNOMIAL[] = {4.1897975e-2f, 1.6667637e-1f, 4.999915e-1f, 9.999997e-1f, 1.0f};
     constexpr float ROUNDING = 12582912.0f;  // 1.5·2^23: what is added to it is rounded, and lies in its lowest bits
     Floats n[N], p[N];
 #pragma GCC unroll 8
@@ -195,7 +201,7 @@ INDUCTOR_X86Q_INLINE void exponentials(Floats (&x)[N]) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) n[i] = multiply_add(x[i], Floats{} + 1.44269504f, Floats{} + ROUNDING);
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) x[i] = multiply_add(n[i] - ROUNDING, Floats{} - 0.693147181f, x[i]), p[i] = Floats{} + 8.29758402e-3f;
+    for (int i = 0; i < N; ++i) x[i] = multiply_add(n[i] - ROUNDING, Floats{} - 0.693147181f, x[i]), p[i] = Floats{} + 8.290307e-3f;
 #pragma GCC unroll 8
     for (const float factor : POLYNOMIAL)
 #pragma GCC unroll 8
