@@ -2,12 +2,13 @@
 
 import torch
 
-from inductor_x86q import No, Rule, explain, qgraph, register_pass, testing
+from inductor_x86q import No, Rule, explain, register_pass, testing
+from inductor_x86q.graph import qdq
 
 
 def find(node: torch.fx.Node):
     source, factor = node.args
-    if not qgraph.is_dequantize(source) or not qgraph.qparams(source).is_static:
+    if not qdq.is_dequantize(source) or not qdq.qparams(source).is_static:
         return No("its input is not dequantized with a constant scale")
     return factor if isinstance(factor, (int, float)) and factor > 0 else No(f"{factor} is not a positive number")
 
@@ -15,7 +16,7 @@ def find(node: torch.fx.Node):
 def rewrite(node: torch.fx.Node, factor: float) -> torch.fx.Node:
     source = node.args[0]
     integers, scale, *others = source.args
-    return qgraph.call(source.target, integers, scale * factor, *others, like=source)
+    return qdq.call(source.target, integers, scale * factor, *others, like=source)
 
 
 class Scaled(torch.nn.Module):

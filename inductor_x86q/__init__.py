@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
-    from inductor_x86q.pt2e import convert, prepare_qat, quantize
-    from inductor_x86q.quantizer import X86Quantizer
+    from inductor_x86q.quantization.pt2e import convert, prepare_qat, quantize
+    from inductor_x86q.quantization.quantizer import X86Quantizer
     from inductor_x86q.report import Report
 
 __version__ = "0.1.0"
@@ -28,13 +28,13 @@ _HOME = {
     "Report": "report",
     "Rule": "passes",
     "StrictError": "errors",
-    "X86Quantizer": "quantizer",
-    "convert": "pt2e",
+    "X86Quantizer": "quantization.quantizer",
+    "convert": "quantization.pt2e",
     "cpp_code": "inspection",
     "explain": "inspection",
     "package": "aot",
-    "prepare_qat": "pt2e",
-    "quantize": "pt2e",
+    "prepare_qat": "quantization.pt2e",
+    "quantize": "quantization.pt2e",
     "register_pass": "passes",
     "why": "inspection",
 }

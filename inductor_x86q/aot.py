@@ -12,10 +12,9 @@ import torch
 from torch import fx
 
 import inductor_x86q
-from inductor_x86q import _torch
-from inductor_x86q._torch import scopes
 from inductor_x86q.backend import require_compilable, run_passes, settings
 from inductor_x86q.errors import CompileError
+from inductor_x86q.inductor import compiling, configuration, scopes
 from inductor_x86q.report import Report
 
 REPORT_FILE = "inductor_x86q_report.json"
@@ -75,7 +74,7 @@ def package(
         return {REPORT_FILE: _to_json(report)}
 
     with scopes.pipeline_scope(pipeline):
-        _torch.aot_package(exported, target, chosen.inductor, extra_files)
+        compiling.aot_package(exported, target, chosen.inductor, extra_files)
     return target
 
 
@@ -89,7 +88,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     if not Path(name).is_file():
         raise CompileError(f"there is no file {name!r}")
     try:
-        text = _torch.read_extra_file(name, REPORT_FILE)
+        text = compiling.read_extra_file(name, REPORT_FILE)
     except RuntimeError as error:
         raise CompileError(f"{name!r} is not a .pt2 package: {str(error).splitlines()[0]}") from error
     if text is None:
@@ -100,7 +99,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
 def is_package(path: str | os.PathLike[str]) -> bool:
     """Whether there is a package made by `package` at the path; False for any other file and for none."""
     try:
-        return _torch.read_extra_file(os.fspath(path), REPORT_FILE) is not None
+        return compiling.read_extra_file(os.fspath(path), REPORT_FILE) is not None
     except RuntimeError:
         return False
 
@@ -119,7 +118,7 @@ def _check_arguments(model: Any, example_inputs: Any, path: str | os.PathLike[st
 
 
 def _defaults() -> dict[str, Any]:
-    known = _torch.config_keys()
+    known = configuration.config_keys()
     return {name: value for name, value in _DEFAULTS.items() if name in known}
 
 

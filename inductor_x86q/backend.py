@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, debug, passes, qgraph
-from inductor_x86q._torch import scopes
+from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
-from inductor_x86q.report import Report, RuleCount, collect, layer
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.origin import layer
+from inductor_x86q.inductor import compiling, configuration, dynamo, scopes
+from inductor_x86q.report import Report, RuleCount, dump
+from inductor_x86q.report.collect import collect
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
         raise CompileError(f"options is a {type(options).__name__}: expected a dictionary of names and values")
     given = dict(options or {})
     own = {name: given.pop(name) for name in OWN_OPTIONS if name in given}
-    known = _torch.config_keys()
+    known = configuration.config_keys()
     for name in given:
         if name.replace("-", "_") not in known:
             raise CompileError(
@@ -75,14 +78,14 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     if not isinstance(own.get("strict", False), bool):
         raise CompileError(f"option `strict` is {own['strict']!r}: expected True or False")
     try:
-        chosen = _torch.mode_options(mode) if mode else {}
+        chosen = configuration.mode_options(mode) if mode else {}
         chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
     except RuntimeError as error:
         raise CompileError(str(error)) from error
     if not given.get("freezing", True):
         raise CompileError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
     inductor = {**DEFAULTS, **chosen, **given}
-    if _torch.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
+    if configuration.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
         inductor["pre_grad_custom_pass"] = None
     return Settings(inductor, own.get("strict", False))
 
@@ -110,12 +113,12 @@ def compile_graph(
         on_report(report)
 
     inputs = list(example_inputs)
-    kept = _torch.bind_parameters(graph_module, inputs)
+    kept = dynamo.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
     generating = "inner_compile" not in keywords
     headers = scopes.headers_ahead(chosen.inductor) if generating else contextlib.nullcontext()
     with scopes.pipeline_scope(pipeline), scopes.cacheable_constants(), headers:
-        compiled = _torch.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
+        compiled = compiling.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 
 
@@ -128,21 +131,21 @@ def run_passes(
     """Runs the pipeline and returns its report; raises StrictError under `strict` when something was missed."""
     require_usable_parameters(graph)
     report: Report | None = None
-    dump = debug.Dump.from_environment(graph)
+    record = dump.Dump.from_environment(graph)
 
-    def between(stage: str, graph: fx.Graph) -> None:
+    def between(stage: passes.Stage, graph: fx.Graph) -> None:
         nonlocal report
-        if stage == "fuse: output types":
+        if stage is passes.FUSED:
             report = collect(graph)
-        dump.after(stage, graph)
-        observe(stage, graph)
+        record.after(stage.name, graph)
+        observe(stage.name, graph)
 
     results = passes.run(graph, between)
     assert report is not None
     for node, why in passes.generate.calls_left(graph):
         report.notes.append(f"{layer(node)} stays a call: {why}")
     report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
-    dump.finish(results, report)
+    record.finish(results, report)
     if report.missed:
         if strict:
             raise StrictError(
@@ -155,13 +158,13 @@ def run_passes(
 def require_usable_parameters(graph: fx.Graph) -> None:
     """Raises CompileError for q/dq nodes that have no meaning: the eager graph raises too, generated code would not."""
     for node in graph.nodes:
-        if not (qgraph.is_quantize(node) or qgraph.is_dequantize(node)):
+        if not (qdq.is_quantize(node) or qdq.is_dequantize(node)):
             continue
-        parameters = qgraph.qparams(node)
+        parameters = qdq.qparams(node)
         where = f"{node.target.__name__.split('.')[0]} in layer {layer(node)}"
         if parameters.scale == 0:
             raise CompileError(f"{where} has a scale of 0: calibrate again, with data that reaches this layer")
-        if parameters.dtype not in qgraph.INT8_TYPES:
+        if parameters.dtype not in qdq.INT8_TYPES:
             continue
         info = torch.iinfo(parameters.dtype)
         if parameters.quant_min < info.min or parameters.quant_max > info.max:
@@ -191,7 +194,7 @@ def require_compilable(example_inputs: Sequence[Any]) -> None:
     _require_inference(example_inputs)
     _require_cpu(example_inputs)
     try:
-        _torch.cxx_compiler()
+        configuration.cxx_compiler()
     except RuntimeError as error:
         raise CompileError(str(error)) from error
 
@@ -201,7 +204,7 @@ def _require_inference(example_inputs: Sequence[Any]) -> None:
         return
     for value in example_inputs:
         if isinstance(value, torch.Tensor) and value.requires_grad:
-            kind = "a parameter" if _torch.is_lifted_parameter(value) else "an input"
+            kind = "a parameter" if dynamo.is_lifted_parameter(value) else "an input"
             raise CompileError(
                 f"{kind} of shape {tuple(value.shape)} requires grad: int8 inference has no gradients. Call the "
                 "compiled model under `torch.no_grad()` or `torch.inference_mode()`."

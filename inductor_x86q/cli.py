@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inductor_x86q import bench, coverage
+from inductor_x86q.tools import bench, coverage
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +174,8 @@ def _computed_report(parsed: Any) -> Report:
 
 
 def _code(parsed: Any) -> int:
-    from inductor_x86q import codegen, inspection
+    from inductor_x86q import inspection
+    from inductor_x86q.inductor import cpp_text
 
     model, inputs = _quantized(parsed)
     with _step("generating code"):
@@ -182,7 +183,7 @@ def _code(parsed: Any) -> int:
             model, inputs, layer=None if parsed.stable else parsed.layer, **_compile_arguments(parsed)
         )
     if parsed.stable:
-        code = codegen.stable(code)
+        code = cpp_text.stable(code)
     _write(parsed.output or Path("-"), code)
     return DONE
 
@@ -218,27 +219,28 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str], bool]:
     """Facts about this machine as (name, text), what follows from them for int8, and whether int8 can be compiled."""
     import torch
 
-    from inductor_x86q import __version__, _cpu, _torch
+    from inductor_x86q import __version__, cpu
+    from inductor_x86q.inductor import configuration
 
-    flags = _cpu.flags()
+    flags = cpu.flags()
     yes = {True: "yes", False: "no"}
     facts = [
         ("CPU", _cpu_name()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("AVX2", yes["avx2" in flags]),
         ("AVX-512", yes["avx512f" in flags]),
-        ("VNNI", yes[_cpu.has_vnni()]),
-        ("AMX int8", yes[_cpu.has_amx()]),
-        ("bf16", yes[_cpu.has_bf16()]),
+        ("VNNI", yes[cpu.has_vnni()]),
+        ("AMX int8", yes[cpu.has_amx()]),
+        ("bf16", yes[cpu.has_bf16()]),
         ("inductor_x86q", __version__),
         ("torch", torch.__version__),
         ("torchao", _version("torchao")),
     ]
     if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
         facts.append(("ONEDNN_MAX_CPU_ISA", f"{limit} (limits what oneDNN uses)"))
-    advice, usable = _advice(_cpu), True
+    advice, usable = _advice(cpu), True
     try:
-        facts.append(("C++ compiler", _torch.cxx_compiler()))
+        facts.append(("C++ compiler", configuration.cxx_compiler()))
     except RuntimeError as error:
         facts.append(("C++ compiler", "none"))
         advice.insert(0, str(error))
@@ -290,7 +292,7 @@ def _loaded(parsed: Any) -> tuple[Any, tuple[Any, ...], Any]:
     import torch
 
     from inductor_x86q.errors import QuantizationError
-    from inductor_x86q.pt2e import quantize
+    from inductor_x86q.quantization.pt2e import quantize
 
     torch.manual_seed(0)
     with _step("loading the model"):
@@ -369,10 +371,10 @@ def _is_module(value: Any) -> bool:
 def _is_quantized(model: Any) -> bool:
     import torch
 
-    from inductor_x86q import qgraph
+    from inductor_x86q.graph import qdq
 
     return isinstance(model, torch.fx.GraphModule) and any(
-        qgraph.is_quantize(node) or qgraph.is_dequantize(node) for node in model.graph.nodes
+        qdq.is_quantize(node) or qdq.is_dequantize(node) for node in model.graph.nodes
     )
 
 

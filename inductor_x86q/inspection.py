@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, codegen, debug
-from inductor_x86q import drift as drift_module
+from inductor_x86q.accuracy import drift as drift_module
 from inductor_x86q.backend import compile_graph, settings
-from inductor_x86q.debug import Answer
 from inductor_x86q.errors import CompileError
-from inductor_x86q.passes.movement import VIEWS
-from inductor_x86q.report import Kernel, Report
-from inductor_x86q.report import layer as layer_of
+from inductor_x86q.graph.movement import VIEWS
+from inductor_x86q.graph.origin import layer as layer_of
+from inductor_x86q.inductor import compiling, cpp_text, dynamo, profiling, uncompiled, wrapper_source
+from inductor_x86q.report import Kernel, Report, dump
+from inductor_x86q.report.dump import Answer
 
 
 def explain(
@@ -63,7 +63,9 @@ def _explained(model: Any, example_inputs: Any, mode: str | None, options: Mappi
     chosen = settings(mode, options)
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, chosen, on_report=report.extend, inner_compile=_torch.run_uncompiled)
+        return compile_graph(
+            graph_module, inputs, chosen, on_report=report.extend, inner_compile=uncompiled.run_uncompiled
+        )
 
     _call_once(model, example_inputs, backend)
     return report
@@ -83,14 +85,14 @@ def _timed(model: Any, example_inputs: Any, mode: str | None, options: Mapping[s
 
     _check(model, example_inputs)
     with torch.no_grad():
-        compiled = _torch.compile_fresh(model, backend)
-        with _torch.generated_code() as generated:
+        compiled = dynamo.compile_fresh(model, backend)
+        with wrapper_source.generated_code() as generated:
             compiled(*example_inputs)
-        events = _torch.profiled(lambda: compiled(*example_inputs), runs=RUNS)
+        events = profiling.profiled(lambda: compiled(*example_inputs), runs=RUNS)
     return with_kernels(report, measured(generated, events))
 
 
-def measured(generated: Sequence[_torch.Generated], events: Sequence[tuple[str, float]]) -> list[Kernel]:
+def measured(generated: Sequence[wrapper_source.Generated], events: Sequence[tuple[str, float]]) -> list[Kernel]:
     """The kernel calls of generated code with their median time.
 
     Args:
@@ -99,7 +101,7 @@ def measured(generated: Sequence[_torch.Generated], events: Sequence[tuple[str, 
     """
     found: list[Kernel] = []
     for part in generated:
-        calls = list(codegen.calls(part.code))
+        calls = list(cpp_text.calls(part.code))
         names = {call.symbol for call in calls}
         times: dict[str, list[float]] = {}
         for event, time in events:
@@ -165,11 +167,11 @@ def why(
         names.update(x.name for x in graph.nodes if x.op == "call_function")
         wanted = [x for x in graph.nodes if node in (x.name, layer_of(x)) and x.op == "call_function"]
         users = dict.fromkeys(user for x in wanted for user in x.users if user not in wanted)
-        answers.extend(debug.answers(stage, wanted))
-        answers.extend(answer for answer in debug.answers(stage, users) if answer.rule)
+        answers.extend(dump.answers(stage, wanted))
+        answers.extend(answer for answer in dump.answers(stage, users) if answer.rule)
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, chosen, observe=observe, inner_compile=_torch.run_uncompiled)
+        return compile_graph(graph_module, inputs, chosen, observe=observe, inner_compile=uncompiled.run_uncompiled)
 
     _call_once(model, example_inputs, backend)
     if not answers:
@@ -200,23 +202,23 @@ def cpp_code(
     chosen = settings(mode, options)
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, chosen, inner_compile=_torch.generate_only)
+        return compile_graph(graph_module, inputs, chosen, inner_compile=compiling.generate_only)
 
-    with _torch.generated_code() as generated:
+    with wrapper_source.generated_code() as generated:
         _call_once(model, example_inputs, backend)
     code = "\n".join(annotated(part) for part in generated)
     if layer is None:
         return code
     try:
-        return codegen.only_layer(code, layer)
+        return cpp_text.only_layer(code, layer)
     except KeyError as error:
         raise CompileError(error.args[0]) from None
 
 
-def annotated(generated: _torch.Generated) -> str:
+def annotated(generated: wrapper_source.Generated) -> str:
     """Generated code with a comment at each call that names its layers."""
     layers = {name: layers_of(nodes) for name, nodes in generated.origins.items()}
-    return codegen.annotate(generated.code, layers)
+    return cpp_text.annotate(generated.code, layers)
 
 
 def layers_of(nodes: list[fx.Node]) -> list[str]:
@@ -229,7 +231,7 @@ def _call_once(model: torch.nn.Module, example_inputs: tuple[Any, ...], backend:
     """Calls the model once, compiled by `backend`, leaving no trace in Dynamo's caches of the model's own code."""
     _check(model, example_inputs)
     with torch.no_grad():
-        return _torch.compile_fresh(model, backend)(*example_inputs)
+        return dynamo.compile_fresh(model, backend)(*example_inputs)
 
 
 def _check(model: Any, example_inputs: Any) -> None:
@@ -248,6 +250,8 @@ def run_fused(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> tuple[
     chosen = settings(None, None)
 
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, chosen, on_report=report.extend, inner_compile=_torch.run_uncompiled)
+        return compile_graph(
+            graph_module, inputs, chosen, on_report=report.extend, inner_compile=uncompiled.run_uncompiled
+        )
 
     return _call_once(model, example_inputs, backend), report

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from inductor_x86q import _torch
+from inductor_x86q.inductor import caches
 
 
 @pytest.fixture(scope="session")
@@ -18,5 +18,5 @@ def inductor_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def isolated_caches(inductor_cache_directory: str) -> Iterator[None]:
     """A test that finds nothing in Dynamo's and Inductor's caches, and leaves nothing there."""
-    with _torch.isolated_caches(inductor_cache_directory):
+    with caches.isolated_caches(inductor_cache_directory):
         yield

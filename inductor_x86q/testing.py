@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, inspection
+from inductor_x86q import inspection
 from inductor_x86q.backend import compile_graph, settings
-from inductor_x86q.codegen import kernel_calls, stable
+from inductor_x86q.inductor import dynamo, fake_tensors, wrapper_source
+from inductor_x86q.inductor.cpp_text import kernel_calls, stable
 from inductor_x86q.report import Report
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
     "qdq_graph", "quantize_dequantize", "snr", "stable",
 ]  # fmt: skip
 
-_torch.register_quantized_decomposed()
+fake_tensors.register_quantized_decomposed()
 
 # With these the generated text depends on neither the CPU's vectors nor its number of cores.
 PINNED: Mapping[str, Any] = {"cpp.simdlen": 256, "cpp.threads": 1}
@@ -191,8 +192,8 @@ def compile_once(
         with torch.no_grad():
             return compiled(*arguments)
 
-    compiled = _torch.compile_fresh(q, backend)
-    with _torch.generated_code() as generated:
+    compiled = dynamo.compile_fresh(q, backend)
+    with wrapper_source.generated_code() as generated:
         outputs = run(*inputs)
     return Compiled(outputs, "\n".join(inspection.annotated(part) for part in generated), report, run)
 

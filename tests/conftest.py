@@ -66,7 +66,7 @@ def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call always loses."""
     import torch._inductor.lowering  # noqa: F401
 
-    from inductor_x86q.templates import lowering
+    from inductor_x86q.inductor.lowering import choice as lowering
 
     monkeypatch.setattr(lowering._Call, "benchmark", lambda self, *values, out: math.inf)
 
@@ -74,7 +74,7 @@ def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Leaves the n-th blocking of every layer to choose from."""
-    from inductor_x86q.templates.convolution import Convolution
+    from inductor_x86q.kernels.convolution import Convolution
 
     blockings = Convolution.blockings
 

@@ -17,7 +17,8 @@ from torch import nn
 import inductor_x86q
 from inductor_x86q import aot, cli
 from inductor_x86q.errors import CompileError, StrictError
-from inductor_x86q.report import Operation, Reason, Report, RuleCount
+from inductor_x86q.graph.reasons import Reason
+from inductor_x86q.report import Operation, Report, RuleCount
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 import inductor_x86q
 from inductor_x86q import testing
 from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same, snr
-from inductor_x86q.zoo import rounding_floor
+from inductor_x86q.tools.zoo import rounding_floor
 
 
 class Net(nn.Module):
@@ -476,7 +476,8 @@ def test_resnets_whole(name: str, layout: str) -> None:
 FIRST_COMPILE = """
 import torch
 from torch._inductor.fx_passes import freezing_patterns
-from inductor_x86q import inspection, testing
+from inductor_x86q import inspection
+from inductor_x86q import testing
 
 class Block(torch.nn.Module):
     def __init__(self):

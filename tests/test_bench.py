@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import inductor_x86q
-from inductor_x86q import bench, engines
+from inductor_x86q.tools import bench, engines
 
 
 def test_an_engine_compiles_at_its_first_call_and_only_then():

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from inductor_x86q import _cpu, _torch, testing
+from inductor_x86q import cpu, testing
 from inductor_x86q.backend import compile_graph, settings
-from inductor_x86q.passes.fuse.call import is_call, read
+from inductor_x86q.graph.calls import is_call, read
+from inductor_x86q.inductor import dynamo, uncompiled
 from inductor_x86q.report import Report
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
@@ -72,16 +73,16 @@ def fused(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Any], list[A
 
     def backend(graph_module: fx.GraphModule, arguments: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph_module, arguments, settings(None, None), on_report=report.extend, observe=observe,
-                             inner_compile=_torch.run_uncompiled)  # fmt: skip
+                             inner_compile=uncompiled.run_uncompiled)  # fmt: skip
 
     with torch.no_grad(), torch.autocast("cpu", BF16):
-        testing.assert_same(_torch.compile_fresh(q, backend)(*inputs), q(*inputs), min_snr=30)
+        testing.assert_same(dynamo.compile_fresh(q, backend)(*inputs), q(*inputs), min_snr=30)
     return types, conversions, report
 
 
 def test_bf16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not quantized is bf16, between calls and pointwise operators alike: nothing is converted."""
-    monkeypatch.setattr(_cpu, "has_bf16", lambda: True)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
     types, conversions, report = fused(Net(), IMAGE)
     assert types == [BF16, BF16, U8, BF16, BF16]
     assert conversions == []
@@ -97,7 +98,7 @@ def test_bf16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_bf16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls give float32; it is rounded to bf16 where the model has it so, and nowhere widened again."""
-    monkeypatch.setattr(_cpu, "has_bf16", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
     types, conversions, report = fused(Net(), IMAGE)
     assert types == [FP32, FP32, U8, FP32, FP32]
     assert set(conversions) == {BF16}
@@ -115,7 +116,7 @@ def test_no_bf16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_addition_to_a_float32_stream(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
-    monkeypatch.setattr(_cpu, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has_bf16)
     types, conversions, report = fused(Mixed(), ROWS)
     assert (types, conversions) == ([FP32], [])
     assert report.fused[0].kernel == "onednn.qlinear_pointwise.binary"
@@ -128,4 +129,4 @@ def test_compiled() -> None:
         compiled = testing.assert_close_to_reference(q, IMAGE, min_snr=30)
     assert testing.int8_calls(compiled.code) == {"qconv": 2, "qconv.binary": 1, "qlinear": 1, "qlinear.binary": 1}
     assert compiled.outputs.dtype == BF16
-    assert bool(compiled.report.notes) != _cpu.has_bf16()
+    assert bool(compiled.report.notes) != cpu.has_bf16()

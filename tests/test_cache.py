@@ -109,10 +109,9 @@ def test_folding_constants_leaves_weights_quantized_and_does_not_compute_their_f
     from torch import fx
     from torch._inductor.freezing import constant_fold
 
-    from inductor_x86q import _torch
-    from inductor_x86q._torch import scopes
+    from inductor_x86q.inductor import fake_tensors, scopes
 
-    _torch.register_quantized_decomposed()
+    fake_tensors.register_quantized_decomposed()
     dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
     graph = fx.Graph()
     weight, scales, points = (graph.get_attr(name) for name in ("weight", "scales", "points"))

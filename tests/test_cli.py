@@ -148,10 +148,11 @@ def test_what_cannot_be_used_is_said_in_a_line(
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from inductor_x86q import _cpu, _torch
+    from inductor_x86q import cpu
+    from inductor_x86q.inductor import configuration
 
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: False)
-    monkeypatch.setattr(_cpu, "has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
     assert cli.main(["doctor"]) == cli.DONE
     out = capsys.readouterr().out
     assert "input or weight to 7 bits here" in out
@@ -160,8 +161,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     def no_compiler() -> str:
         raise RuntimeError("no C++ compiler found (looked for g++)")
 
-    monkeypatch.setattr(_torch, "cxx_compiler", no_compiler)
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: True)
+    monkeypatch.setattr(configuration, "cxx_compiler", no_compiler)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: True)
     assert cli.main(["doctor"]) == cli.FAILED
     out = capsys.readouterr().out
     assert "- no C++ compiler found" in out

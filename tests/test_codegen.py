@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from inductor_x86q import CompileError, _torch, codegen, cpp_code, testing
+from inductor_x86q import CompileError, cpp_code, testing
+from inductor_x86q.inductor import caches, cpp_text
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 
@@ -190,7 +191,7 @@ def test_each_call_says_which_layer_it_serves(residual: str) -> None:
 
 
 def test_one_layer(residual: str) -> None:
-    text = codegen.only_layer(residual, "conv2")
+    text = cpp_text.only_layer(residual, "conv2")
     assert text.count("aoti_torch_cpu__qconv") == 1
     assert "// layer: conv1" not in text
 
@@ -202,14 +203,14 @@ def test_unknown_layer_is_named_with_those_there_are() -> None:
 
 
 def test_a_single_layers_generated_kernel_comes_with_its_body() -> None:
-    code = codegen.annotate(
+    code = cpp_text.annotate(
         "void inductor_entry_impl(\n    cpp_fused_relu_0((const float*)(a.data_ptr()), (float*)(b.data_ptr()));\n"
         '} // inductor_entry_impl\nextern "C"  void  cpp_fused_relu_0(const float* x,\n float* y)\n{\n    body();\n}\n',
         {"a": ["before"], "b": ["act"]},
     )
     assert "// layer: act" in code
     assert "before" not in code
-    assert "body();" in codegen.only_layer(code, "act")
+    assert "body();" in cpp_text.only_layer(code, "act")
 
 
 def test_stable_drops_names_addresses_and_versions() -> None:
@@ -278,6 +279,6 @@ def test_isolated_caches_leave_no_trace(isolated_caches: None, inductor_cache_di
 
 def test_after_isolated_caches_the_environment_is_as_it_was() -> None:
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with _torch.isolated_caches("elsewhere"):
+    with caches.isolated_caches("elsewhere"):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
     assert os.environ.get("TORCHINDUCTOR_CACHE_DIR") == before

@@ -13,8 +13,8 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from inductor_x86q import _torch, cpp_code, testing
-from inductor_x86q._torch import scopes
+from inductor_x86q import cpp_code, testing
+from inductor_x86q.inductor import caches, scopes
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 
@@ -164,7 +164,7 @@ def test_the_calling_function_is_compiled_beside_the_kernels(monkeypatch: pytest
     monkeypatch.setattr(CppBuilder, "build", timed)
     inputs = (torch.randn(4, 16),)
     quantized = testing.qdq_graph(Chain(), inputs)
-    with _torch.isolated_caches(str(tmp_path)):
+    with caches.isolated_caches(str(tmp_path)):
         result = torch.compile(quantized, backend="inductor_x86q")(*inputs)
     testing.assert_same(result, quantized(*inputs), min_snr=30)
     first, second = times[".main.o"], times[".optimized.o"]
@@ -185,7 +185,7 @@ def test_headers_are_precompiled_before_they_are_needed(monkeypatch: pytest.Monk
     monkeypatch.setattr(codecache, "_precompile_header", recorded)
     inputs = (torch.randn(4, 16),)
     quantized = testing.qdq_graph(Masked(4), inputs)
-    with _torch.isolated_caches(str(tmp_path)):
+    with caches.isolated_caches(str(tmp_path)):
         torch.compile(quantized, backend="inductor_x86q")(*inputs)
     assert len(asked[False]) == 2 and asked[True] == asked[False]
 

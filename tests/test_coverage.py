@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from inductor_x86q import cli, coverage
-from inductor_x86q.coverage import Row
+from inductor_x86q import cli
+from inductor_x86q.tools import coverage
+from inductor_x86q.tools.coverage import Row
 
 
 def test_count_kernels() -> None:
@@ -44,7 +45,7 @@ def test_text() -> None:
 def test_a_crash_is_a_row(program: str, stock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each path runs in a process of its own; here a process runs these expressions instead."""
     in_process = coverage._in_process
-    expressions = {"row": "inductor_x86q.coverage.Row('net', 2, 2, 1.0)", "stock_kernels": program}
+    expressions = {"row": "inductor_x86q.tools.coverage.Row('net', 2, 2, 1.0)", "stock_kernels": program}
 
     def replaced(expression: str) -> object:
         name = expression.split("(")[0].split(".")[-1]

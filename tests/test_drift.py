@@ -10,7 +10,7 @@ from torch import nn
 
 import inductor_x86q
 from inductor_x86q import cli, testing
-from inductor_x86q.drift import WORTH, Drift
+from inductor_x86q.accuracy.drift import WORTH, Drift
 from inductor_x86q.errors import CompileError
 from inductor_x86q.report import Report
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q import _cpu, inspection, testing
+from inductor_x86q import cpu, inspection, testing
 from inductor_x86q.errors import QuantizationError
-from inductor_x86q.report import Reason
+from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.testing import QLinear
 
 F = nn.functional
@@ -288,7 +288,7 @@ def test_products_of_8_bit_integers_overflow_without_vnni_only() -> None:
     model, x = torchao_pair("Int8DynamicActivationInt8WeightConfig"), torch.randn(14, 64)
     report = inductor_x86q.explain(model, (x,))
     reasons = [miss.reason for miss in report.missed]
-    assert (len(report.fused), reasons) == ((2, []) if _cpu.has_vnni() else (0, [Reason.SATURATES] * 2))
+    assert (len(report.fused), reasons) == ((2, []) if cpu.has_vnni() else (0, [Reason.SATURATES] * 2))
 
 
 def test_smoothquant() -> None:

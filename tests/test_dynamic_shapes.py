@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q import _torch, testing
+from inductor_x86q import testing
+from inductor_x86q.inductor import fake_tensors
 
 F = nn.functional
 AUTO, Dim = torch.export.Dim.AUTO, torch.export.Dim
@@ -162,7 +163,7 @@ def test_known_adds_no_guard() -> None:
     context: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     x = FakeTensorMode(shape_env=environment).from_tensor(torch.randn(4, 4), symbolic_context=context)
     batch, width = x.shape
-    assert not _torch.known(batch == 4) and _torch.known(width == 4)
-    assert not _torch.same_shape((batch, width), (4, 4)) and _torch.same_shape((batch, width), (batch, 4))
-    assert not _torch.same_shape((batch,), (batch, 4))
+    assert not fake_tensors.known(batch == 4) and fake_tensors.known(width == 4)
+    assert not fake_tensors.same_shape((batch, width), (4, 4)) and fake_tensors.same_shape((batch, width), (batch, 4))
+    assert not fake_tensors.same_shape((batch,), (batch, 4))
     assert not environment.guards

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from inductor_x86q import html
-from inductor_x86q.report import Fusion, Miss, Node, Obstacle, Operation, Reason, Report
+from inductor_x86q.graph.reasons import Obstacle, Reason
+from inductor_x86q.report import Fusion, Miss, Node, Operation, Report, html
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from inductor_x86q import _cpu, testing
+from inductor_x86q import cpu, testing
 from inductor_x86q.testing import QConv2d, quantize_dequantize
 
 QD = quantize_dequantize
 MODE = "max-autotune"
-needs_avx2 = pytest.mark.skipif(not _cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
+needs_avx2 = pytest.mark.skipif(not cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
 
 
 def copies(code: str) -> list[tuple[int, int]]:

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from inductor_x86q import _cpu, codegen, inspection, testing
+from inductor_x86q import cpu, inspection, testing
+from inductor_x86q.inductor import cpp_text
 from inductor_x86q.report import Report
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
@@ -168,9 +169,9 @@ def output_types(code: str, layer: str) -> dict[str, str]:
     """The onednn kernels that serve a layer, with the type of what each writes."""
     types = dict(re.findall(r"int32_t (var_\d+) = cached_torch_dtype_(\w+);", code))
     found = {}
-    calls = codegen.only_layer(code, layer).split("\n\n")[0]  # then follow the generated kernels
+    calls = cpp_text.only_layer(code, layer).split("\n\n")[0]  # then follow the generated kernels
     for line in calls.splitlines():
-        for name in codegen.kernel_calls(f"inductor_entry_impl(\n    {line}\n"):
+        for name in cpp_text.kernel_calls(f"inductor_entry_impl(\n    {line}\n"):
             if name in testing.INT8_KERNELS:
                 (found[name],) = (types[variable] for variable in re.findall(r"&(var_\d+)", line) if variable in types)
     return found
@@ -191,7 +192,7 @@ def check_numbers(case: Case, actual: torch.Tensor, reference: torch.Tensor) -> 
 def test_fused(case: Case) -> None:
     results = results_of(case.autocast, case.any_batch)
     layer = f"blocks.{case.number}.layer"
-    assert output_types(results.code, layer) == {case.kernel: case.output_type(_cpu.has_bf16())}
+    assert output_types(results.code, layer) == {case.kernel: case.output_type(cpu.has_bf16())}
     for actual, reference in results.calls:
         check_numbers(case, actual[case.number], reference[case.number])
 
@@ -212,7 +213,7 @@ def test_nothing_else(in_bf16: bool, any_batch: bool) -> None:
         "qlinear": linears - sums[1] + firsts[1], "qlinear.binary": sums[1],
     }  # fmt: skip
     assert results.code.count('"sum"') == sum(sums)
-    assert ("no bf16 instructions" in str(results.report)) == (in_bf16 and not _cpu.has_bf16())
+    assert ("no bf16 instructions" in str(results.report)) == (in_bf16 and not cpu.has_bf16())
 
 
 # --- as on a CPU that has bf16 instructions ---------------------------------------------------------------------------
@@ -221,7 +222,7 @@ def test_nothing_else(in_bf16: bool, any_batch: bool) -> None:
 @pytest.fixture
 def bf16_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes take this CPU to have bf16 instructions; oneDNN's reference kernels make up for them."""
-    monkeypatch.setattr(_cpu, "has_bf16", lambda: True)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: True)
 
 
 @functools.cache

@@ -17,10 +17,14 @@ from typing import Any
 
 import pytest
 
-from inductor_x86q import _cpu
-from inductor_x86q._torch import decompositions
-from inductor_x86q.passes import aliasing, channel_factors, channels, finish, normalize, propagate
-from inductor_x86q.passes.fuse import call, compute, output_types, pool, post_ops
+from inductor_x86q import cpu
+from inductor_x86q.graph import aliasing
+from inductor_x86q.graph import calls as call
+from inductor_x86q.inductor import decompositions
+from inductor_x86q.passes import channels, finish, propagate
+from inductor_x86q.passes.fuse import compute, output_types, pool, post_ops
+from inductor_x86q.passes.normalize import channel_factors
+from inductor_x86q.passes.normalize import spelling as normalize
 from tests.fuzz.check import Mismatch, check, check_exactly
 from tests.fuzz.graphs import Graph, written
 from tests.test_random_graphs import FOUND
@@ -253,7 +257,7 @@ BROKEN = {
         Broken("drop the zero point of a weight with one scale", normalize._find_short_weight,
                "parameters.zero_point or 0", "0", "weight with one scale and a zero point"),
         Broken("take every window for the whole image", normalize._find_average_of_all,
-               "not _torch.same_shape(qgraph.value(x).shape[-dimensions:], window)", "False", "average pool of columns"),
+               "not fake_tensors.same_shape(qdq.value(x).shape[-dimensions:], window)", "False", "average pool of columns"),
         Broken("forget an average's divisor", normalize._find_average_of_all, "divisor is not None", "False",
                "average pool with a divisor"),
         Broken("forget an average's padding", normalize._find_average_of_all, "any(padding)", "False",
@@ -290,9 +294,9 @@ BROKEN = {
         Broken("round a bias of 16 bits", channel_factors._find, "not torch.equal(bias.float(), exact)", "False",
                "factor behind a bias in bf16"),
         Broken("take a factor of rows for one of outputs", channel_factors._find,
-               "not qgraph.is_channel_factor(other, layer, CHANNELS[layer.target])", "False", "factor of each row"),
+               "not qdq.is_channel_factor(other, layer, CHANNELS[layer.target])", "False", "factor of each row"),
         Broken("forget a factor's wider type", channel_factors._find,
-               "qgraph.value(node).dtype != qgraph.value(layer).dtype", "False", "wider factor"),
+               "qdq.value(node).dtype != qdq.value(layer).dtype", "False", "wider factor"),
     ],
     "channels": [
         Broken("take a shuffle for none", channels._origins, ".view(shuffled[1], -1).t()", ".view(shuffled[1], -1)",
@@ -328,11 +332,11 @@ BROKEN = {
                "requantized"),
         Broken("quantize the parts of a split alike", propagate._find_up, "if all(", "if any(",
                "split to two grids"),
-        Broken("forget the type of what moves", propagate._rewrite_down, "qgraph.out_dtype(sources[0])",
+        Broken("forget the type of what moves", propagate._rewrite_down, "qdq.out_dtype(sources[0])",
                "torch.float32", "moved in bf16"),
-        Broken("join two types", propagate._find_down, "len({qgraph.out_dtype(tensor) for tensor in _tensors(node)}) > 1",
+        Broken("join two types", propagate._find_down, "len({qdq.out_dtype(tensor) for tensor in _tensors(node)}) > 1",
                "False", "cat of bf16 and fp32"),
-        Broken("drop a rounding to bf16", propagate._find_meeting, "qgraph.out_dtype(source) != torch.float32",
+        Broken("drop a rounding to bf16", propagate._find_meeting, "qdq.out_dtype(source) != torch.float32",
                "False", "rounded to bf16", check_exactly),
     ],
     "compute": [
@@ -407,7 +411,7 @@ BROKEN = {
         Broken("leave what has no lowering", finish._decompose,
                "decompositions.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)", "None", "gelu of a convolution"),
         Broken("dequantize the scales' neighbours", finish._find_converted_constant,
-               "qgraph.constant(n)", "qgraph.constant(n).flip(0)", "weight of a transposed convolution"),
+               "qdq.constant(n)", "qdq.constant(n).flip(0)", "weight of a transposed convolution"),
     ],
     "aliasing": [
         Broken("sum in place although the accumulator is read later", aliasing.may_overwrite,
@@ -453,7 +457,7 @@ def broken_code(broken: Broken) -> Any:
 @pytest.fixture(autouse=True)
 def without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bf16 instructions make superfluous is broken too."""
-    monkeypatch.setattr(_cpu, "has_bf16", lambda: False)
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
 
 
 @pytest.fixture(autouse=True)

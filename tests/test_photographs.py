@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import inductor_x86q
-from inductor_x86q import testing, zoo
+from inductor_x86q import testing
+from inductor_x86q.tools import zoo
 
 pytestmark = [pytest.mark.slow, pytest.mark.torchvision]
 
@@ -66,12 +67,10 @@ def test_answers_stay(quantized: tuple[torch.nn.Module, Any, torch.Tensor]) -> N
 
 def test_drift_finds_the_layer_made_bad(quantized: tuple[torch.nn.Module, Any, torch.Tensor]) -> None:
     """A scale 12 times too small saturates what one convolution in the middle reads."""
-    from inductor_x86q import qgraph
+    from inductor_x86q.graph import qdq
 
     network, q, photos = quantized
-    depthwise = [
-        n for n in q.graph.nodes if str(n.target).startswith("aten.conv2d") and qgraph.is_dequantize(n.args[0])
-    ]
+    depthwise = [n for n in q.graph.nodes if str(n.target).startswith("aten.conv2d") and qdq.is_dequantize(n.args[0])]
     bad = depthwise[len(depthwise) // 2]
     dequantize = bad.args[0]
     quantize = dequantize.args[0]
@@ -85,7 +84,7 @@ def test_drift_finds_the_layer_made_bad(quantized: tuple[torch.nn.Module, Any, t
         for node, arguments in before:
             node.args = arguments
         q.recompile()
-    from inductor_x86q.report import layer
+    from inductor_x86q.graph.origin import layer
 
     assert drift is not None and drift.layers[0].layer == layer(bad)
     assert drift.exclude and drift.exclude[0] == layer(bad)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import inductor_x86q
-from inductor_x86q import QuantizationError, qgraph, testing
-from inductor_x86q import _torchao as torchao
+from inductor_x86q import QuantizationError, testing
+from inductor_x86q.graph import qdq
+from inductor_x86q.quantization import torchao
 
 IMAGE = (4, 8, 6, 6)
 
@@ -256,7 +257,7 @@ def arguments_by_mode(model: fx.GraphModule) -> list[Any]:
     found = []
     for node in model.graph.nodes:
         if node.target in (torch.ops.aten.batch_norm.default, torch.ops.aten.dropout.default):
-            arguments = qgraph.schema_arguments(node)
+            arguments = qdq.schema_arguments(node)
             found.append(arguments.get("training", arguments.get("train")))
     return found
 

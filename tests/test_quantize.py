@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import inductor_x86q
-from inductor_x86q import _torchao as torchao
-from inductor_x86q import qgraph
-from inductor_x86q.pt2e import left_out
-from inductor_x86q.report import layer
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.origin import layer
+from inductor_x86q.quantization import torchao
+from inductor_x86q.quantization.pt2e import left_out
 
 
 class Residual(nn.Module):
@@ -112,16 +112,16 @@ def annotated(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
     """The quantize nodes and the layers, in order, with what each quantizes to (the exports differ in copies and views)."""
     found: list[tuple[Any, ...]] = []
     for node in graph_module.graph.nodes:
-        if qgraph.is_quantize(node):
-            found.append((str(node.target), qgraph.qparams(node)))
+        if qdq.is_quantize(node):
+            found.append((str(node.target), qdq.qparams(node)))
         elif node.op == "call_function" and str(node.target).startswith(("aten.conv", "aten.linear", "aten.add")):
-            found.append((str(node.target), *map(qgraph.is_dequantize, node.args[:2])))
+            found.append((str(node.target), *map(qdq.is_dequantize, node.args[:2])))
     return found
 
 
 def int8_layers(graph_module: fx.GraphModule) -> int:
     """How many weights the graph reads in int8."""
-    return sum(node.target is qgraph.DEQUANTIZE_CHANNEL for node in graph_module.graph.nodes)
+    return sum(node.target is qdq.DEQUANTIZE_CHANNEL for node in graph_module.graph.nodes)
 
 
 # --- the same graph however the model is written ----------------------------------------------------------------------
@@ -150,12 +150,12 @@ def test_spelling_of_the_model_does_not_matter(build: Callable[[], nn.Module]) -
 
 def test_residual_block_has_a_quantize_for_each_value_and_shares_it_across_the_pool() -> None:
     graph_module = quantized(residual(), (image(),))
-    quantizes = [node for node in graph_module.graph.nodes if qgraph.is_quantize(node)]
+    quantizes = [node for node in graph_module.graph.nodes if qdq.is_quantize(node)]
     # the input, relu of the first convolution, relu of the sum, behind the pool, behind flatten
     assert len(quantizes) == 5
-    after_sum, after_pool, after_flatten = (qgraph.qparams(node) for node in quantizes[2:])
+    after_sum, after_pool, after_flatten = (qdq.qparams(node) for node in quantizes[2:])
     assert after_sum == after_pool == after_flatten
-    assert all(qgraph.qparams(node).dtype == torch.uint8 for node in quantizes)
+    assert all(qdq.qparams(node).dtype == torch.uint8 for node in quantizes)
     assert int8_layers(graph_module) == 3
     assert left_out(graph_module) == []
 
@@ -193,7 +193,7 @@ def bits_of_layers(graph_module: torch.fx.GraphModule) -> dict[str, tuple[int, .
     found = {}
     for node in graph_module.graph.nodes:
         if node.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default):
-            x, weight = (qgraph.qparams(node.args[i]) for i in (0, 1))
+            x, weight = (qdq.qparams(node.args[i]) for i in (0, 1))
             name = layer(node)
             found[name] = tuple((p.quant_max - p.quant_min).bit_length() for p in (x, weight))
     return found
@@ -275,7 +275,7 @@ def test_weights_of_zeros_do_no_harm() -> None:
 
 
 def activation_scales(graph_module: fx.GraphModule) -> list[float]:
-    return [qgraph.qparams(node).scale for node in graph_module.graph.nodes if qgraph.is_quantize(node)]
+    return [qdq.qparams(node).scale for node in graph_module.graph.nodes if qdq.is_quantize(node)]
 
 
 def test_calibration_takes_tuples_tensors_lists_and_generators_alike() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q.quantized_graph import QuantizedGraph
+from inductor_x86q.graph.quantized_graph import QuantizedGraph
 
 
 class Net(nn.Module):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from inductor_x86q import _cpu, _torch
+from inductor_x86q import cpu
+from inductor_x86q.inductor import uncompiled
 from tests.fuzz import campaign
 from tests.fuzz.check import Mismatch, check, check_together
 from tests.fuzz.graphs import Graph, graphs, written
@@ -37,7 +38,7 @@ def failures(seed: int, count: int, *, compile_every: int = 0, mode: str | None 
     for _ in campaign.run(seed, count, tally, compile_every=compile_every, mode=mode):
         pass
     assert tally.graphs == count and tally.kernels
-    assert bool(tally.own_kernels) is (mode is not None and bool(_cpu.int8_lanes()))
+    assert bool(tally.own_kernels) is (mode is not None and bool(cpu.int8_lanes()))
     return "\n\n".join(message for message, _ in tally.failures)
 
 
@@ -339,7 +340,7 @@ def test_the_uncompiled_run_lays_out_what_a_convolution_adds_to(layout: torch.me
     arguments = (x, 0.02, 60, *nodes.values(), accumulator, None, *geometry, 0.03, 50, torch.uint8, 0.02, 60, "sum", 1.0,
                  "none", [], "")  # fmt: skip
     graph.output(graph.call_function(onednn.qconv2d_pointwise.binary, arguments))
-    run = _torch.run_uncompiled(torch.fx.GraphModule(constants, graph), [])
+    run = uncompiled.run_uncompiled(torch.fx.GraphModule(constants, graph), [])
 
     image = torch.randint(0, 127, (1, 2, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     given = image.clone(memory_format=layout)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from inductor_x86q import No, Report, Rule, StrictError, explain, register_pass, testing, why
-from inductor_x86q import _cpu as cpu
+from inductor_x86q import No, Report, Rule, StrictError, cpu, explain, register_pass, testing, why
 from inductor_x86q.errors import CompileError
-from inductor_x86q.report import Fusion, Miss, Obstacle, Reason
+from inductor_x86q.graph.reasons import Obstacle, Reason
+from inductor_x86q.report import Fusion, Miss
 from inductor_x86q.testing import QConv2d, QLinear, qdq_graph, quantize_dequantize
 
 F = nn.functional

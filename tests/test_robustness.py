@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q import _cpu, _torch, inspection, testing
+from inductor_x86q import cpu, inspection, testing
 from inductor_x86q.errors import CompileError, QuantizationError
-from inductor_x86q.report import Reason
+from inductor_x86q.graph.reasons import Reason
+from inductor_x86q.inductor import uncompiled
 from inductor_x86q.testing import QConv2d, QLinear
 from inductor_x86q.testing import quantize_dequantize as QD
 
@@ -167,7 +168,7 @@ def test_weight_is_an_argument() -> None:
 def _uncompiled(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     from inductor_x86q.backend import compile_graph, settings
 
-    return compile_graph(graph_module, inputs, settings(None, None), inner_compile=_torch.run_uncompiled)
+    return compile_graph(graph_module, inputs, settings(None, None), inner_compile=uncompiled.run_uncompiled)
 
 
 def test_kernel_refuses_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ class EightBits(nn.Module):
 
 
 def test_eight_bits_without_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     with caplog.at_level(logging.WARNING, "inductor_x86q"):
         result, report = inspection.run_fused(EightBits(), (X,))
     assert reasons(report) == [Reason.SATURATES] and not report.fused
@@ -219,7 +220,7 @@ def test_eight_bits_without_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 
 def test_eight_bits_with_vnni(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: True)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: True)
     with caplog.at_level(logging.WARNING, "inductor_x86q"):
         report = inspection.explain(EightBits(), (X,))
     assert len(report.fused) == 1 and not reasons(report) and not caplog.text
@@ -246,9 +247,9 @@ def test_made_on_one_machine_compiled_on_another(
     made_with: bool, compiled_with: bool, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: made_with)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: made_with)
     quantized = inductor_x86q.quantize(Net().eval(), (images,), calibration=[images])
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: compiled_with)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: compiled_with)
     report = inspection.explain(quantized, (images,))
     if made_with and not compiled_with:
         assert set(reasons(report)) == {Reason.SATURATES}
@@ -263,9 +264,11 @@ def test_made_on_one_machine_compiled_on_another(
 WITHOUT_VNNI = """
 import torch
 import inductor_x86q
-from inductor_x86q import _cpu, inspection, testing
+from inductor_x86q import cpu
+from inductor_x86q import inspection
+from inductor_x86q import testing
 
-assert not _cpu.has_vnni()
+assert not cpu.has_vnni()
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 48)).eval()
 x = torch.randn(16, 64)
@@ -336,7 +339,8 @@ def test_bad_input(name: str) -> None:
 COMPILED = """
 import torch
 from inductor_x86q import testing
-from inductor_x86q.testing import QLinear, quantize_dequantize
+from inductor_x86q.testing import QLinear
+from inductor_x86q.testing import quantize_dequantize
 
 class Model(torch.nn.Module):
     def __init__(self):

@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import inductor_x86q
-from inductor_x86q import _cpu, testing
-from inductor_x86q.templates import layer as layers
-from inductor_x86q.templates.convolution import Convolution, Epilogue, Numbers
+from inductor_x86q import cpu, testing
+from inductor_x86q.inductor.lowering import layer as layers
+from inductor_x86q.kernels.convolution import Convolution, Epilogue, Numbers
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 QD = quantize_dequantize
 MODE = "max-autotune"
-needs_avx2 = pytest.mark.skipif(not _cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
+needs_avx2 = pytest.mark.skipif(not cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
 
 
 def to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -91,8 +91,8 @@ def graph() -> Iterator[tuple[torch.fx.GraphModule, tuple[Any, Any]]]:
 def choose_width(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Vectors as on that CPU, whatever this one is (its products then two by two); "wide" for all layers."""
     lanes, registers = {"AVX2": (8, 16), "AVX-512": (16, 32), "wide": (16, 32)}[width]
-    monkeypatch.setattr(_cpu, "int8_lanes", lambda: lanes)
-    monkeypatch.setattr(_cpu, "vector_registers", lambda: registers)
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: lanes)
+    monkeypatch.setattr(cpu, "vector_registers", lambda: registers)
     if width == "wide":
         monkeypatch.setattr(layers, "lanes", lambda channels, vectors=1: lanes)
 
@@ -122,7 +122,7 @@ def test_numbers(
 def test_eight_bits(only_generated: None, one_blocking: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """8-bit activations and weights, whose pairs of products overflow 16 bits: exact where VNNI is taken for granted."""
     one_blocking(0)
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: True)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: True)
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -153,7 +153,7 @@ def test_sums_of_16_bits(
 ) -> None:
     """Without VNNI four products are added in 16 bits only where they cannot overflow, whatever the input."""
     choose_width(width, monkeypatch)
-    monkeypatch.setattr(_cpu, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     one_blocking(0)
     layer = QConv2d(22, 40, (1, 3), bias=False)
     layer.weight.clamp_(-5, 5)
@@ -192,10 +192,10 @@ def test_numbers_beyond_single_precision() -> None:
 def test_vectors_are_as_wide_as_channels_fill(
     halves: bool, channels: int, vectors: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cpu, "int8_lanes", lambda: 16)
-    monkeypatch.setattr(_cpu, "halves_512", lambda: halves)
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: 16)
+    monkeypatch.setattr(cpu, "halves_512", lambda: halves)
     assert layers.lanes(channels, vectors) == expected
-    monkeypatch.setattr(_cpu, "int8_lanes", lambda: 8)
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: 8)
     assert layers.lanes(channels, vectors) == 8
 
 
@@ -404,7 +404,7 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the call measures faster it stays, and the weight packed for the kernel is gone."""
     import torch._inductor.lowering
 
-    from inductor_x86q.templates import lowering
+    from inductor_x86q.inductor.lowering import choice as lowering
 
     monkeypatch.setattr(lowering._Call, "benchmark", lambda self, *values, out: 0.0)
     q = testing.qdq_graph(nn.Sequential(Quantized(QConv2d(8, 8, 3))), (torch.randn(1, 8, 6, 6),))

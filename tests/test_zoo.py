@@ -11,7 +11,7 @@ pytest.importorskip("torchvision")
 from inductor_x86q import quantize
 from inductor_x86q.inspection import run_fused
 from inductor_x86q.testing import snr
-from inductor_x86q.zoo import ZOO, build, rounding_floor
+from inductor_x86q.tools.zoo import ZOO, build, rounding_floor
 
 pytestmark = pytest.mark.torchvision
 

@@ -9,58 +9,54 @@ from collections.abc import Callable
 from torch import fx
 
 import inductor_x86q
-from inductor_x86q import _torch
-from inductor_x86q.passes import (
-    channel_factors,
-    channels,
-    finish,
-    fuse,
-    generate,
-    images,
-    normalize,
-    propagate,
-    row_scales,
-)
-from inductor_x86q.passes.stage import No, Rule, Stage, StageResult
-from inductor_x86q.templates.convolution import header
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.kernels.convolution import header
+from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate
+from inductor_x86q.passes.stage import Rule, Stage, StageResult
 
-__all__ = ["STAGES", "No", "Rule", "register_pass", "run"]
+__all__ = ["FUSED", "STAGES", "No", "Rule", "Stage", "register_pass", "run"]
 
 log = logging.getLogger(__name__)
 
 # What holds before a stage is what holds after the one above it; before the first, the graph is as AOTAutograd leaves it
 # and parameters are constants.
-STAGES = (
-    Stage(
-        "normalize",
-        [*normalize.RULES, *channel_factors.RULES, *row_scales.RULES],
-        "Each thing has one spelling: constant scales are numbers, weights are per channel, a linear is `linear`.",
-    ),
-    Stage(
-        "propagate", [*propagate.RULES], "No operator that only moves data stands between a dequantize and a quantize."
-    ),
-    Stage("channels", [*channels.RULES], "No channel shuffle stands between convolutions that can do without it."),
-    Stage("fuse: compute", [*fuse.COMPUTE_RULES], "Every eligible convolution and linear is a call with float output."),
-    Stage(
-        "fuse: post-ops",
-        [*fuse.POST_OP_RULES],
-        "Every call has absorbed what it can of the activation, addition and quantize behind it.",
-    ),
-    Stage(
-        "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
-    ),
-    Stage("finish", [*finish.RULES], "The graph is legal for Inductor."),
-    Stage(
-        "images",
-        [*images.RULES],
-        "Every cat and pool of int8 images of known sizes is ours, and no cat repeats what another one joins.",
-    ),
-    Stage(
-        "generate",
-        [*generate.RULES],
-        'In mode "max-autotune", every call brings along what the generated kernel needs that may replace it.',
-    ),
+NORMALIZE = Stage(
+    "normalize",
+    [*normalize.RULES],
+    "Each thing has one spelling: constant scales are numbers, weights are per channel, a linear is `linear`.",
 )
+PROPAGATE = Stage(
+    "propagate", [*propagate.RULES], "No operator that only moves data stands between a dequantize and a quantize."
+)
+CHANNELS = Stage(
+    "channels", [*channels.RULES], "No channel shuffle stands between convolutions that can do without it."
+)
+COMPUTE = Stage(
+    "fuse: compute", [*fuse.COMPUTE_RULES], "Every eligible convolution and linear is a call with float output."
+)
+POST_OPS = Stage(
+    "fuse: post-ops",
+    [*fuse.POST_OP_RULES],
+    "Every call has absorbed what it can of the activation, addition and quantize behind it.",
+)
+OUTPUT_TYPES = Stage(
+    "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
+)
+FINISH = Stage("finish", [*finish.RULES], "The graph is legal for Inductor.")
+IMAGES = Stage(
+    "images",
+    [*images.RULES],
+    "Every cat and pool of int8 images of known sizes is ours, and no cat repeats what another one joins.",
+)
+GENERATE = Stage(
+    "generate",
+    [*generate.RULES],
+    'In mode "max-autotune", every call brings along what the generated kernel needs that may replace it.',
+)
+STAGES = (NORMALIZE, PROPAGATE, CHANNELS, COMPUTE, POST_OPS, OUTPUT_TYPES, FINISH, IMAGES, GENERATE)
+# After this one all that is fused is, and nothing is taken apart for Inductor yet: what a report is made of.
+FUSED = OUTPUT_TYPES
 
 
 def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
@@ -87,18 +83,18 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
     return lambda: chosen.rules.remove(rule)
 
 
-def run(graph: fx.Graph, between: Callable[[str, fx.Graph], None] = lambda stage, graph: None) -> list[StageResult]:
-    """Runs all stages on `graph`; calls `between(stage name, graph)` after each."""
+def run(graph: fx.Graph, between: Callable[[Stage, fx.Graph], None] = lambda stage, graph: None) -> list[StageResult]:
+    """Runs all stages on `graph`; calls `between(stage, graph)` after each."""
     verify = bool(os.environ.get("INDUCTOR_X86Q_VERIFY"))
     results = []
     for stage in STAGES:
-        with _torch.disable_modes():  # rules compute with real constants; fake tensors are asked for explicitly
+        with fake_tensors.disable_modes():  # rules compute with real constants; fake tensors are asked for explicitly
             result = stage.apply(graph)
             if verify:
                 stage.check(graph)
         log.debug("%s: %s in %.0f ms", stage.name, dict(result.matches), result.seconds * 1e3)
         results.append(result)
-        between(stage.name, graph)
+        between(stage, graph)
     return results
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
-from inductor_x86q.passes import weights
+from inductor_x86q.graph import qdq, weights
+from inductor_x86q.graph.movement import RESHAPES, SPLITS, is_item
+from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.fuse.post_ops import UNARIES
-from inductor_x86q.passes.movement import RESHAPES, SPLITS, is_item
-from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ Channel = tuple[fx.Node, int]  # a tensor, and which of its channels
 
 
 def _channels(node: Any) -> int:
-    return int(qgraph.value(node).shape[1])
+    return int(qdq.value(node).shape[1])
 
 
 def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
@@ -44,9 +44,9 @@ def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
     if permuted.target is not aten.permute.default or permuted.args[0].target not in RESHAPES:
         return None
     apart, source = permuted.args[0], permuted.args[0].args[0]
-    rank = qgraph.value(source).dim()
+    rank = qdq.value(source).dim()
     swapped = [0, 2, 1, *range(3, rank + 1)]
-    before, between, after = ([str(n) for n in qgraph.value(x).shape] for x in (source, apart, node))
+    before, between, after = ([str(n) for n in qdq.value(x).shape] for x in (source, apart, node))
     # Sizes as text: those that are open have names, and comparing names adds no guard.
     if (
         rank < 3
@@ -56,14 +56,14 @@ def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
         or between[0] != before[0]
     ):
         return None
-    return source, int(qgraph.value(apart).shape[1])
+    return source, int(qdq.value(apart).shape[1])
 
 
 def _shuffle_end(view: fx.Node) -> fx.Node | None:
     """The last node of the channel shuffle that begins with this view."""
     node: fx.Node | None = view
     for _ in range(3):
-        node = qgraph.only_user(node) if node else None
+        node = qdq.only_user(node) if node else None
         if node is not None and node.target in RESHAPES:
             found = _shuffle_start(node)
             return node if found and found[0] is view.args[0] else None
@@ -72,7 +72,7 @@ def _shuffle_end(view: fx.Node) -> fx.Node | None:
 
 def _along_channels(node: fx.Node) -> bool:
     """Whether a cat, split or slice works on dimension 1, a slice without gaps."""
-    arguments = qgraph.schema_arguments(node)
+    arguments = qdq.schema_arguments(node)
     return arguments.get("dim", 0) == 1 and arguments.get("step", 1) == 1
 
 
@@ -87,7 +87,7 @@ def _origins(node: fx.Node) -> list[Channel]:
     if node.target is aten.cat.default and _along_channels(node):
         return [channel for part in source for channel in _origins(part)]
     if node.target is aten.slice.Tensor and _along_channels(node):
-        start = qgraph.schema_arguments(node)["start"] or 0
+        start = qdq.schema_arguments(node)["start"] or 0
         return _origins(source)[start:][: _channels(node)]
     if is_item(node) and source.target in SPLITS and _along_channels(source):
         start = sum(part.shape[1] for part in source.meta["val"][: node.args[1]])  # type: ignore[misc]
@@ -103,7 +103,7 @@ def _gathered(node: fx.Node) -> list[int] | None:
     """Which channels the node takes of its first argument, by their numbers; None where it does something else."""
     if node.target is not GATHER or len(node.args[1]) != 2 or node.args[1][0] is not None:  # type: ignore[arg-type, index]
         return None
-    indices = qgraph.constant(node.args[1][1])  # type: ignore[index]
+    indices = qdq.constant(node.args[1][1])  # type: ignore[index]
     if indices is None or indices.dtype != torch.int64 or indices.dim() != 1:
         return None
     return (indices % _channels(node.args[0])).tolist()
@@ -114,7 +114,7 @@ def _orderings(node: fx.Node) -> set[fx.Node] | None:
     else reads them too."""
     found = {node}
     for user in node.users:
-        if qgraph.is_dequantize(user) and all(_reader(reader) and reader.args[0] is user for reader in user.users):
+        if qdq.is_dequantize(user) and all(_reader(reader) and reader.args[0] is user for reader in user.users):
             continue
         end = _ordered_by(user)
         below = None if end is None or not end.users else _orderings(end)
@@ -138,39 +138,39 @@ def _ordered_by(user: fx.Node) -> fx.Node | None:
 
 def _reader(node: fx.Node) -> bool:
     """Whether the node is a quantized convolution whose weight can follow another order of its input's channels."""
-    if node.target is not CONVOLUTION or not qgraph.is_dequantize(node.args[0]) or not qgraph.has_constants(node):
+    if node.target is not CONVOLUTION or not qdq.is_dequantize(node.args[0]) or not qdq.has_constants(node):
         return False
-    arguments = qgraph.schema_arguments(node)
+    arguments = qdq.schema_arguments(node)
     return arguments["groups"] == 1 or (_is_depthwise(node) and _end(node) is not None)
 
 
 def _is_depthwise(node: fx.Node) -> bool:
-    arguments = qgraph.schema_arguments(node)
+    arguments = qdq.schema_arguments(node)
     groups = arguments["groups"]
     return groups > 1 and groups == _channels(arguments["input"]) == _channels(node)
 
 
 def _end(convolution: fx.Node) -> fx.Node | None:
     """The quantize behind a convolution and, perhaps, an activation."""
-    user = qgraph.only_user(convolution)
+    user = qdq.only_user(convolution)
     if user is not None and user.target in UNARIES:
-        user = qgraph.only_user(user)
-    return user if user is not None and user.target is qgraph.QUANTIZE else None
+        user = qdq.only_user(user)
+    return user if user is not None and user.target is qdq.QUANTIZE else None
 
 
 def _producer(quantize: fx.Node) -> fx.Node | None:
     """The convolution that computes what the node quantizes, if it can write its channels in any order."""
-    node: Any = quantize.args[0] if quantize.target is qgraph.QUANTIZE else quantize
+    node: Any = quantize.args[0] if quantize.target is qdq.QUANTIZE else quantize
     if node.target in UNARIES:
         node = node.args[0]
-    if node.target is not CONVOLUTION or _end(node) is not quantize or not qgraph.has_constants(node):
+    if node.target is not CONVOLUTION or _end(node) is not quantize or not qdq.has_constants(node):
         return None
-    return node if qgraph.schema_arguments(node)["groups"] == 1 else None
+    return node if qdq.schema_arguments(node)["groups"] == 1 else None
 
 
 def _with_weights(node: fx.Node, x: Any, order: list[int], dimension: int) -> fx.Node:
     """The convolution on `x`, its weight's output channels (dimension 0) or input channels (1) in another order."""
-    weight, bias = weights.read(node.args[1]), qgraph.constant(node.args[2])
+    weight, bias = weights.read(node.args[1]), qdq.constant(node.args[2])
     assert weight is not None
     indices = torch.tensor(order)
     if dimension == 0 and bias is not None:
@@ -218,7 +218,7 @@ def _rewrite_shuffled_input(node: fx.Node, found: tuple[dict[fx.Node, list[int]]
     depthwise = _is_depthwise(node)
     parts = [_gather(source, channels, like=dequantize) for source, channels in channels_of.items()]
     joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
-    x = qgraph.call(dequantize.target, joined, *dequantize.args[1:], like=dequantize, **dequantize.kwargs)
+    x = qdq.call(dequantize.target, joined, *dequantize.args[1:], like=dequantize, **dequantize.kwargs)
     end = _end(node) if depthwise else None
     if end is not None:  # what a depthwise convolution reads in another order, it also writes so
         back = torch.tensor(order).argsort()
@@ -239,9 +239,9 @@ def _gather(source: fx.Node, channels: list[int], *, like: fx.Node) -> fx.Node:
 def _new_gather(source: fx.Node, channels: torch.Tensor, *, like: fx.Node) -> fx.Node:
     """A node behind `source` that takes these of its channels."""
     with source.graph.inserting_after(source):
-        indices = qgraph.new_constant(channels, like=like)
+        indices = qdq.new_constant(channels, like=like)
     with source.graph.inserting_after(indices):
-        return qgraph.call(GATHER, source, [None, indices], like=like)
+        return qdq.call(GATHER, source, [None, indices], like=like)
 
 
 def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: fx.Node) -> fx.Node:
@@ -249,7 +249,7 @@ def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: 
     for user in operand.users:
         if user.target is target and user.args == arguments:
             return user
-    return qgraph.call(target, *arguments, like=like)
+    return qdq.call(target, *arguments, like=like)
 
 
 # --- producers write together what is read together -------------------------------------------------------------------
@@ -272,19 +272,19 @@ def _rewrite_gathered_output(node: fx.Node, order: list[int]) -> None:
     assert convolution is not None
     new = _with_weights(convolution, convolution.args[0], order, 0)
     convolution.replace_all_uses_with(new)
-    qgraph.erase_dead(convolution)
+    qdq.erase_dead(convolution)
     start = 0
     for user in list(node.users):
         end = start + _channels(user)
         with node.graph.inserting_before(user):
             whole = end - start == _channels(node)
-            part = node if whole else qgraph.call(aten.slice.Tensor, node, 1, start, end, like=user)
+            part = node if whole else qdq.call(aten.slice.Tensor, node, 1, start, end, like=user)
         user.replace_all_uses_with(part)
-        qgraph.erase_dead(user)
+        qdq.erase_dead(user)
         start = end
 
 
 RULES = (
     Rule("convolution of shuffled channels", (CONVOLUTION,), _find_shuffled_input, _rewrite_shuffled_input),
-    Rule("channels read together", (qgraph.QUANTIZE,), _find_gathered_output, _rewrite_gathered_output),
+    Rule("channels read together", (qdq.QUANTIZE,), _find_gathered_output, _rewrite_gathered_output),
 )

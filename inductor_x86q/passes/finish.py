@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from inductor_x86q import _torch, qgraph
-from inductor_x86q._torch import decompositions
-from inductor_x86q.passes.fuse import call as calls
+from inductor_x86q.graph import calls, qdq
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor import decompositions, fake_tensors
 from inductor_x86q.passes.fuse import half
-from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
 
 def _find_converted_constant(node: fx.Node) -> Any:
-    tensor = qgraph.constant(node.args[0])
+    tensor = qdq.constant(node.args[0])
     if tensor is None:
         return No("it converts no constant")
-    arguments = fx.map_arg((node.args, node.kwargs), lambda n: qgraph.constant(n))
+    arguments = fx.map_arg((node.args, node.kwargs), lambda n: qdq.constant(n))
     return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
 
 def _rewrite_converted_constant(node: fx.Node, tensor: torch.Tensor) -> fx.Node:
     """A weight that stays in float is dequantized (or widened) now, once, not at every call."""
-    return qgraph.new_constant(tensor, like=node)
+    return qdq.new_constant(tensor, like=node)
 
 
 # --- written out ------------------------------------------------------------------------------------------------------
@@ -50,9 +50,9 @@ def _token_dequantize(x: Tensor, scales: Tensor, zero_points: Tensor, low: int, 
 
 # Operators of which Inductor has no lowering, or a wrong one, and what they compute.
 WRITTEN_OUT = {
-    qgraph.QUANTIZE_TENSOR: _computed_quantize,
-    qgraph.QUANTIZE_TOKEN: _token_quantize,
-    qgraph.DEQUANTIZE_TOKEN: _token_dequantize,
+    qdq.QUANTIZE_TENSOR: _computed_quantize,
+    qdq.QUANTIZE_TOKEN: _token_quantize,
+    qdq.DEQUANTIZE_TOKEN: _token_dequantize,
 }
 # These, and what the passes kept whole or put into the graph, and Inductor decomposes itself.
 DECOMPOSED = (*WRITTEN_OUT, *decompositions.KEPT_WHOLE, aten.linear.default)
@@ -64,12 +64,12 @@ def _decompose(node: fx.Node, found: Any) -> None:
 
 def _find_float16_quantize(node: fx.Node) -> Any:
     source: Any = node.args[0]
-    return source if qgraph.value(source).dtype == torch.float16 else No("it quantizes no float16")
+    return source if qdq.value(source).dtype == torch.float16 else No("it quantizes no float16")
 
 
 def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
     """quantize(fp16) → quantize(fp32(fp16)): Inductor's lowering takes float32 and bfloat16 only."""
-    node.update_arg(0, qgraph.call(half.CONVERT, source, torch.float32, like=node))
+    node.update_arg(0, qdq.call(half.CONVERT, source, torch.float32, like=node))
 
 
 # --- convolutions of lines ----------------------------------------------------------------------------------------------
@@ -89,23 +89,23 @@ def _rewrite_line(node: fx.Node, call: calls.Call) -> fx.Node:
     weight, *rest = arguments
     pack: Any = call.weight.target
     sizes: Any = call.geometry
-    tensor = qgraph.constant(weight)
+    tensor = qdq.constant(weight)
     assert tensor is not None
     (stride, padding, dilation, groups), hint = sizes, rest[-1]
     geometry = ([1, *stride], [0, *padding], [1, *dilation], groups)
     shape = hint and [*hint[:2], 1, *hint[2:]]
-    image = qgraph.call(aten.unsqueeze.default, call.x, 2, like=node)
-    flat = qgraph.new_constant(tensor.unsqueeze(2), like=node)
+    image = qdq.call(aten.unsqueeze.default, call.x, 2, like=node)
+    flat = qdq.new_constant(tensor.unsqueeze(2), like=node)
     packed = node.graph.call_function(pack, (flat, *rest[:3], *geometry, shape))
-    packed.meta["val"] = qgraph.value(flat)
+    packed.meta["val"] = qdq.value(flat)
     new = calls.emit(dataclasses.replace(call, x=image, weight=packed, geometry=geometry), like=node)
-    with _torch.fake_mode(node.graph):
-        new.meta["val"] = qgraph.value(node).unsqueeze(2)
-    return qgraph.call(aten.squeeze.dim, new, 2, like=node)
+    with fake_tensors.fake_mode(node.graph):
+        new.meta["val"] = qdq.value(node).unsqueeze(2)
+    return qdq.call(aten.squeeze.dim, new, 2, like=node)
 
 
-_CONVERSIONS = (*qgraph.DEQUANTIZES, half.CONVERT)
-_QUANTIZES = (qgraph.QUANTIZE, qgraph.QUANTIZE_CHANNEL)
+_CONVERSIONS = (*qdq.DEQUANTIZES, half.CONVERT)
+_QUANTIZES = (qdq.QUANTIZE, qdq.QUANTIZE_CHANNEL)
 RULES = (
     Rule("weight left in float", _CONVERSIONS, _find_converted_constant, _rewrite_converted_constant),
     Rule("quantize of float16", _QUANTIZES, _find_float16_quantize, _rewrite_float16_quantize),

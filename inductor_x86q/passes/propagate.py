@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
-from inductor_x86q.passes import normalize
-from inductor_x86q.passes.fuse import pool
-from inductor_x86q.passes.movement import (
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.movement import (
     JOINS,
     LARGE_MAX_POOLS,
     MAX_POOL,
@@ -22,19 +20,22 @@ from inductor_x86q.passes.movement import (
     is_item,
     is_movement,
 )
-from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.passes.fuse import pool
+from inductor_x86q.passes.normalize import spelling as normalize
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
 PAD = aten.constant_pad_nd.default
 
 
-def _per_tensor(node: Any) -> qgraph.QParams | No:
+def _per_tensor(node: Any) -> qdq.QParams | No:
     """The parameters of a dequantize that says the same of every element."""
-    if not qgraph.is_dequantize(node):
+    if not qdq.is_dequantize(node):
         return No("its input is not dequantized")
-    parameters = qgraph.qparams(node)
-    if parameters.axis is not None or parameters.dtype not in qgraph.INT8_TYPES:
+    parameters = qdq.qparams(node)
+    if parameters.axis is not None or parameters.dtype not in qdq.INT8_TYPES:
         return No("its input is dequantized per channel or not from int8")
     return parameters
 
@@ -50,7 +51,7 @@ def _tensors(node: fx.Node) -> list[Any]:
 def _on(node: fx.Node, tensors: list[Any], *, like: fx.Node) -> fx.Node:
     """A node that moves these tensors as `node` moves its own."""
     moved = tensors if node.target in JOINS else tensors[0]
-    return qgraph.call(node.target, moved, *node.args[1:], like=like, **node.kwargs)
+    return qdq.call(node.target, moved, *node.args[1:], like=like, **node.kwargs)
 
 
 def _find_down(node: fx.Node) -> Any:
@@ -60,36 +61,36 @@ def _find_down(node: fx.Node) -> Any:
             return parameters
         if not parameters.same_grid(found[0]):  # type: ignore[arg-type]
             return No("its inputs differ in scale or zero point")
-    if len({qgraph.out_dtype(tensor) for tensor in _tensors(node)}) > 1:
+    if len({qdq.out_dtype(tensor) for tensor in _tensors(node)}) > 1:
         return No("its inputs differ in type")
     return _joined(found)  # type: ignore[arg-type]
 
 
-def _joined(parameters: list[qgraph.QParams]) -> qgraph.QParams:
+def _joined(parameters: list[qdq.QParams]) -> qdq.QParams:
     """The parameters of tensors of one grid side by side: the widest range."""
     low, high = min(p.quant_min for p in parameters), max(p.quant_max for p in parameters)
     return dataclasses.replace(parameters[0], quant_min=low, quant_max=high)
 
 
-def _rewrite_down(node: fx.Node, parameters: qgraph.QParams) -> fx.Node:
+def _rewrite_down(node: fx.Node, parameters: qdq.QParams) -> fx.Node:
     """move(dequantize(x)) → dequantize(move(x))"""
     sources = _tensors(node)
     moved = _on(node, [source.args[0] for source in sources], like=node)
-    return qgraph.dequantize(moved, parameters, qgraph.out_dtype(sources[0]), like=sources[0])
+    return qdq.dequantize(moved, parameters, qdq.out_dtype(sources[0]), like=sources[0])
 
 
-def _rewrite_down_items(node: fx.Node, parameters: qgraph.QParams) -> None:
+def _rewrite_down_items(node: fx.Node, parameters: qdq.QParams) -> None:
     """split(dequantize(x))[i] → dequantize(split(x)[i]); the maximum and its index likewise for max pool."""
     source: Any = node.args[0]
     moved = _on(node, [source.args[0]], like=node)
     for item in list(node.users):
         with node.graph.inserting_before(item):
-            new = qgraph.call(operator.getitem, moved, item.args[1], like=item)
+            new = qdq.call(operator.getitem, moved, item.args[1], like=item)
             if node.target not in MAX_POOLS or item.args[1] == 0:
-                new = qgraph.dequantize(new, parameters, qgraph.out_dtype(source), like=source)
+                new = qdq.dequantize(new, parameters, qdq.out_dtype(source), like=source)
         item.replace_all_uses_with(new)
         node.graph.erase_node(item)
-    qgraph.erase_dead(node)
+    qdq.erase_dead(node)
 
 
 def _find_down_large_pool(node: fx.Node) -> Any:
@@ -105,7 +106,7 @@ def _find_down_pad(node: fx.Node) -> Any:
     parameters = _per_tensor(node.args[0])
     if isinstance(parameters, No):
         return parameters
-    fill = qgraph.schema_arguments(node)["value"]
+    fill = qdq.schema_arguments(node)["value"]
     if not parameters.is_static or not isinstance(fill, (int, float)):
         return No("its scale or its value is computed at run time")
     integer = fill / parameters.scale + parameters.zero_point
@@ -114,12 +115,12 @@ def _find_down_pad(node: fx.Node) -> Any:
     return parameters, int(integer)
 
 
-def _rewrite_down_pad(node: fx.Node, found: tuple[qgraph.QParams, int]) -> fx.Node:
+def _rewrite_down_pad(node: fx.Node, found: tuple[qdq.QParams, int]) -> fx.Node:
     """pad with a value that the integers can express: with zeros, that is the zero point."""
     parameters, integer = found
     source: Any = node.args[0]
-    padded = qgraph.call(PAD, source.args[0], node.args[1], integer, like=node)
-    return qgraph.dequantize(padded, parameters, qgraph.out_dtype(source), like=source)
+    padded = qdq.call(PAD, source.args[0], node.args[1], integer, like=node)
+    return qdq.dequantize(padded, parameters, qdq.out_dtype(source), like=source)
 
 
 def _find_down_relu(node: fx.Node) -> Any:
@@ -129,13 +130,13 @@ def _find_down_relu(node: fx.Node) -> Any:
     return parameters if parameters.is_static else No("its zero point is computed at run time")
 
 
-def _rewrite_down_relu(node: fx.Node, parameters: qgraph.QParams) -> fx.Node:
+def _rewrite_down_relu(node: fx.Node, parameters: qdq.QParams) -> fx.Node:
     """relu(dequantize(x)) → dequantize(max(x, zero point))"""
     source: Any = node.args[0]
     integers = source.args[0]
     if parameters.zero_point > parameters.quant_min:
-        integers = qgraph.call(aten.clamp_min.default, integers, parameters.zero_point, like=node)
-    return qgraph.dequantize(integers, parameters, qgraph.out_dtype(source), like=source)
+        integers = qdq.call(aten.clamp_min.default, integers, parameters.zero_point, like=node)
+    return qdq.dequantize(integers, parameters, qdq.out_dtype(source), like=source)
 
 
 # --- quantize moves up ------------------------------------------------------------------------------------------------
@@ -143,34 +144,34 @@ def _rewrite_down_relu(node: fx.Node, parameters: qgraph.QParams) -> fx.Node:
 
 def _find_up(node: fx.Node) -> Any:
     moved: Any = node.args[0]
-    parameters = qgraph.qparams(node)
-    if parameters.dtype not in qgraph.INT8_TYPES:
+    parameters = qdq.qparams(node)
+    if parameters.dtype not in qdq.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
     if is_item(moved) and moved.args[0].target in SPLITS:
         quantizes = [user for sibling in moved.args[0].users for user in sibling.users]
-        if all(user.target is qgraph.QUANTIZE and qgraph.qparams(user) == parameters for user in quantizes):
+        if all(user.target is qdq.QUANTIZE and qdq.qparams(user) == parameters for user in quantizes):
             return parameters
         return No("the parts are not all quantized alike")
     if set(moved.users) != {node}:
         return No("what it quantizes is used in float too")
-    if moved.target in JOINS or (is_movement(moved) and qgraph.value(moved).dtype.is_floating_point):
+    if moved.target in JOINS or (is_movement(moved) and qdq.value(moved).dtype.is_floating_point):
         return parameters
     return No("what it quantizes is not moved data")
 
 
-def _rewrite_up(node: fx.Node, parameters: qgraph.QParams) -> fx.Node | None:
+def _rewrite_up(node: fx.Node, parameters: qdq.QParams) -> fx.Node | None:
     """quantize(move(x)) → move(quantize(x))"""
     moved: Any = node.args[0]
     move = moved.args[0] if is_item(moved) else moved
     with node.graph.inserting_before(move):
-        new = _on(move, [qgraph.quantize(x, parameters, like=node) for x in _tensors(move)], like=move)
+        new = _on(move, [qdq.quantize(x, parameters, like=node) for x in _tensors(move)], like=move)
     if move is moved:
         return new
     for item in list(move.users):
         for quantize in list(item.users):
             with node.graph.inserting_before(quantize):
-                quantize.replace_all_uses_with(qgraph.call(operator.getitem, new, item.args[1], like=item))
-            qgraph.erase_dead(quantize)
+                quantize.replace_all_uses_with(qdq.call(operator.getitem, new, item.args[1], like=item))
+            qdq.erase_dead(quantize)
     return None
 
 
@@ -182,26 +183,26 @@ def _find_meeting(node: fx.Node) -> Any:
     before = _per_tensor(source)
     if isinstance(before, No):
         return before
-    after = qgraph.qparams(node)
+    after = qdq.qparams(node)
     if not after.same_grid(before):
         return No("it changes scale or zero point: a requantization")
-    if qgraph.out_dtype(source) != torch.float32:
+    if qdq.out_dtype(source) != torch.float32:
         # bf16 holds 8 bits: (integer - zero point) * scale rounded to it quantizes back to the same integer only
         # where scale is a power of two; the reference rounds, so the rounding stays.
         return No("between them the value is rounded to bf16")
     return source.args[0], before, after
 
 
-def _rewrite_meeting(node: fx.Node, found: tuple[fx.Node, qgraph.QParams, qgraph.QParams]) -> fx.Node:
+def _rewrite_meeting(node: fx.Node, found: tuple[fx.Node, qdq.QParams, qdq.QParams]) -> fx.Node:
     """quantize(dequantize(x)) on one grid is x, clipped where the second range is narrower."""
     integers, before, after = found
     if after.quant_min > before.quant_min or after.quant_max < before.quant_max:
-        return qgraph.call(aten.clamp.default, integers, after.quant_min, after.quant_max, like=node)
+        return qdq.call(aten.clamp.default, integers, after.quant_min, after.quant_max, like=node)
     return integers
 
 
 RULES = (
-    Rule("quantize meets dequantize", (qgraph.QUANTIZE,), _find_meeting, _rewrite_meeting),
+    Rule("quantize meets dequantize", (qdq.QUANTIZE,), _find_meeting, _rewrite_meeting),
     # A cast meets the dequantize only now where data was moved in between.
     normalize.CAST,
     Rule("dequantize below movement", (*MOVEMENTS, *JOINS), _find_down, _rewrite_down),
@@ -209,5 +210,5 @@ RULES = (
     Rule("dequantize below large max pool", LARGE_MAX_POOLS, _find_down_large_pool, _rewrite_down_items),
     Rule("dequantize below pad", (PAD,), _find_down_pad, _rewrite_down_pad),
     Rule("dequantize below relu", (aten.relu.default,), _find_down_relu, _rewrite_down_relu),
-    Rule("quantize above movement", (qgraph.QUANTIZE,), _find_up, _rewrite_up),
+    Rule("quantize above movement", (qdq.QUANTIZE,), _find_up, _rewrite_up),
 )

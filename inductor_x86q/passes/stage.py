@@ -16,17 +16,9 @@ from typing import Any
 
 from torch import fx
 
-from inductor_x86q import _torch, qgraph
-
-
-@dataclasses.dataclass(frozen=True)
-class No:
-    """Why a rule does not match; false in a condition."""
-
-    why: str
-
-    def __bool__(self) -> bool:
-        return False
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor import matcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +35,8 @@ class Rule:
     find: Callable[[fx.Node], Any]
     rewrite: Callable[[fx.Node, Any], fx.Node | None]
 
-    def register(self, matcher: Any, counts: Counter[str]) -> None:
-        """Makes `matcher` apply the rule, and count in `counts` how often it did."""
+    def register(self, patterns: Any, counts: Counter[str]) -> None:
+        """Makes `patterns` apply the rule, and count in `counts` how often it did."""
 
         def matches(match: Any) -> bool:
             match.found = self.find(match.output_node())
@@ -57,9 +49,9 @@ class Rule:
                 new = self.rewrite(node, match.found)
             if new is not None:
                 node.replace_all_uses_with(new)
-                qgraph.erase_dead(node)
+                qdq.erase_dead(node)
 
-        _torch.register(matcher, self.targets, matches, handler)
+        matcher.register(patterns, self.targets, matches, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +66,12 @@ class Stage:
         """Applies the rules until none matches any more; returns how often each did and how long it took."""
         started = time.perf_counter()
         counts: Counter[str] = Counter()
-        matcher = _torch.matcher_pass(f"inductor_x86q.{self.name}")
+        patterns = matcher.matcher_pass(f"inductor_x86q.{self.name}")
         for rule in self.rules:
-            rule.register(matcher, counts)
+            rule.register(patterns, counts)
         rounds = 0
-        while matcher.apply(graph):
-            _torch.sort_topologically(graph)
+        while patterns.apply(graph):
+            matcher.sort_topologically(graph)
             rounds += 1
             if rounds > 1000:
                 raise AssertionError(f"stage {self.name} does not end; its last matches: {dict(counts)}")

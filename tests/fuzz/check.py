@@ -10,8 +10,8 @@ from unittest import mock
 
 import torch
 
-from inductor_x86q import _torch
 from inductor_x86q.backend import compile_graph, settings
+from inductor_x86q.inductor import uncompiled
 from inductor_x86q.report import Report
 from tests.fuzz.graphs import Graph
 from tests.fuzz.intervals import bounds
@@ -37,7 +37,7 @@ def _no_grad_and_fresh() -> Iterator[None]:
 
 def compiled(model: torch.nn.Module, reports: Report, *, generate: bool, mode: str | None = None) -> Callable[..., Any]:
     """`model` compiled by this backend; without `generate` the fused graph is run eagerly, no C++ is made."""
-    keywords = {} if generate else {"inner_compile": _torch.run_uncompiled}
+    keywords = {} if generate else {"inner_compile": uncompiled.run_uncompiled}
 
     def backend(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(
@@ -73,7 +73,7 @@ def own_kernels_taken() -> Iterator[list[Any]]:
     """
     import torch._inductor.lowering  # noqa: F401
 
-    from inductor_x86q.templates import lowering
+    from inductor_x86q.inductor.lowering import choice as lowering
 
     taken: list[Any] = []
 

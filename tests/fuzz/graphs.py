@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from inductor_x86q import _cpu
+from inductor_x86q import cpu
 
 PREAMBLE = '''\
 import torch
@@ -383,7 +383,7 @@ class _Draft:
         return f"q.dequantize_per_channel({weight}, {scales}, {zeros}, {axis}, {low}, 127, torch.int8)"
 
     def note_saturation(self, grid: _Grid | None, limit: str) -> None:
-        if grid is not None and not _cpu.has_vnni():
+        if grid is not None and not cpu.has_vnni():
             largest = 255 if grid.dtype == torch.int8 else grid.quant_max
             if 2 * largest * int(limit) > 32767:
                 self.defects.add("SATURATES")

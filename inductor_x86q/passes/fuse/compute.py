@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, _torch, qgraph
-from inductor_x86q.passes.fuse.call import Call, emit
-from inductor_x86q.passes.movement import is_movement
-from inductor_x86q.passes.stage import No, Rule
-from inductor_x86q.report import Obstacle, Reason
+from inductor_x86q import cpu
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.calls import Call, emit
+from inductor_x86q.graph.movement import is_movement
+from inductor_x86q.graph.reasons import No, Obstacle, Reason
+from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 onednn = torch.ops.onednn
@@ -24,11 +26,11 @@ LINEAR = aten.linear.default
 
 def obstacle(node: fx.Node) -> Obstacle | None:
     """What keeps this convolution or linear from running in int8, or None; also the report's source."""
-    arguments = qgraph.schema_arguments(node)
+    arguments = qdq.schema_arguments(node)
     x, weight = arguments["input"], arguments["weight"]
     if arguments.get("transposed"):
         return Obstacle(Reason.NO_KERNEL, "transposed convolution")
-    if not qgraph.is_dequantize(x) and not qgraph.is_dequantize(weight):
+    if not qdq.is_dequantize(x) and not qdq.is_dequantize(weight):
         return Obstacle(Reason.NOT_QUANTIZED)
     return (
         _weight_obstacle(node, weight, arguments)
@@ -38,17 +40,17 @@ def obstacle(node: fx.Node) -> Obstacle | None:
 
 
 def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) -> Obstacle | None:
-    if not qgraph.is_dequantize(weight):
+    if not qdq.is_dequantize(weight):
         return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
-    parameters = qgraph.qparams(weight)
-    tensor = qgraph.constant(weight.args[0])
+    parameters = qdq.qparams(weight)
+    tensor = qdq.constant(weight.args[0])
     if tensor is None or parameters.axis is None:
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
     if parameters.dtype != torch.int8 or tensor.dtype != torch.int8:
         return Obstacle(Reason.WEIGHT_TYPE, f"{parameters.dtype}, expected torch.int8")
     if parameters.axis != 0:
         return Obstacle(Reason.WEIGHT_TYPE, f"quantized along axis {parameters.axis}, expected the output channels")
-    scale, zero_point = qgraph.constant(parameters.scale), qgraph.constant(parameters.zero_point)
+    scale, zero_point = qdq.constant(parameters.scale), qdq.constant(parameters.zero_point)
     if scale is None or zero_point is None:
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT, "its scale is computed at run time")
     if zero_point.count_nonzero():
@@ -79,18 +81,18 @@ def _moved_from(node: fx.Node) -> fx.Node:
 
 
 def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
-    if x.target is qgraph.DEQUANTIZE_TOKEN:
+    if x.target is qdq.DEQUANTIZE_TOKEN:
         return Obstacle(Reason.ACTIVATION_TYPE, "its rows differ in zero point; a scale for each of them is fine")
-    if not qgraph.is_dequantize(x):
+    if not qdq.is_dequantize(x):
         return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, _OUTSIDE if _moved_from(x).op == "placeholder" else "")
-    parameters = qgraph.qparams(x)
+    parameters = qdq.qparams(x)
     if parameters.axis is not None:
         return Obstacle(Reason.ACTIVATION_TYPE, "quantized per channel")
-    if parameters.dtype not in qgraph.INT8_TYPES:
+    if parameters.dtype not in qdq.INT8_TYPES:
         return Obstacle(Reason.ACTIVATION_TYPE, f"{parameters.dtype}, expected torch.uint8 or torch.int8")
     if node.target is CONVOLUTION and parameters.dtype == torch.int8:
         return Obstacle(Reason.ACTIVATION_TYPE, "torch.int8, torch's convolution kernel takes torch.uint8 only")
-    shape = qgraph.value(x).shape
+    shape = qdq.value(x).shape
     if any(isinstance(size, int) and size == 0 for size in shape):
         return Obstacle(Reason.NO_KERNEL, "an empty input, of which the kernels lose the shape")
     if not isinstance(shape[1 if node.target is CONVOLUTION else -1], int):
@@ -104,11 +106,11 @@ def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle
     return _saturation_obstacle(parameters, weight)
 
 
-def _saturation_obstacle(parameters: qgraph.QParams, weight: fx.Node) -> Obstacle | None:
+def _saturation_obstacle(parameters: qdq.QParams, weight: fx.Node) -> Obstacle | None:
     """CPUs without VNNI add two u8×s8 products in 16 bits: the sum must fit there, whatever the input."""
-    if _cpu.has_vnni():
+    if cpu.has_vnni():
         return None
-    tensor = qgraph.constant(weight.args[0])
+    tensor = qdq.constant(weight.args[0])
     assert tensor is not None
     low, high = map(int, torch.aminmax(tensor)) if tensor.numel() else (0, 0)
     largest_weight = max(-low, high)
@@ -126,11 +128,11 @@ def _library_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | 
 
     They are left alone on every CPU, since a package may run on another one.
     """
-    _, padding, dilation, groups = qgraph.geometry(node)
-    image, (outputs, inputs, *kernel) = qgraph.value(x).shape[2:], qgraph.value(weight).shape
+    _, padding, dilation, groups = qdq.geometry(node)
+    image, (outputs, inputs, *kernel) = qdq.value(x).shape[2:], qdq.value(weight).shape
     for size, taps, pad, step in zip(image, kernel, padding, dilation, strict=True):
         # Without gaps between the taps some tap of each output lies inside, if the padding is less than their reach.
-        if pad > step * (taps - 1) or (pad and step > 1 and not _torch.guarded(size >= step)):
+        if pad > step * (taps - 1) or (pad and step > 1 and not fake_tensors.guarded(size >= step)):
             return Obstacle(Reason.NO_KERNEL, "some of its outputs may read padding only, which the kernels get wrong")
     if inputs == 1 and groups > 1 and outputs > 16 * groups:
         return Obstacle(Reason.NO_KERNEL, "groups of one input and more than 16 outputs, which the kernels get wrong")
@@ -139,22 +141,22 @@ def _library_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | 
 
 def _as(node: fx.Node, constant: Any, dtype: torch.dtype) -> fx.Node:
     """The constant, or a new one that holds the same in another type."""
-    tensor = qgraph.constant(constant)
+    tensor = qdq.constant(constant)
     assert tensor is not None
-    return constant if tensor.dtype == dtype else qgraph.new_constant(tensor.detach().to(dtype), like=node)
+    return constant if tensor.dtype == dtype else qdq.new_constant(tensor.detach().to(dtype), like=node)
 
 
 def _shape_hint(x: fx.Node) -> list[int] | None:
     """The input's shape for the choice of the weights' layout; None where it is not known when compiling."""
-    shape = qgraph.value(x).shape
+    shape = qdq.value(x).shape
     return [int(size) for size in shape] if all(isinstance(size, int) for size in shape) else None
 
 
 def _packed_convolution(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
     """The node that packs the weight; stride, padding, dilation and groups."""
-    x, weight, *_ = qgraph.schema_arguments(node).values()
-    geometry = qgraph.geometry(node)
-    parameters = qgraph.qparams(x)
+    x, weight, *_ = qdq.schema_arguments(node).values()
+    geometry = qdq.geometry(node)
+    parameters = qdq.qparams(x)
     grid = (parameters.scale, parameters.zero_point) if parameters.is_static else (1.0, 0)
     arguments = (weight.args[0], scale, *grid, *geometry, _shape_hint(x))
     return node.graph.call_function(onednn.qconv_prepack.default, arguments), geometry
@@ -162,25 +164,25 @@ def _packed_convolution(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[A
 
 def _packed_linear(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
     """The node that packs the weight; nothing else is to be said of a linear."""
-    x, weight, _ = qgraph.schema_arguments(node).values()
+    x, weight, _ = qdq.schema_arguments(node).values()
     hint = _shape_hint(x)
     rows = None if hint is None else [math.prod(hint[:-1]), hint[-1]]
     return node.graph.call_function(onednn.qlinear_prepack.default, (weight.args[0], rows)), ()
 
 
 def _rewrite(node: fx.Node, found: Any) -> fx.Node:
-    arguments = qgraph.schema_arguments(node)
+    arguments = qdq.schema_arguments(node)
     x, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
-    grid, weight_grid = qgraph.qparams(x), qgraph.qparams(weight)
+    grid, weight_grid = qdq.qparams(x), qdq.qparams(weight)
     scale, zero_point = _as(node, weight_grid.scale, torch.float32), _as(node, weight_grid.zero_point, torch.int32)
     family, pack = _FAMILIES[node.target]
     packed, geometry = pack(node, scale)
-    packed.meta["val"] = qgraph.value(weight.args[0])
-    qgraph.copy_origin(packed, node)
+    packed.meta["val"] = qdq.value(weight.args[0])
+    qdq.copy_origin(packed, node)
     if bias is not None:
         bias = _as(node, bias, torch.float32)  # the kernels add it before any rounding to bf16
     operands = (x.args[0], grid.scale, grid.zero_point, packed, scale, zero_point, bias)
-    new = emit(Call(family, *operands, geometry, qgraph.value(node).dtype), like=node)
+    new = emit(Call(family, *operands, geometry, qdq.value(node).dtype), like=node)
     new.meta["x86q_macs"] = macs(node)
     return new
 
@@ -193,12 +195,12 @@ _FAMILIES: dict[Any, tuple[str, Callable[[fx.Node, fx.Node], tuple[fx.Node, tupl
 
 def macs(node: fx.Node) -> int | None:
     """Multiply-accumulates of a convolution, linear or matrix product; None where a size is not known."""
-    output = qgraph.value(node)
+    output = qdq.value(node)
     if node.target in (CONVOLUTION, LINEAR):
-        weight = qgraph.value(qgraph.schema_arguments(node)["weight"])
+        weight = qdq.value(qdq.schema_arguments(node)["weight"])
         per_output = math.prod(weight.shape[1:])
     else:
-        per_output = qgraph.value(node.args[-1]).shape[-2]  # type: ignore[arg-type]
+        per_output = qdq.value(node.args[-1]).shape[-2]  # type: ignore[arg-type]
     total = output.numel() * per_output
     return int(total) if isinstance(total, int) else None
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.movement import RESHAPES
+from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.fuse import compute
-from inductor_x86q.passes.movement import RESHAPES
-from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 onednn = torch.ops.onednn
@@ -34,9 +35,9 @@ def _find(node: fx.Node) -> Any:
     if rounded.target is not CONVERT or rounded.args[1] != torch.float16 or widened.args[1] != torch.float32:
         return No("its weight is not rounded to float16")
     weight = rounded.args[0]
-    if qgraph.constant(weight) is None or qgraph.value(x).dtype != torch.float32:  # type: ignore[arg-type]
+    if qdq.constant(weight) is None or qdq.value(x).dtype != torch.float32:  # type: ignore[arg-type]
         return No("its weight is no constant, or its input is not float32")
-    if bias and (qgraph.constant(bias[0]) is None or qgraph.value(bias[0]).dim() != 1):  # type: ignore[arg-type]
+    if bias and (qdq.constant(bias[0]) is None or qdq.value(bias[0]).dim() != 1):  # type: ignore[arg-type]
         return No("its bias is no constant vector")
     return x, weight, bias[0] if bias else None
 
@@ -45,11 +46,11 @@ def _rewrite(node: fx.Node, found: tuple[Any, fx.Node, Any]) -> fx.Node:
     """x @ fp32(fp16(weight))ᵀ + bias → linear_dynamic_fp16(x, packed weight, bias)"""
     x, weight, bias = found
     packed = node.graph.call_function(onednn.linear_prepack_fp16.default, (weight, None))
-    packed.meta["val"] = qgraph.value(weight)
+    packed.meta["val"] = qdq.value(weight)
     new = node.graph.call_function(CALL, (x, packed, bias))
     for made in (packed, new):
-        qgraph.copy_origin(made, node)
-    new.meta.update(val=qgraph.value(node), x86q_macs=compute.macs(node))
+        qdq.copy_origin(made, node)
+    new.meta.update(val=qdq.value(node), x86q_macs=compute.macs(node))
     return new
 
 

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _cpu, qgraph
-from inductor_x86q.passes.fuse.call import TARGETS, Call, emit, is_call, read
-from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q import cpu
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.calls import TARGETS, Call, emit, is_call, read
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.passes.stage import Rule
 
 CONVERT = torch.ops.prims.convert_element_type.default
 
 # The types that calls need not have kernels for, and whether they have.
 HAS_KERNELS: dict[torch.dtype, Callable[[], bool]] = {
-    torch.bfloat16: lambda: _cpu.has_bf16(),
+    torch.bfloat16: lambda: cpu.has_bf16(),
     torch.float16: lambda: False,
 }
 
@@ -33,7 +35,7 @@ def _lacks_kernels(dtype: torch.dtype) -> bool:
 
 def _find_unsupported(node: fx.Node) -> Any:
     call = read(node)
-    added = call.binary and qgraph.value(call.binary.other).dtype
+    added = call.binary and qdq.value(call.binary.other).dtype
     if _lacks_kernels(call.output_dtype) or (added and _lacks_kernels(added)):
         return call
     return No(f"this CPU has kernels that give {call.output_dtype}{f' and add {added}' if added else ''}")
@@ -42,8 +44,8 @@ def _find_unsupported(node: fx.Node) -> Any:
 def _rewrite_unsupported(node: fx.Node, call: Call) -> fx.Node:
     """call to bf16 → bf16(call to fp32), what it adds likewise"""
     binary, dtype = call.binary, call.output_dtype
-    if binary is not None and _lacks_kernels(qgraph.value(binary.other).dtype):
-        other = qgraph.call(CONVERT, binary.other, torch.float32, like=binary.other)
+    if binary is not None and _lacks_kernels(qdq.value(binary.other).dtype):
+        other = qdq.call(CONVERT, binary.other, torch.float32, like=binary.other)
         binary = dataclasses.replace(binary, other=other)
     widened = torch.float32 if _lacks_kernels(dtype) else dtype
     new = emit(dataclasses.replace(call, output_dtype=widened, binary=binary), like=node)
@@ -51,7 +53,7 @@ def _rewrite_unsupported(node: fx.Node, call: Call) -> fx.Node:
     if widened == dtype:
         return new
     new.meta["x86q_float32_for"] = dtype
-    return qgraph.call(CONVERT, new, dtype, like=node)
+    return qdq.call(CONVERT, new, dtype, like=node)
 
 
 def _find_there_and_back(node: fx.Node) -> Any:

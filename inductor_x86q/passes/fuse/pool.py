@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import qgraph
-from inductor_x86q.passes.movement import MAX_POOLS, is_item
-from inductor_x86q.passes.stage import No, Rule
-from inductor_x86q.templates.operators import POOL
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.library import POOL
+from inductor_x86q.graph.movement import MAX_POOLS, is_item
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
 
 def accepts(pool: fx.Node, integers: Any) -> bool | No:
     """Whether the library has the kernel for this max pool, of these integers."""
-    x = qgraph.value(integers)
+    x = qdq.value(integers)
     if x.dtype != torch.uint8:
         return No(f"its input is {x.dtype}, and the library's pool takes torch.uint8 only")
     if x.dim() not in (4, 5) or any(not isinstance(size, int) for size in x.shape[1:]):
@@ -36,9 +37,9 @@ def _find(node: fx.Node) -> Any:
 
 
 def _rewrite(node: fx.Node, found: bool) -> None:
-    x, *sizes, ceil_mode = qgraph.schema_arguments(node).values()
-    spatial = qgraph.value(x).dim() - 2
-    kernel, stride, padding, dilation = (qgraph.full(values, spatial) for values in sizes)
+    x, *sizes, ceil_mode = qdq.schema_arguments(node).values()
+    spatial = qdq.value(x).dim() - 2
+    kernel, stride, padding, dilation = (qdq.full(values, spatial) for values in sizes)
     stride = stride or kernel
     parameters: list[Any] = list(zip(kernel, stride, padding, dilation, strict=True))
     pool = _pool_2d if spatial == 2 else _pool_3d
@@ -46,32 +47,32 @@ def _rewrite(node: fx.Node, found: bool) -> None:
     for item in list(node.users):
         item.replace_all_uses_with(new)
         node.graph.erase_node(item)
-    qgraph.erase_dead(node)
+    qdq.erase_dead(node)
 
 
 def _pool_2d(like: fx.Node, x: Any, parameters: list[tuple[int, ...]], ceil_mode: Any) -> fx.Node:
     if set(parameters) == {(1, 1, 0, 1)}:
         return x
     arguments = [list(values) for values in zip(*parameters, strict=True)]
-    return qgraph.call(POOL, x, *arguments, bool(ceil_mode), like=like)
+    return qdq.call(POOL, x, *arguments, bool(ceil_mode), like=like)
 
 
 def _pool_3d(like: fx.Node, x: Any, parameters: list[tuple[int, ...]], ceil_mode: Any) -> fx.Node:
     """A maximum over a box is a maximum over frames of the maxima over images. Channels stay innermost throughout."""
 
     def reordered(node: fx.Node, order: list[int]) -> fx.Node:
-        return qgraph.call(aten.permute.default, node, order, like=like)
+        return qdq.call(aten.permute.default, node, order, like=like)
 
     def reshaped(node: fx.Node, shape: list[Any]) -> fx.Node:
-        return qgraph.call(aten.reshape.default, node, shape, like=like)
+        return qdq.call(aten.reshape.default, node, shape, like=like)
 
-    _, channels, frames, height, width = qgraph.value(x).shape
+    _, channels, frames, height, width = qdq.value(x).shape
     images = reshaped(reordered(x, [0, 2, 3, 4, 1]), [-1, height, width, channels])
     pooled = _pool_2d(like, reordered(images, [0, 3, 1, 2]), parameters[1:], ceil_mode)
-    height, width = qgraph.value(pooled).shape[2:]
+    height, width = qdq.value(pooled).shape[2:]
     columns = reshaped(reordered(pooled, [0, 2, 3, 1]), [-1, frames, height * width, channels])
     pooled = _pool_2d(like, reordered(columns, [0, 3, 1, 2]), [parameters[0], (1, 1, 0, 1)], ceil_mode)
-    frames = qgraph.value(pooled).shape[2]
+    frames = qdq.value(pooled).shape[2]
     boxes = reshaped(reordered(pooled, [0, 2, 3, 1]), [-1, frames, height, width, channels])
     return reordered(boxes, [0, 4, 1, 2, 3])
 

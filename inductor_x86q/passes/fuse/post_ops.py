@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q import _torch, qgraph
-from inductor_x86q.passes import aliasing
-from inductor_x86q.passes.fuse.call import Binary, Call, Unary, absorb, describe, is_call, read, with_output
-from inductor_x86q.passes.stage import No, Rule
+from inductor_x86q.graph import aliasing, qdq
+from inductor_x86q.graph.calls import Binary, Call, Unary, absorb, describe, is_call, read, with_output
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
@@ -69,7 +70,7 @@ def _find_unary(node: fx.Node) -> Any:
     call = _absorbable(node.args[0])
     if isinstance(call, No):
         return call
-    unary = UNARIES[node.target](qgraph.schema_arguments(node))
+    unary = UNARIES[node.target](qdq.schema_arguments(node))
     merged = _merge(call.unary, unary)
     if merged is None:
         return No(f"the call already ends in {call.unary.name}")
@@ -103,13 +104,13 @@ def _rewrite_unary(node: fx.Node, call: Call) -> fx.Node:
 
 
 def _find_addition(node: fx.Node) -> Any:
-    arguments = qgraph.schema_arguments(node)
+    arguments = qdq.schema_arguments(node)
     if arguments.get("alpha", 1) != 1:
         return No(f"it scales its second operand by alpha={arguments['alpha']}")
     operands = [arguments["self"], arguments["other"]]
     if not all(isinstance(operand, fx.Node) for operand in operands) or operands[0] is operands[1]:
         return No("it does not add two different tensors")
-    if not _torch.same_shape(qgraph.value(operands[0]).shape, qgraph.value(operands[1]).shape):
+    if not fake_tensors.same_shape(qdq.value(operands[0]).shape, qdq.value(operands[1]).shape):
         return No("it broadcasts")
     # Of two calls the later one takes the sum: the earlier one's result is the accumulator.
     earlier, later = sorted(operands)
@@ -135,9 +136,9 @@ def _added(node: fx.Node, source: fx.Node, other: fx.Node) -> tuple[fx.Node, Cal
 
 def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, bool] | No:
     quantized = _quantized_output(node)
-    if qgraph.is_dequantize(other) and quantized is not None:
-        parameters = qgraph.qparams(other)
-        dtypes = {parameters.dtype, quantized.dtype, qgraph.value(call.x).dtype}  # one only: see _find_quantize
+    if qdq.is_dequantize(other) and quantized is not None:
+        parameters = qdq.qparams(other)
+        dtypes = {parameters.dtype, quantized.dtype, qdq.value(call.x).dtype}  # one only: see _find_quantize
         if parameters.is_static and parameters.axis is None and len(dtypes) == 1:
             integers = other.args[0]
             binary = Binary("sum", integers, parameters.scale, parameters.zero_point)  # type: ignore[arg-type]
@@ -145,12 +146,12 @@ def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, 
             apart = aliasing.base(integers) is not aliasing.base(call.x)  # type: ignore[arg-type]
             free = apart and aliasing.may_overwrite(integers, after=node)  # type: ignore[arg-type]
             return dataclasses.replace(call, binary=binary), bool(free)
-    dtype = qgraph.value(other).dtype
-    if qgraph.is_dequantize(other):
+    dtype = qdq.value(other).dtype
+    if qdq.is_dequantize(other):
         return No("its other operand is int8 and its own result is not: left to one generated kernel")
-    if call.output_dtype == torch.bfloat16 and dtype == qgraph.value(node).dtype == torch.float32:
+    if call.output_dtype == torch.bfloat16 and dtype == qdq.value(node).dtype == torch.float32:
         call = dataclasses.replace(call, output_dtype=dtype)  # the sum would be widened, so its terms need no rounding
-    if dtype != call.output_dtype or qgraph.value(node).dtype != dtype:
+    if dtype != call.output_dtype or qdq.value(node).dtype != dtype:
         return No(f"it adds {dtype} to {call.output_dtype}")
     int8_result = No("it is float, and the result int8")
     free = aliasing.may_overwrite(other, after=node) if quantized is None else int8_result
@@ -161,15 +162,15 @@ def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, 
     return No(f"a convolution's sum overwrites the accumulator, which it may not here: {free.why}")
 
 
-def _quantized_output(node: fx.Node) -> qgraph.QParams | None:
+def _quantized_output(node: fx.Node) -> qdq.QParams | None:
     """The parameters by which the sum `node`, or the relu behind it, is quantized; None if it stays float."""
-    user = qgraph.only_user(node)
+    user = qdq.only_user(node)
     if user is not None and user.target is aten.relu.default:
-        user = qgraph.only_user(user)
-    if user is None or user.target is not qgraph.QUANTIZE:
+        user = qdq.only_user(user)
+    if user is None or user.target is not qdq.QUANTIZE:
         return None
-    parameters = qgraph.qparams(user)
-    return parameters if parameters.dtype in qgraph.INT8_TYPES else None
+    parameters = qdq.qparams(user)
+    return parameters if parameters.dtype in qdq.INT8_TYPES else None
 
 
 def _rewrite_addition(node: fx.Node, found: tuple[fx.Node, Call, bool]) -> fx.Node:
@@ -177,8 +178,8 @@ def _rewrite_addition(node: fx.Node, found: tuple[fx.Node, Call, bool]) -> fx.No
     binary = call.binary
     if binary is not None and not in_place:
         # Not aten.clone: Inductor drops one whose source it does not know to be overwritten.
-        whole = torch.iinfo(qgraph.value(binary.other).dtype)
-        copy = qgraph.call(aten.clamp.default, binary.other, whole.min, whole.max, like=node)
+        whole = torch.iinfo(qdq.value(binary.other).dtype)
+        copy = qdq.call(aten.clamp.default, binary.other, whole.min, whole.max, like=node)
         call = dataclasses.replace(call, binary=dataclasses.replace(binary, other=copy))
     return absorb(source, call, at=node)
 
@@ -190,10 +191,10 @@ def _find_quantize(node: fx.Node) -> Any:
     call = _absorbable(node.args[0])
     if isinstance(call, No):
         return call
-    parameters = qgraph.qparams(node)
-    if parameters.dtype not in qgraph.INT8_TYPES:
+    parameters = qdq.qparams(node)
+    if parameters.dtype not in qdq.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
-    input_dtype = qgraph.value(call.x).dtype
+    input_dtype = qdq.value(call.x).dtype
     if parameters.dtype != input_dtype:
         # The kernel would do it, but Inductor gives an int8 output the type of the input.
         return No(f"the call reads {input_dtype}, and Inductor knows no other int8 type for its output")
@@ -202,13 +203,13 @@ def _find_quantize(node: fx.Node) -> Any:
     if parameters.quant_min > parameters.quant_max:
         return No(f"its range is empty: {parameters.quant_min} to {parameters.quant_max}")
     if call.binary and call.binary.kind == "sum":
-        dtype = qgraph.value(call.binary.other).dtype
+        dtype = qdq.value(call.binary.other).dtype
         if dtype != parameters.dtype:
             return No(f"the call adds in place into {dtype}")
     return with_output(call, parameters), parameters
 
 
-def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> fx.Node:
+def _rewrite_quantize(node: fx.Node, found: tuple[Call, qdq.QParams]) -> fx.Node:
     call, parameters = found
     if parameters.is_full_range:
         return absorb(node.args[0], call, at=node)
@@ -219,7 +220,7 @@ def _rewrite_quantize(node: fx.Node, found: tuple[Call, qgraph.QParams]) -> fx.N
     if merged is not None and accepts(call, merged):
         return absorb(node.args[0], dataclasses.replace(call, unary=merged), at=node)
     new = absorb(node.args[0], call, at=node)
-    return qgraph.call(aten.clamp.default, new, parameters.quant_min, parameters.quant_max, like=new)
+    return qdq.call(aten.clamp.default, new, parameters.quant_min, parameters.quant_max, like=new)
 
 
 # --- relu that a quantize does by itself ------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def _find_implied_relu(node: fx.Node) -> Any:
     relu: Any = node.args[0]
     if relu.target is not aten.relu.default or len(relu.users) != 1:
         return No("it quantizes no relu of one user")
-    parameters = qgraph.qparams(node)
+    parameters = qdq.qparams(node)
     if parameters.zero_point != parameters.quant_min:
         return No("its lower bound does not stand for 0")
     call = _absorbable(relu.args[0])
@@ -241,12 +242,12 @@ def _find_implied_relu(node: fx.Node) -> Any:
 def _rewrite_implied_relu(node: fx.Node, relu: fx.Node) -> None:
     """quantize(relu(x)) is quantize(x) where the smallest integer stands for 0: what is below saturates there."""
     node.replace_input_with(relu, relu.args[0])  # type: ignore[arg-type]
-    qgraph.erase_dead(relu)
+    qdq.erase_dead(relu)
 
 
 RULES = (
-    Rule("implied relu", (qgraph.QUANTIZE,), _find_implied_relu, _rewrite_implied_relu),
+    Rule("implied relu", (qdq.QUANTIZE,), _find_implied_relu, _rewrite_implied_relu),
     Rule("activation", tuple(UNARIES), _find_unary, _rewrite_unary),
     Rule("addition", (aten.add.Tensor,), _find_addition, _rewrite_addition),
-    Rule("quantized output", (qgraph.QUANTIZE,), _find_quantize, _rewrite_quantize),
+    Rule("quantized output", (qdq.QUANTIZE,), _find_quantize, _rewrite_quantize),
 )

@@ -1,0 +1,1 @@
+"""What int8 costs in accuracy, layer by layer."""

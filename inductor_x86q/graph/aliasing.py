@@ -1,0 +1,94 @@
+"""Whose memory a value lives in, and whether it may be overwritten."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import movement, qdq
+from inductor_x86q.graph.calls import is_call, read
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor import fake_tensors
+
+aten = torch.ops.aten
+
+# Operators whose result may share memory with their first argument, in eager mode or once Inductor has lowered them. A
+# clone is Inductor's to drop, so it counts.
+SHARING = movement.VIEWS | movement.SPLITS | {
+    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.as_strided.default, aten.diagonal.default,
+}  # fmt: skip
+
+
+def _lives_in(node: fx.Node) -> Any:
+    """The argument whose memory the node's result is in; None where it has its own."""
+    if node.op != "call_function":
+        return None
+    # An indexed result of a list is a view of what the list is a view of.
+    if node.target in SHARING or movement.is_item(node):
+        return node.args[0]
+    binary = read(node).binary if is_call(node) else None
+    return binary.other if binary is not None and binary.kind == "sum" else None
+
+
+def base(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` lives in."""
+    source = _lives_in(node)
+    return node if source is None else base(source)
+
+
+def readers(node: fx.Node) -> set[fx.Node]:
+    """Everything that reads the memory of `node`, views looked through."""
+    found: set[fx.Node] = set()
+    pending = [base(node)]
+    while pending:
+        current = pending.pop()
+        for user in current.users:
+            if _lives_in(user) is current:
+                pending.append(user)
+            if _lives_in(user) is not current or is_call(user):
+                found.add(user)
+    return found
+
+
+def is_overwritten(node: fx.Node) -> bool:
+    """Whether an in-place sum writes into the memory of `node`."""
+    return any(is_call(reader) and base(reader) is base(node) for reader in readers(node))
+
+
+def may_overwrite(node: fx.Node, *, after: fx.Node) -> Literal[True] | No:
+    """Whether an in-place sum at `after` may write into the memory of `node`.
+
+    It may where that memory belongs to no input, constant or output of the graph, the value has no gaps in it, and
+    everything else that reads it is done before: is needed to compute `after`. Graph order alone would not do, since
+    later passes reorder nodes.
+    """
+    root = base(node)
+    if root.op != "call_function":
+        return No("it is an input or a constant")
+    if not _is_dense(node):
+        return No("it has gaps in its memory")
+    needed = qdq.compute_ancestors(after)
+    for reader in readers(node):
+        # The dequantize in front of the addition goes away with it; what else reads through it must be done before.
+        remaining = set(reader.users) - {after} if after in reader.users else {reader} - {after}
+        if not remaining <= needed:
+            return No("it is read later")
+    return True
+
+
+def _is_dense(node: fx.Node) -> bool:
+    """Whether the value's elements lie side by side, each once: the library's sum refuses others when it runs."""
+    value = qdq.value(node)
+    dimensions = [
+        pair for pair in zip(value.shape, value.stride(), strict=True) if not fake_tensors.known(pair[0] == 1)
+    ]
+    expected: Any = 1
+    while dimensions:
+        is_next = [fake_tensors.known(stride == expected) for _, stride in dimensions]
+        if not any(is_next):
+            return False
+        size, _ = dimensions.pop(is_next.index(True))
+        expected = expected * size
+    return True

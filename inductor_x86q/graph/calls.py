@@ -1,0 +1,158 @@
+"""One typed view of the four onednn operators that the fuse stage builds.
+
+`qconv_pointwise`, `qconv2d_pointwise.binary`, `qlinear_pointwise` and `qlinear_pointwise.binary` take the same things
+under other names and in another order. The rules see a `Call`; this file alone knows the schemas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.qdq import QParams
+
+onednn = torch.ops.onednn
+
+
+@dataclasses.dataclass(frozen=True)
+class Unary:
+    """A post-operation as the kernels name it."""
+
+    name: str = "none"
+    scalars: tuple[Any, ...] = ()
+    algorithm: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """An addition inside the call. `sum` writes into `other`'s memory, `add` does not."""
+
+    kind: str
+    other: fx.Node
+    scale: float = 1.0
+    zero_point: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A quantized convolution or linear: int8 input and weight, int8, fp32 or bf16 output."""
+
+    family: str  # "conv" or "linear"
+    x: fx.Node
+    x_scale: Any
+    x_zero_point: Any
+    weight: fx.Node  # packed
+    weight_scale: fx.Node
+    weight_zero_point: fx.Node
+    bias: fx.Node | None
+    geometry: tuple[Any, ...]  # stride, padding, dilation, groups of a convolution
+    output_dtype: torch.dtype
+    output_scale: float = 1.0
+    output_zero_point: int = 0
+    unary: Unary = Unary()
+    binary: Binary | None = None
+
+    @property
+    def kernel(self) -> str:
+        """Which of the library's kernels it is, as the tables of post-operations know them."""
+        return f"conv{len(self.geometry[0])}d" if self.family == "conv" else self.family
+
+    @property
+    def has_int8_output(self) -> bool:
+        return self.output_dtype in qdq.INT8_TYPES
+
+    @property
+    def is_static(self) -> bool:
+        return not isinstance(self.x_scale, fx.Node)
+
+
+_TARGETS: dict[tuple[str, bool, bool], Any] = {
+    # family, has a binary post-op, has static parameters
+    ("conv", False, True): onednn.qconv_pointwise.default,
+    ("conv", False, False): onednn.qconv_pointwise.tensor,
+    ("conv", True, True): onednn.qconv2d_pointwise.binary,
+    ("conv", True, False): onednn.qconv2d_pointwise.binary_tensor,
+    ("linear", False, True): onednn.qlinear_pointwise.default,
+    ("linear", False, False): onednn.qlinear_pointwise.tensor,
+    ("linear", True, True): onednn.qlinear_pointwise.binary,
+    ("linear", True, False): onednn.qlinear_pointwise.binary_tensor,
+}
+_KINDS = {target: kind for kind, target in _TARGETS.items()}
+TARGETS: tuple[Any, ...] = tuple(_KINDS)
+
+
+def is_call(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _KINDS
+
+
+def read(node: fx.Node) -> Call:
+    """The call that `node` makes."""
+    return parse(node.target, node.args)
+
+
+def parse(target: Any, arguments: Sequence[Any]) -> Call:
+    """The call of `target` with these arguments."""
+    family, has_binary, _ = _KINDS[target]
+    values: list[Any] = list(arguments)
+    head, values = values[:6], values[6:]
+    other: Any = values.pop(0) if has_binary else None
+    bias = values.pop(0)
+    geometry, values = (tuple(values[:4]), values[4:]) if family == "conv" else ((), values)
+    scale, zero_point, dtype, *values = values
+    binary = None
+    if has_binary:
+        other_scale, other_zero_point, kind, _alpha, *values = values
+        binary = Binary(kind, other, other_scale, other_zero_point)
+    name, scalars, algorithm = values
+    unary = Unary(name, tuple(scalars), algorithm)
+    return Call(family, *head, bias, geometry, dtype, scale, zero_point, unary, binary)  # type: ignore[call-arg]
+
+
+def emit(call: Call, *, like: fx.Node) -> fx.Node:
+    """A node that makes `call`, at the graph's insertion point; its value has `like`'s shape and strides."""
+    binary = call.binary
+    arguments = [
+        *(call.x, call.x_scale, call.x_zero_point, call.weight, call.weight_scale, call.weight_zero_point),
+        *((binary.other,) if binary else ()),
+        call.bias,
+        *call.geometry,
+        *(call.output_scale, call.output_zero_point, call.output_dtype),
+        *((binary.scale, binary.zero_point, binary.kind, 1.0) if binary else ()),
+        *(call.unary.name, list(call.unary.scalars), call.unary.algorithm),
+    ]
+    target = _TARGETS[call.family, binary is not None, call.is_static]
+    node = like.graph.call_function(target, tuple(arguments))
+    qdq.copy_origin(node, like)
+    fake = qdq.value(like)
+    node.meta["val"] = fake if fake.dtype == call.output_dtype else fake.to(call.output_dtype)
+    return node
+
+
+def absorb(old: Any, call: Call, *, at: fx.Node) -> fx.Node:
+    """A node that makes `call`, which computes `at` from the arguments of `old`.
+
+    It keeps the origin of `old`, the convolution or linear, and remembers what else it stands for.
+    """
+    node = emit(call, like=at)
+    qdq.copy_origin(node, old)
+    node.meta["x86q_absorbed"] = [*old.meta.get("x86q_absorbed", ()), describe(at)]
+    node.meta["x86q_macs"] = old.meta.get("x86q_macs")
+    return node
+
+
+def describe(node: fx.Node) -> str:
+    """How the report names an absorbed node."""
+    if qdq.is_quantize(node):
+        return "quantize"
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
+def with_output(call: Call, parameters: QParams) -> Call:
+    """The call with an int8 output."""
+    dtype, scale, zero_point = parameters.dtype, parameters.scale, parameters.zero_point
+    return dataclasses.replace(call, output_dtype=dtype, output_scale=scale, output_zero_point=zero_point)

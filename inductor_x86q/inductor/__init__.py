@@ -1,0 +1,1 @@
+"""All that touches Inductor and Dynamo, and every private interface of torch."""

@@ -1,0 +1,60 @@
+"""Inductor's entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.inductor.uncompiled import run_uncompiled
+from inductor_x86q.inductor.wrapper_source import until_source
+
+
+def compile_fx(
+    graph_module: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any], **keywords: Any
+) -> Any:
+    """Inductor's entry point; grad mode must be off, else it does not freeze."""
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    with torch.no_grad():
+        return inductor_compile_fx(graph_module, example_inputs, config_patches=dict(options), **keywords)
+
+
+def aot_package(exported: torch.export.ExportedProgram, path: str, options: Mapping[str, Any],
+                extra_files: Callable[[], dict[str, str]]) -> None:  # fmt: skip
+    """Compiles an exported program with AOTInductor into a .pt2; `extra_files` is asked for once it is compiled.
+
+    Does what `torch._inductor.aoti_compile_and_package` does, which takes no extra files. Relies on
+    `torch._inductor.aot_compile` returning the list of files under `aot_inductor.package`, on it taking no guards
+    (`check_guards`), and on `package_pt2` storing extra files where all loaders leave them alone. Grad mode must be
+    off, else Inductor does not freeze.
+    """
+    from torch.export.pt2_archive._package import package_pt2
+
+    arguments, keywords = exported.example_inputs
+    with torch.no_grad():
+        files = torch._inductor.aot_compile(
+            exported.module(check_guards=False), arguments, keywords, options={**options, "aot_inductor.package": True}
+        )
+    package_pt2(path, aoti_files=files, extra_files=extra_files())  # type: ignore[arg-type]
+
+
+def read_extra_file(path: str, name: str) -> str | None:
+    """An extra file of a .pt2, None where there is no such file. Loads no code; raises RuntimeError for no archive."""
+    from torch.export.pt2_archive._package import PT2ArchiveReader
+    from torch.export.pt2_archive.constants import EXTRA_DIR
+
+    with PT2ArchiveReader(path) as archive:
+        return archive.read_string(EXTRA_DIR + name) if EXTRA_DIR + name in archive.get_file_names() else None
+
+
+def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:
+    """An `inner_compile` that generates the source, within `generated_code`, and does not call the C++ compiler."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    uncompiled = run_uncompiled(graph_module, example_inputs)
+    with until_source():
+        compile_fx_inner(graph_module, example_inputs, **keywords)
+    return uncompiled

@@ -1,0 +1,100 @@
+"""Kernels of ours in Inductor's hands: the function around their C++, where their result lies, how many threads they use.
+
+Relies on `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller` of it, on a C++ wrapper
+appending its kernels to `kernel_declarations` once all of them are rendered, on `allow_epilogue_fusion` keeping what
+follows out of a kernel, and on `NonOwningLayout`, the layout of a buffer whose memory is part of another's.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from torch._inductor import config, ir
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V
+
+from inductor_x86q.inductor.lowering.placement import Pixels, buffer
+
+
+class Template(CppTemplate):
+    """A kernel that computes a buffer from others; which C++ does so, a subclass says.
+
+    Args:
+        name: that Inductor gives the kernel.
+        inputs: the buffers that it reads, each once, by what they are called in its C++.
+        layout: of the result, which is called `out`.
+        threads: as `threads` gives them.
+    """
+
+    def __init__(self, name: str, inputs: Mapping[str, Any], layout: ir.Layout, threads: int) -> None:
+        super().__init__(name, list(inputs.values()), layout, threads)
+        self._named = dict(inputs)
+
+    def shared(self) -> str:
+        """The C++ that is needed once in a file, in front of its first kernel that needs it."""
+        raise NotImplementedError
+
+    def before(self, name: str) -> str:
+        """The C++ in front of the function of that name."""
+        return ""
+
+    def body(self, name: str) -> str:
+        """The C++ inside of the function of that name."""
+        raise NotImplementedError
+
+    def address(self, image: Pixels) -> str:
+        """The C++ of where an image begins."""
+        name = next(name for name, node in self._named.items() if node.get_name() == image.buffer.get_name())
+        return f"{name} + {image.offset}"
+
+    def render(  # type: ignore[override]
+        self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
+    ) -> str:
+        """The kernel; for being timed without `template_buffer_node`, and then always in a file of its own."""
+        assert not epilogue_nodes
+        is_final = template_buffer_node is not None
+        if is_final:
+            self.output_node = template_buffer_node
+        definition = kernel.def_kernel(inputs=self._named, outputs={"out": self.output_node})
+        name = kernel.kernel_name
+        return f"""\
+{self._shared_once() if is_final else self.shared()}
+{self.before(name)}extern "C" {definition}
+{{
+    {kernel.maybe_codegen_profile() if is_final else ""}
+{textwrap.indent(self.body(name), "    ")}
+}}
+"""
+
+    def _shared_once(self) -> str:
+        """What is shared, for a kernel in a file of its own; of kernels in one file the first has it put in front of all."""
+        text = self.shared()
+        if config.cpp.enable_kernel_profile:
+            text = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" + text
+        if not V.graph.cpp_wrapper:
+            return text
+        wrapper: Any = V.graph.wrapper_code
+        written = wrapper.__dict__.setdefault("_x86q_shared", set())
+        if text not in written:
+            wrapper.kernel_declarations.splice(text)
+            written.add(text)
+        return ""
+
+
+def threads(work: int, per_thread: int) -> int:
+    """How many threads share so much work; 0 for as many as there are when it runs, where Inductor is told so."""
+    if config.cpp.dynamic_threads:
+        return 0 if work >= 2 * per_thread else 1
+    return min(parallel_num_threads(), max(1, work // per_thread))
+
+
+def computed(box: Any, part: ir.ReinterpretView | None) -> Any:
+    """The result of a kernel, which takes in nothing that follows; its memory is that part of a larger one, if any."""
+    result = buffer(box)
+    result.allow_epilogue_fusion = False
+    if part is not None:
+        result.layout = ir.NonOwningLayout(part)
+    return box

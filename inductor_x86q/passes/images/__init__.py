@@ -1,0 +1,5 @@
+"""The images stage: a cat or pool of int8 images is an operator of ours, where all sizes are known."""
+
+from inductor_x86q.passes.images import average_pool, cat
+
+RULES = (*cat.RULES, *average_pool.RULES)

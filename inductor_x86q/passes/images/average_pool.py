@@ -1,0 +1,90 @@
+"""Average pools between int8 images, part of the images stage: a sum of integers, where that rounds as the reals do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.library import AVERAGE_POOL
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.passes.stage import Rule
+
+aten = torch.ops.aten
+
+FEWEST_CHANNELS = 4  # which are summed up side by side, in a number each
+LARGEST_WINDOW = 128  # of which a sum fits into 16 bits
+LARGEST_ZERO_POINT = 1024  # up to which single precision loses little of a sum
+# How many of the possible sums may lie at a tie. The order of float additions decides there, and the kernel has none.
+TIES = 0.01
+
+
+def _find(node: fx.Node) -> Any:
+    pool: Any = node.args[0]
+    if pool.target is not aten.avg_pool2d.default or any(user.target is not qdq.QUANTIZE for user in pool.users):
+        return No("it quantizes no average pool, or one whose reals are read too")
+    x, kernel, stride, padding, ceil_mode, count_include_pad, divisor = qdq.schema_arguments(pool).values()
+    if not qdq.is_dequantize(x) or qdq.value(pool).dtype != torch.float32:
+        return No("the pool does not read an int8 image")
+    before, after = qdq.qparams(x), qdq.qparams(node)
+    if not all(p.is_static and p.axis is None and p.dtype in qdq.INT8_TYPES for p in (before, after)):
+        return No("the scales are not numbers, or the types not int8")
+    image, result = qdq.value(x), qdq.value(node)
+    if image.dim() != 4 or not all(isinstance(size, int) and size > 0 for v in (image, result) for size in v.shape):
+        return No("a size is not known when compiling, or is 0, or there is no batch dimension")
+    if image.shape[1] < FEWEST_CHANNELS:
+        return No("it has very few channels")
+    kernel, padding = qdq.full(kernel, 2), qdq.full(padding, 2)
+    stride = qdq.full(stride, 2) if stride else kernel
+    if math.prod(kernel) > LARGEST_WINDOW:
+        return No("its window is so large that sums may not fit into 16 bits")
+    if ceil_mode and any(
+        (size - 1) * step + width > whole + 2 * around
+        for size, step, width, whole, around in zip(
+            result.shape[2:], stride, kernel, image.shape[2:], padding, strict=True
+        )
+    ):
+        return No("its last windows reach beyond the padding")
+    return _checked(before, after, (kernel, stride, padding, count_include_pad, divisor))
+
+
+def _checked(before: qdq.QParams, after: qdq.QParams, window: tuple[Any, ...]) -> Any:
+    kernel, _, padding, count_include_pad, divisor = window
+    if max(abs(before.zero_point), abs(after.zero_point)) > LARGEST_ZERO_POINT or after.quant_min > after.quant_max:
+        return No("a zero point is far outside of the type's range, or the range empty")
+    if divisor == 0 or not after.scale or not 1e-30 < abs(before.scale / after.scale) < 1e30:
+        return No("the divisor is 0, or a scale, or the scales lie very far apart")
+    counts = {i * j for i in range(1, kernel[0] + 1) for j in range(1, kernel[1] + 1)}
+    if divisor is not None or count_include_pad or not any(padding):
+        counts = {divisor or math.prod(kernel)}
+    if any(_ties(before, after, math.prod(kernel), count) > TIES for count in counts):
+        return No("many of its results lie between two integers, where the order of float additions decides")
+    return before, after, window
+
+
+def _ties(before: qdq.QParams, after: qdq.QParams, window: int, count: int) -> float:
+    """Which part of the possible sums of a window gives a quotient so near to a tie that rounding decides."""
+    whole = torch.iinfo(before.dtype)
+    low, high = (window * (value - before.zero_point) for value in (whole.min, whole.max))
+    quotients = torch.arange(min(low, 0), max(high, 0) + 1, dtype=torch.float64) * (before.scale / after.scale / count)
+    distances = (quotients - quotients.floor() - 0.5).abs()
+    saturated = (quotients < after.quant_min - after.zero_point) | (quotients > after.quant_max - after.zero_point)
+    near = (distances < 2**-20 * quotients.abs().clamp_min(1)) & ~saturated
+    return int(near.sum()) / max(int((~saturated).sum()), 1)
+
+
+def _rewrite(node: fx.Node, found: tuple[qdq.QParams, qdq.QParams, tuple[Any, ...]]) -> fx.Node:
+    from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
+
+    before, after, window = found
+    average: Any = node.args[0]
+    arguments = (before.scale, before.zero_point, *window, *after.arguments())
+    new = qdq.call(AVERAGE_POOL, average.args[0].args[0], *arguments, like=node)
+    new.meta["original_aten"] = AVERAGE_POOL  # which Inductor names the kernel by
+    return new
+
+
+RULES = (Rule("average pool of images", (qdq.QUANTIZE,), _find, _rewrite),)

@@ -1,0 +1,105 @@
+"""The images stage: a cat or pool of int8 images is an operator of ours, where all sizes are known.
+
+A cat also adds to another one where it repeats that one's images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import aliasing, qdq
+from inductor_x86q.graph.library import CAT, MAX_POOL, POOL
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor.lowering.layer import FEW_CHANNELS
+from inductor_x86q.passes.stage import Rule
+
+aten = torch.ops.aten
+
+
+def _call(target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
+    new = qdq.call(target, *arguments, like=like)
+    new.meta["original_aten"] = target  # which Inductor names the kernel by
+    return new
+
+
+def _find_cat(node: fx.Node) -> Any:
+    value = qdq.value(node)
+    if value.dtype not in (torch.uint8, torch.int8) or value.dim() != 4:
+        return No("it joins no int8 images")
+    images, dimension = qdq.schema_arguments(node).values()
+    if dimension not in (1, -3):
+        return No("it does not join channels")
+    values = [qdq.value(image) for image in images]
+    if any(image.dtype != value.dtype or image.dim() != 4 for image in values):
+        return No("its images have other types or sizes")
+    if not _have_sizes(values):
+        return No("a size is not known when compiling, or is 0")
+    return images if value.shape[1] > FEW_CHANNELS else No("convolutions take so few channels as planes too")
+
+
+def _have_sizes(values: Iterable[Any]) -> bool:
+    return all(isinstance(size, int) and size > 0 for value in values for size in value.shape)
+
+
+def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
+    """Inductor has no kernel for a cat of integers, and calls eager mode's."""
+    from inductor_x86q.inductor.lowering import cat  # noqa: F401  registers with Inductor, which is slow to import
+
+    return _call(CAT, images, like=node)
+
+
+def _find_continued(node: fx.Node) -> Any:
+    """The longest other cat with which this one begins, as densely connected networks have them."""
+    images = _images(node)
+    others = {other: _images(other) for other in _beginning_with(images[0])}
+    fronts = {
+        other: its for other, its in others.items()
+        if its == images[: len(its)] != images and not aliasing.is_overwritten(other)
+    }  # fmt: skip
+    front = max(fronts, key=lambda other: len(fronts[other]), default=None)
+    if front is None or front in node.args[0]:  # type: ignore[operator]
+        return No("no other cat has the same images in front")
+    return front, images[len(fronts[front]) :]
+
+
+def _images(cat: fx.Node) -> list[fx.Node]:
+    """The images that a cat joins, itself or through cats that it adds to."""
+    images: Any = cat.args[0]
+    return [part for image in images for part in (_images(image) if image.target is CAT else [image])]
+
+
+def _beginning_with(image: fx.Node) -> Iterator[fx.Node]:
+    """The cats whose first image it is, themselves or through cats that they add to."""
+    for user in image.users:
+        if user.target is CAT and user.args[0][0] is image:  # type: ignore[index]
+            yield user
+            yield from _beginning_with(user)
+
+
+def _rewrite_continued(node: fx.Node, found: tuple[fx.Node, list[fx.Node]]) -> fx.Node:
+    """cat(a, b, c), cat(a, b) → cat(cat(a, b), c): the second cat's memory can be part of the first one's."""
+    front, rest = found
+    return _call(CAT, [front, *rest], like=node)
+
+
+def _find_pool(node: fx.Node) -> Any:
+    x: Any = node.args[0]
+    values = qdq.value(x), qdq.value(node)
+    return _have_sizes(values) or No("a size is not known when compiling, or is 0")
+
+
+def _rewrite_pool(node: fx.Node, found: bool) -> fx.Node:
+    from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
+
+    return _call(MAX_POOL, *node.args, like=node)
+
+
+RULES = (
+    Rule("cat of images", (aten.cat.default,), _find_cat, _rewrite_cat),
+    Rule("cat that goes on", (CAT,), _find_continued, _rewrite_continued),
+    Rule("max pool of images", (POOL,), _find_pool, _rewrite_pool),
+)

@@ -1,0 +1,1 @@
+"""Which values are quantized: export, calibrate, convert; training."""

@@ -1,0 +1,292 @@
+"""Collecting a report from a graph that the passes have fused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.calls import is_call, read
+from inductor_x86q.graph.movement import is_movement
+from inductor_x86q.graph.origin import layer, source
+from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
+from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.passes.fuse import compute, half
+from inductor_x86q.report.model import Fusion, Miss, Node, Operation
+from inductor_x86q.report.report import Report
+
+_PRODUCTS: dict[Any, str] = {
+    torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
+    torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
+    torch.ops.onednn.linear_dynamic_fp16.default: "linear", torch.ops.onednn.linear_relu_dynamic_fp16.default: "linear",
+    torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
+}  # fmt: skip
+
+
+_ATTENTION = "scaled_dot_product"
+
+
+_RECURRENT = "mkldnn_rnn_layer"  # one direction of one layer of an LSTM
+
+
+def collect(graph: fx.Graph) -> Report:
+    """The report of a graph that has gone through the fuse stage (and not yet through finish)."""
+    report = Report([], [], [])
+    shown: set[fx.Node] = set()
+    for node in graph.nodes:
+        kind = _kind(node, shown)
+        if kind is None:
+            continue
+        shown.add(node)
+        node.meta["x86q_reported"] = node.name  # what replaces it in a later stage is told by that
+        if kind == "fused":
+            report.fused.append(_fusion(node))
+        elif kind == "product":
+            miss = _miss(node)
+            kind = "kept_float" if miss.reason in BY_DESIGN else "missed"
+            getattr(report, kind).append(miss)
+        elif kind == "quantize":
+            report.quantizes_left.append(node.name)
+        elif kind == "dequantize":
+            report.dequantizes_left.append(node.name)
+        if kind in ("generated", "quantize", "dequantize"):
+            report.generated.append(_operation(node))
+        report.nodes.append(_described(node, kind, shown))
+    report.kept_float += _weights_read_elsewhere(graph)
+    report.notes = _notes(graph)
+    return report
+
+
+# Why a call does not give the graph's own type, for the types of which that can be said.
+_GIVE_FLOAT32 = {
+    torch.bfloat16: "this CPU has no bf16 instructions: {} give float32 under autocast, which is then rounded to bfloat16",
+    torch.float16: "no int8 kernel gives float16: {} give float32, which is then rounded to float16",
+}
+
+
+def _notes(graph: fx.Graph) -> list[str]:
+    notes = []
+    for dtype, text in _GIVE_FLOAT32.items():
+        widened = [layer(node) for node in graph.nodes if node.meta.get("x86q_float32_for") == dtype]
+        if widened:
+            notes.append(text.format(", ".join(widened)))
+    return notes
+
+
+def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
+    """What the report calls a node; None for constants and what is computed from them alone."""
+    if node.op == "placeholder":
+        return "input"
+    if node.op == "output":
+        return "output"
+    if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
+        return None
+    if is_call(node):
+        return "fused"
+    if _is_product(node):
+        return "product"
+    if qdq.is_quantize(node) or node.target is qdq.QUANTIZE_TOKEN:
+        return "quantize"
+    return "dequantize" if qdq.is_dequantize(node) or node.target is qdq.DEQUANTIZE_TOKEN else "generated"
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION) or _operator(node) == _RECURRENT
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator's name without namespace and overload."""
+    if node.op != "call_function":
+        return node.op
+    schema = getattr(node.target, "_schema", None)
+    name = schema.name.split("::")[-1] if schema else getattr(node.target, "__name__", str(node.target))
+    return _PLAIN_NAMES.get(name, name.lstrip("_"))
+
+
+_PLAIN_NAMES = {
+    "_low_memory_max_pool_with_offsets": "max_pool",
+    "quantize_per_token": "quantize", "dequantize_per_token": "dequantize",
+    "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
+    "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
+    "constant_pad_nd": "pad", "_softmax": "softmax",
+}  # fmt: skip
+
+
+def _miss(node: fx.Node) -> Miss:
+
+    if _operator(node) == _RECURRENT:
+        operator, macs = "lstm", _recurrent_macs(node)
+    elif node.target in _PRODUCTS:
+        operator, macs = _PRODUCTS[node.target], node.meta.get("x86q_macs") or compute.macs(node)
+    else:
+        operator, macs = "attention", _attention_macs(node)
+    if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
+        operator = "linear"
+    return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
+
+
+def _attention_macs(node: fx.Node) -> int | None:
+    """Of queries with keys (…, queries, width) and of their weights with values."""
+    query, key = (argument.meta["val"].shape for argument in node.args[:2])  # type: ignore[union-attr]
+    total = 2 * math.prod(query) * key[-2]
+    return int(total) if isinstance(total, int) else None
+
+
+def _recurrent_macs(node: fx.Node) -> int | None:
+    """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
+    arguments = qdq.schema_arguments(node)
+    steps, batch, width = arguments["input"].meta["val"].shape
+    total = steps * batch * 4 * arguments["hidden_size"] * (width + arguments["hidden_size"])
+    return int(total) if isinstance(total, int) else None
+
+
+def _obstacle(node: fx.Node) -> Obstacle:
+
+    if _is_recurrent(node):
+        return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
+    found = _layer_obstacle(node)
+    is_float_convolution = node.target is compute.CONVOLUTION and found == Obstacle(Reason.NOT_QUANTIZED)
+    if is_float_convolution and any(other.target is qdq.QUANTIZE_TENSOR for other in node.graph.nodes):
+        return Obstacle(Reason.NOT_QUANTIZED, "dynamic quantization is for linears, convolutions need calibration")
+    return found
+
+
+def _is_recurrent(node: fx.Node) -> bool:
+    """Whether the node is an LSTM's layer or comes from a module of torch.nn.modules.rnn."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return _operator(node) == _RECURRENT or any("torch.nn.modules.rnn." in str(kind) for _, kind in stack.values())
+
+
+def _layer_obstacle(node: fx.Node) -> Obstacle:
+
+    if node.target in half.CALLS:
+        return Obstacle(Reason.NOT_QUANTIZED, f"its weight is float16: {node.target}")
+    with fake_tensors.disable_modes():  # it looks at the weights' numbers
+        if node.target not in (compute.CONVOLUTION, compute.LINEAR):
+            return _product_obstacle(node)
+        found = compute.obstacle(node)
+    assert found is not None, f"{node} is eligible and was not fused"
+    return found
+
+
+def _product_obstacle(node: fx.Node) -> Obstacle:
+    """Of a matrix product that the normalize stage did not turn into a linear."""
+    if any(isinstance(size, int) and size == 0 for size in _shape(node)):
+        return Obstacle(Reason.NO_KERNEL, "an empty result")
+    x, weight = _operands(node)
+    if node.target is torch.ops.aten._int_mm.default:
+        return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
+    source = _moved_from(weight)
+    if source.op == "get_attr":
+        if qdq.is_dequantize(_moved_from(x, through_qdq=False)):
+            return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
+        if _holds_int8(qdq.constant(source)):
+            return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
+        return Obstacle(Reason.NOT_QUANTIZED)
+    dequantize: Any = _moved_from(weight, through_qdq=False)
+    # An input of the graph that is int8, or is quantized as weights are, is taken for one, any other for an activation.
+    if source.op == "placeholder" and qdq.is_dequantize(dequantize):
+        given = _moved_from(dequantize.args[0], through_qdq=False) is source
+        if not given and not _is_symmetric(qdq.qparams(dequantize)):
+            return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
+        return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
+    return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
+
+
+def _holds_int8(weight: torch.Tensor | None) -> bool:
+    """Whether a float matrix holds 8-bit integers: what constant folding leaves of a weight that is scaled behind."""
+    if weight is None or not weight.is_floating_point() or weight.is_mkldnn or weight.numel() < 2:
+        return False
+    low, high = weight.aminmax()
+    return bool(-128 <= low < 0 < high <= 127) and bool((weight == weight.round()).all())
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two factors of a product; of attention, queries and keys."""
+    position = 1 if _operator(node) in ("addmm", "baddbmm") else 0
+    return node.args[position], node.args[position + 1]  # type: ignore[return-value]
+
+
+def _is_symmetric(parameters: Any) -> bool:
+    return parameters.dtype == torch.int8 and isinstance(parameters.zero_point, int) and parameters.zero_point == 0
+
+
+def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:
+    """Where the elements of `node` come from, through what only moves them and, if asked for, q/dq."""
+    while is_movement(node) or (through_qdq and (qdq.is_quantize(node) or qdq.is_dequantize(node))):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
+    """Quantized weights that no product reads any more: a linear that was taken apart before the passes saw it."""
+    found = []
+    for node in graph.nodes:
+        tensor = qdq.constant(node.args[0]) if qdq.is_dequantize(node) else None
+        if tensor is None or tensor.dim() < 2 or tensor.dtype != torch.int8:
+            continue
+        users = [user for user in node.users if not _is_product(user)]
+        if users:
+            detail = f"its weight is read by {_operator(users[0])}: the product is too small for a kernel of its own"
+            obstacle = Obstacle(Reason.NO_KERNEL, detail)
+            macs = math.prod(qdq.value(node).shape)
+            found.append(
+                Miss(layer(users[0]), "linear", obstacle, _shape(users[0]), int(macs), source(users[0]), users[0].name)
+            )
+    return found
+
+
+def _operation(node: fx.Node) -> Operation:
+    inputs = tuple(_dtype(source) for source in node.all_input_nodes if source.op != "get_attr")
+    return Operation(layer(node), _operator(node), inputs, _dtype(node), _shape(node), source(node), node.name)
+
+
+def _described(node: fx.Node, kind: str, shown: set[fx.Node]) -> Node:
+    inputs = tuple(source.name for source in node.all_input_nodes if source in shown)
+    operator = _PRODUCTS.get(node.target, _operator(node)) if kind != "input" else "input"
+    return Node(node.name, kind, operator, layer(node), _dtype(node), _shape(node), inputs)
+
+
+def _dtype(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    return _name(value.dtype) if isinstance(value, torch.Tensor) else ""
+
+
+def _fusion(node: fx.Node) -> Fusion:
+
+    call = read(node)
+    return Fusion(
+        layer=layer(node),
+        kernel=str(node.target),
+        operator=call.family,
+        absorbed=tuple(node.meta.get("x86q_absorbed", ())),
+        input_dtype=_name(qdq.value(call.x).dtype),
+        weight_dtype="int8",
+        output_dtype=_name(call.output_dtype),
+        output_shape=_shape(node),
+        macs=node.meta.get("x86q_macs"),
+        source=source(node),
+        node=node.name,
+        input_scale=call.x_scale if call.is_static else None,
+        input_zero_point=call.x_zero_point if call.is_static else None,
+        output_scale=call.output_scale if call.has_int8_output else None,
+        output_zero_point=call.output_zero_point if call.has_int8_output else None,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)

@@ -1,0 +1,128 @@
+"""What the passes did, step by step: INDUCTOR_X86Q_DEBUG=directory writes it, `x86q why` asks it of one node.
+
+Each graph that is compiled gets a directory graph0, graph1, ... with
+
+    0 before.txt               the graph as Inductor gives it to the passes
+    1 after normalize.txt ...  the graph after each stage
+    why.txt                    at the end of each stage, why each rule did not match the nodes that it looks at
+    passes.txt                 each stage's time, and how often each of its rules matched
+    report.txt, report.json    the report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import fx
+
+from inductor_x86q import passes
+from inductor_x86q.graph.origin import layer, source
+from inductor_x86q.graph.reasons import No
+from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.passes.stage import Rule, StageResult
+from inductor_x86q.report import Report
+
+VARIABLE = "INDUCTOR_X86Q_DEBUG"
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Why a rule did not match a node at the end of a stage; `rule` is empty where no rule of the stage looks at it."""
+
+    stage: str
+    node: str
+    operator: str
+    layer: str
+    rule: str
+    why: str
+
+    def __str__(self) -> str:
+        rule = f"rule {self.rule!r}: " if self.rule else ""
+        return f"{self.stage}: {self.node} ({self.operator}, {self.layer}): {rule}{self.why}"
+
+
+def answers(stage: str, nodes: Iterable[fx.Node]) -> list[Answer]:
+    """Asks each rule of a stage why it does not match each of the nodes; changes nothing."""
+    rules = next(s.rules for s in passes.STAGES if s.name == stage)
+    found = []
+    for node in nodes:
+        asked = [rule for rule in rules if node.target in rule.targets]
+        for rule in asked:
+            found.append(_answer(stage, node, rule.name, _ask(rule, node)))
+        if not asked:
+            found.append(_answer(stage, node, "", "no rule of this stage looks at this operator"))
+    return found
+
+
+def _ask(rule: Rule, node: fx.Node) -> str:
+    with fake_tensors.disable_modes():
+        found = rule.find(node)
+    if isinstance(found, No):
+        return found.why
+    return "it has nothing to do here" if found is None else "it matches"
+
+
+def _answer(stage: str, node: fx.Node, rule: str, why: str) -> Answer:
+    return Answer(stage, node.name, str(node.target), layer(node), rule, why)
+
+
+def text(graph: fx.Graph) -> str:
+    """The graph, a line a node: name, type and shape, operator and arguments, layer and line of source."""
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if hasattr(value, "dtype") else ""
+        arguments = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
+        origin = f"  # {layer(node)} {source(node)}" if node.op == "call_function" else ""
+        lines.append(f"{node.name}: {kind} = {node.op}[{node.target}]({arguments}){origin}")
+    return "\n".join(lines) + "\n"
+
+
+class Dump:
+    """Writes one graph's way through the stages below `directory`; writes nothing where that is None."""
+
+    def __init__(self, directory: Path | None, graph: fx.Graph) -> None:
+        self._directory = directory
+        self._count = 0
+        self._why: list[Answer] = []
+        self._write("0 before.txt", text(graph) if directory else "")
+
+    @classmethod
+    def from_environment(cls, graph: fx.Graph) -> Dump:
+        base = os.environ.get(VARIABLE)
+        if not base:
+            return cls(None, graph)
+        number = 0
+        while True:  # another process may take the same number
+            try:
+                directory = Path(base) / f"graph{number}"
+                directory.mkdir(parents=True)
+                return cls(directory, graph)
+            except FileExistsError:
+                number += 1
+
+    def after(self, stage: str, graph: fx.Graph) -> None:
+        if self._directory is None:
+            return
+        self._count += 1
+        self._write(f"{self._count} after {stage.replace(':', '')}.txt", text(graph))
+        self._why += [a for a in answers(stage, [n for n in graph.nodes if n.op == "call_function"]) if a.rule]
+
+    def finish(self, results: Sequence[StageResult], report: Report) -> None:
+        if self._directory is None:
+            return
+        lines = []
+        for result in results:
+            lines.append(f"{result.stage}: {result.seconds * 1000:.1f} ms")
+            lines += [f"  {count} × {rule}" for rule, count in result.matches.items()]
+        self._write("passes.txt", "\n".join(lines) + "\n")
+        self._write("why.txt", "".join(f"{answer}\n" for answer in self._why))
+        self._write("report.txt", report.table() + "\n")
+        self._write("report.json", report.to_json())
+
+    def _write(self, name: str, content: str) -> None:
+        if self._directory is not None:
+            (self._directory / name).write_text(content)

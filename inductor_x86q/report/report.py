@@ -1,0 +1,45 @@
+"""The report that users hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+from inductor_x86q.report import html, json, text
+from inductor_x86q.report.model import Content
+
+
+@dataclasses.dataclass
+class Report(Content):
+    """`fused`: int8 kernels; `missed`: what should have been int8 and is not; `kept_float`: float by design."""
+
+    def missed_text(self) -> str:
+        return text.missed(self)
+
+    def summary(self) -> str:
+        """The totals in one line."""
+        return text.summary(self)
+
+    def __str__(self) -> str:
+        return self.table(shutil.get_terminal_size((120, 40)).columns)
+
+    def table(self, width: int = 120) -> str:
+        """The report as text, no line of the table longer than `width` characters (at least 60)."""
+        return text.table(self, width)
+
+    def to_json(self) -> str:
+        """The report as JSON; `inductor_x86q.report.json` has the schema."""
+        return json.write(self)
+
+    @classmethod
+    def from_json(cls, content: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no report, or of a later version of the schema.
+        """
+        return cls(**json.read(content))
+
+    def to_html(self, title: str = "int8 report") -> str:
+        """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
+        return html.page(self, title)

@@ -1,0 +1,101 @@
+"""The report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from inductor_x86q.report.model import Content, Fusion, Miss
+
+_SHORT = {"uint8": "u8", "int8": "s8", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def short_kernel(fusion: Fusion) -> str:
+    """The kernel and what it does behind the product: "qconv +add +relu"."""
+    name = f"q{fusion.operator}"
+    return " +".join([name, *(operator for operator in fusion.absorbed if operator != "quantize")])
+
+
+def short_types(fusion: Fusion) -> str:
+    """Input × weight → output: "u8×s8→u8"."""
+    x, w, y = (_SHORT.get(dtype, dtype) for dtype in (fusion.input_dtype, fusion.weight_dtype, fusion.output_dtype))
+    return f"{x}×{w}→{y}"
+
+
+def short_shape(shape: Sequence[Any]) -> str:
+    return "×".join(map(str, shape))
+
+
+def short_count(number: int | None) -> str:
+    if number is None:
+        return "?"
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def missed(report: Content) -> str:
+    """What was missed, a line each."""
+    return "\n".join(f"  {miss}" for miss in report.missed)
+
+
+def summary(report: Content) -> str:
+    """The totals in one line."""
+    time = "" if report.microseconds is None else f", {report.microseconds / 1000:.2f} ms in kernels"
+    return (
+        f"{len(report.fused)} of {report.layers} layers in int8 ({report.int8_share_of_macs:.1%} of the "
+        f"multiply-accumulates), {len(report.missed)} missed, {len(report.kept_float)} float by design; "
+        f"{len(report.quantizes_left)} quantize and "
+        f"{len(report.dequantizes_left)} dequantize nodes left, {report.float_islands} float islands{time}"
+    )
+
+
+def table(report: Content, width: int) -> str:
+    """All of it, no line of the table longer than `width` characters (at least 60)."""
+    parts = [_table(report.fused, max(width, 60))] if report.fused else []
+    for title, misses in (
+        ("missed, should be int8", report.missed),
+        ("float by design", report.kept_float),
+    ):
+        if misses:
+            parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
+    if report.drift is not None:
+        parts.append(str(report.drift))
+    return "\n\n".join([*parts, *dict.fromkeys(report.notes), summary(report)])
+
+
+def _table(fused: Sequence[Fusion], width: int) -> str:
+    timed = any(f.microseconds is not None for f in fused)
+    rows = [["layer", "kernel", "types", "output", "MACs", *(["µs"] if timed else [])]]
+    for f in fused:
+        row = [f.layer, short_kernel(f), short_types(f), short_shape(f.output_shape), short_count(f.macs)]
+        rows.append(row + ([f"{f.microseconds:.1f}" if f.microseconds is not None else ""] if timed else []))
+    sizes = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    over = sum(sizes) + 2 * (len(sizes) - 1) - width
+    for column in (0, 1):  # the widest columns give way: of a path the end tells more, of a kernel the beginning
+        give = min(max(over, 0), max(sizes[column] - 16, 0))
+        sizes[column], over = sizes[column] - give, over - give
+    lines = []
+    for row in rows:
+        cells = [_cut(row[0], sizes[0], keep_end=True), _cut(row[1], sizes[1]), *row[2:]]
+        aligned = [
+            cell.rjust(size) if i >= 4 else cell.ljust(size)
+            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join([lines[0], "─" * min(width, max(map(len, lines))), *lines[1:]])
+
+
+def _cut(text: str, size: int, keep_end: bool = False) -> str:
+    if len(text) <= size:
+        return text
+    return "…" + text[-(size - 1) :] if keep_end else text[: size - 1] + "…"
+
+
+def _grouped(misses: Sequence[Miss]) -> list[str]:
+    """A line a reason, and below it the layers that it holds for."""
+    by_reason: dict[str, list[str]] = {}
+    for miss in misses:
+        by_reason.setdefault(str(miss.obstacle), []).append(f"{miss.layer} ({miss.operator})")
+    return [line for reason, layers in by_reason.items() for line in (f"  {reason}", f"    {', '.join(layers)}")]

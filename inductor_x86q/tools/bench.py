@@ -1,0 +1,376 @@
+"""x86q bench: engines against each other, each in a process of its own, taking turns.
+
+The engines of one network are set up one after the other and then run in short slices, round after round; a process
+whose turn it is not is stopped (SIGSTOP), so that no spinning thread pool takes time from another. Ratios are of
+medians over all slices of one run. Outputs are checked against the float model's, and an engine that fails is listed
+with its error. `of peak` is how many multiply-accumulates an engine does in a second, as a share of what one large int8
+matrix product does on the same threads, which takes its turn among the engines.
+
+With --starts each engine is set up in two processes, of which the first finds an empty cache directory and the second
+what the first left there: `cold` and `warm` are the seconds of the first call, with imports and quantization done before;
+`peak MB` is the most memory that the first process held during that call, without the C++ compiler's, and `MB` what the
+second holds when it is ready.
+For a package, cold is building the package, loading it and the first call, and warm is loading and the first call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inductor_x86q.tools.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PACKAGE_VARIABLE, PEAK, PEAK_SIZE
+
+
+@dataclasses.dataclass
+class Result:
+    """One engine on one network. Times in milliseconds a call; `snr` in dB against the eager float model."""
+
+    engine: str
+    median: float = math.nan
+    low: float = math.nan  # 10th and 90th percentile
+    high: float = math.nan
+    compile_seconds: float = math.nan  # from the float model to the first result, with caches as they are
+    cold_seconds: float = math.nan  # the first call, with empty caches
+    warm_seconds: float = math.nan  # the first call in another process, with the caches that the cold one left
+    peak_megabytes: float = math.nan  # of memory, during the first call
+    resident_megabytes: float = math.nan  # of memory, when ready
+    snr: float = math.nan
+    of_peak: float = math.nan  # multiply-accumulates a second, as a share of those of a large int8 matrix product
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all engines of a run have in common."""
+
+    batch: int = 1
+    threads: int = 2
+    size: int = 224
+    seconds: float = 4.0  # of running, an engine
+
+
+# --- the worker: one engine in its process, driven over its standard input --------------------------------------------
+
+
+def worker() -> None:
+    """Sets an engine up as the first line of standard input says, then runs one slice for every further line."""
+    request = json.loads(sys.stdin.readline())
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+
+    def answer(**values: Any) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    try:
+        run, values = _set_up(request)
+    except Exception as error:
+        answer(
+            error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        )
+        return
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is given back
+    answer(**values, resident_megabytes=_megabytes("VmRSS"))
+    for line in sys.stdin:
+        deadline = time.perf_counter() + float(line)
+        times: list[float] = []
+        with torch.inference_mode():
+            run()  # caches are cold after a stop
+            while time.perf_counter() < deadline or len(times) < 3:
+                started = time.perf_counter()
+                run()
+                times.append((time.perf_counter() - started) * 1e3)
+        answer(times=times)
+
+
+def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[str, float]]:
+    from inductor_x86q.testing import snr
+    from inductor_x86q.tools.zoo import build
+
+    torch.set_num_threads(request["threads"])
+    if request["engine"] == PEAK:
+        return ENGINES[PEAK](torch.nn.Module(), torch.empty(0)), {"macs": PEAK_SIZE**3}
+    model = build(request["network"])
+    torch.manual_seed(1)
+    x = torch.randn(request["batch"], 3, request["size"], request["size"])
+    with torch.no_grad():
+        reference, macs = _counted(model, x)
+        if request["channels_last"]:
+            x = x.to(memory_format=torch.channels_last)
+    started = time.perf_counter()
+    with torch.no_grad():
+        run = ENGINES[request["engine"]](model, x)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    with torch.inference_mode():
+        called = time.perf_counter()
+        output = run()
+        ended = time.perf_counter()
+        for _ in range(2):
+            run()
+    values = {"compile_seconds": ended - started, "first_call_seconds": ended - called}
+    values["peak_megabytes"] = _megabytes("VmHWM")
+    return run, {**values, "macs": macs, "snr": snr(output.float(), reference)}
+
+
+def _megabytes(name: str) -> float:
+    """A figure of this process's memory, as Linux names it in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
+
+
+def _counted(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The model's output, and the multiply-accumulates of its convolutions and matrix products."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees neither into it nor into fused attention
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = model(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return output, counter.get_total_flops() // 2
+
+
+class _Worker:
+    def __init__(self, engine: str, network: str, settings: Settings, caches: str | None = None) -> None:
+        self.result = Result(engine)
+        self.first_call_seconds, self.macs = math.nan, math.nan
+        self.times: list[float] = []
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from inductor_x86q.tools.bench import worker; worker()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(settings.threads), **_cache_directory(caches)},
+        )
+        request = {**dataclasses.asdict(settings), "engine": engine, "network": network, "channels_last": False}
+        reply = self._ask(json.dumps(request))
+        self.result.error = reply.get("error", "")
+        if not self.result.error:
+            self.macs = reply.pop("macs")
+            self.first_call_seconds = reply.pop("first_call_seconds", math.nan)
+            self.result = Result(engine, **reply)
+        self._process.send_signal(signal.SIGSTOP)
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": "the process ended"}
+        reply = self._process.stdout.readline()
+        return json.loads(reply) if reply else {"error": f"the process ended (exit code {self._process.wait()})"}
+
+    def slice(self, seconds: float) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        reply = self._ask(str(seconds))
+        if "error" in reply:
+            self.result.error = reply["error"]
+            return
+        self.times += reply["times"]
+        self._process.send_signal(signal.SIGSTOP)
+
+    def finish(self) -> Result:
+        self._process.kill()
+        self._process.wait()
+        if self.times:
+            ordered = sorted(self.times)
+            self.result.median = statistics.median(ordered)
+            self.result.low, self.result.high = (ordered[int(q * (len(ordered) - 1))] for q in (0.1, 0.9))
+        return self.result
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def _cache_directory(path: str | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    # A package is unpacked in TMPDIR, and a process that is killed leaves it there.
+    return {"TORCHINDUCTOR_CACHE_DIR": path, "TMPDIR": path, PACKAGE_VARIABLE: os.path.join(path, "model.pt2")}
+
+
+def _started_twice(engine: str, network: str, settings: Settings) -> _Worker:
+    """The second of two processes that share a cache directory of their own; its result has the seconds of both."""
+    with tempfile.TemporaryDirectory() as caches:
+        first = _Worker(engine, network, settings, caches)
+        cold, found = first.first_call_seconds, first.finish()
+        if found.error:
+            return first
+        second = _Worker(engine, network, settings, caches)
+    second.result.cold_seconds, second.result.warm_seconds = cold, second.first_call_seconds
+    second.result.peak_megabytes = found.peak_megabytes
+    return second
+
+
+def measure(
+    network: str, engines: Sequence[str], settings: Settings, rounds: int = 8, starts: bool = False
+) -> list[Result]:
+    """All engines on one network, in turn; with `starts` the seconds of a cold and a warm start, too."""
+    set_up = _started_twice if starts else _Worker
+    workers = [set_up(engine, network, settings) for engine in engines]
+    peak = _Worker(PEAK, network, settings)
+    try:
+        for _ in range(rounds):
+            for one in (*workers, peak):
+                if not one.result.error:
+                    one.slice(settings.seconds / rounds)
+    finally:
+        results = [one.finish() for one in workers]
+        at_best = peak.macs / peak.finish().median
+    for one in workers:
+        one.result.of_peak = one.macs / one.result.median / at_best
+    return results
+
+
+def geometric_means(table: dict[str, list[Result]], baseline: str = BASELINE) -> dict[str, float]:
+    """How many times as fast as the baseline each engine is, over the networks that both ran."""
+    logs: dict[str, list[float]] = {}
+    for results in table.values():
+        base = next((r.median for r in results if r.engine == baseline and not r.error), math.nan)
+        for result in results:
+            if not result.error and not math.isnan(base):
+                logs.setdefault(result.engine, []).append(math.log(base / result.median))
+    return {engine: math.exp(statistics.fmean(values)) for engine, values in logs.items() if values}
+
+
+def text(table: dict[str, list[Result]]) -> str:
+    """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to start."""
+    starts = any(not math.isnan(r.cold_seconds) for results in table.values() for r in results)
+    lines = [
+        f"{'network':24s} {'engine':25s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'of peak':>7s} {'SNR dB':>7s} {'compile s':>9s}"
+        + (f" {'cold s':>7s} {'warm s':>7s} {'peak MB':>7s} {'MB':>7s}" if starts else "")
+    ]
+    for network, results in table.items():
+        base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
+        for r in results:
+            if r.error:
+                lines.append(f"{network:24s} {r.engine:25s} failed: {r.error}")
+                continue
+            lines.append(
+                f"{network:24s} {r.engine:25s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
+                f"{r.of_peak:7.1%} {r.snr:7.1f} {r.compile_seconds:9.1f}"
+                + (f" {r.cold_seconds:7.1f} {r.warm_seconds:7.1f}" if starts else "")
+                + (f" {r.peak_megabytes:7.0f} {r.resident_megabytes:7.0f}" if starts else "")
+            )
+    means = geometric_means(table)
+    if means:
+        lines.append(
+            "geometric mean of speed over fp32 Inductor: " + ", ".join(f"{e} {m:.2f}" for e, m in means.items())
+        )
+    return "\n".join(lines)
+
+
+def run(
+    networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8, starts: bool = False
+) -> dict[str, list[Result]]:
+    """The whole benchmark, with a progress bar on a terminal."""
+    from torch.hub import tqdm
+
+    names = list(networks)
+    table: dict[str, list[Result]] = {}
+    with tqdm(total=len(names), disable=not sys.stderr.isatty()) as bar:
+        for network in names:
+            table[network] = measure(network, engines, settings, rounds, starts)
+            bar.update(1)
+    return table
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has neither NaN nor infinity."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
+def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
+    """The results with the settings, the CPU's abilities and torch's version."""
+    from inductor_x86q import __version__, cpu
+
+    machine = {"vnni": cpu.has_vnni(), "bf16": cpu.has_bf16(), "amx": cpu.has_amx(), "torch": torch.__version__}
+    results = {network: [_finite(dataclasses.asdict(r)) for r in rows] for network, rows in table.items()}
+    body = {"version": __version__, "machine": machine, "settings": dataclasses.asdict(settings), "results": results}
+    return json.dumps(body, indent=1)
+
+
+def plot(table: dict[str, list[Result]], path: str) -> None:
+    """A bar chart of speed over fp32 Inductor, a group of bars a network (needs matplotlib)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    engines = list(dict.fromkeys(r.engine for results in table.values() for r in results if r.engine != BASELINE))
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.2 * len(table) + 2), 4.5), layout="constrained")
+    width = 0.8 / max(len(engines), 1)
+    for position, engine in enumerate(engines):
+        speeds = []
+        for results in table.values():
+            medians = {r.engine: r.median for r in results if not r.error}
+            speeds.append(medians.get(BASELINE, math.nan) / medians.get(engine, math.nan))
+        axes.bar(
+            [i + (position - (len(engines) - 1) / 2) * width for i in range(len(table))], speeds, width, label=engine
+        )
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
+    axes.set_ylabel("times as fast as fp32 Inductor")
+    axes.legend(fontsize="small", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def add_command(commands: Any) -> None:
+    """`x86q bench` on the command line."""
+    parser = commands.add_parser(
+        "bench",
+        help="engines against each other on torchvision's networks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"engines: {', '.join(ENGINES)}\nexit codes: 0 done, 1 an engine failed",
+    )
+    parser.add_argument("network", nargs="+", help="names of torchvision models, e.g. resnet18 mobilenet_v2")
+    parser.add_argument("--engines", default=",".join(DEFAULT_ENGINES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="to run each engine (default: %(default)s)")
+    parser.add_argument("--starts", action="store_true", help="measure cold and warm starts, in caches of their own")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (PNG; needs matplotlib)")
+    parser.set_defaults(run=_command)
+
+
+def _command(parsed: Any) -> int:
+    engines = parsed.engines.split(",")
+    unknown = [engine for engine in engines if engine not in ENGINES]
+    if unknown:
+        print(f"x86q bench: unknown engine {unknown[0]!r}: expected one of {', '.join(ENGINES)}", file=sys.stderr)
+        return 2
+    settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.seconds)
+    table = run(parsed.network, engines, settings, starts=parsed.starts)
+    print(text(table))
+    if parsed.json:
+        Path(parsed.json).write_text(to_json(table, settings))
+    if parsed.plot:
+        plot(table, parsed.plot)
+    return int(any(result.error for results in table.values() for result in results))
