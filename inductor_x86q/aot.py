@@ -14,7 +14,7 @@ from torch import fx
 import inductor_x86q
 from inductor_x86q.backend import require_compilable, run_passes, settings
 from inductor_x86q.errors import CompileError
-from inductor_x86q.inductor import compiling, configuration, scopes
+from inductor_x86q.inductor import compiling, configuration, objects, scopes
 from inductor_x86q.report import Report
 
 REPORT_FILE = "inductor_x86q_report.json"
@@ -50,7 +50,7 @@ def package(
             under AOTI_RUNTIME_CHECK_INPUTS=1.
         strict: raise StrictError when a layer that should run in int8 does not; otherwise the layer runs in float, and
             a warning and the report name it.
-        options: any Inductor option.
+        options: any Inductor option, and `kernels` as of the backend.
 
     Returns:
         The path, as a string.
@@ -68,12 +68,12 @@ def package(
         exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
 
     def pipeline(graph: fx.Graph) -> None:
-        report.extend(run_passes(graph, strict=chosen.strict))
+        report.extend(run_passes(graph, chosen))
 
     def extra_files() -> dict[str, str]:
         return {REPORT_FILE: _to_json(report)}
 
-    with scopes.pipeline_scope(pipeline):
+    with scopes.pipeline_scope(pipeline), objects.compiled_ahead():
         compiling.aot_package(exported, target, chosen.inductor, extra_files)
     return target
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,14 +15,15 @@ from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.inductor import compiling, configuration, dynamo, scopes
+from inductor_x86q.inductor import compiling, configuration, dynamo, objects, scopes
 from inductor_x86q.report import Report, RuleCount, dump
 from inductor_x86q.report.collect import collect
 
 log = logging.getLogger(__name__)
 
 # Options of ours; everything else in `options` is Inductor's.
-OWN_OPTIONS = ("strict",)
+OWN_OPTIONS = ("strict", "kernels")
+KERNELS = ("auto", "onednn")
 # What is asked of Inductor where the user says nothing else.
 DEFAULTS = {
     "freezing": True,
@@ -47,8 +49,9 @@ def inductor_x86q(
 
     Args:
         mode: a mode of `torch.compile`.
-        options: any Inductor option, and `strict` (bool): raise StrictError when a layer that should run in int8
-            does not.
+        options: any Inductor option, and two of ours. `strict` (bool): raise StrictError when a layer that should run in
+            int8 does not. `kernels`: "auto", the default, lets a kernel of ours compute a layer where it is thought faster
+            than oneDNN's call, and in mode "max-autotune" where it was measured to be; "onednn" keeps every call.
 
     Raises:
         CompileError: gradients are asked for, an option is unknown, or there is no C++ compiler.
@@ -56,11 +59,13 @@ def inductor_x86q(
     return compile_graph(graph_module, example_inputs, settings(mode, options))
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Inductor's options for one compile, and our own."""
 
-    def __init__(self, inductor: dict[str, Any], strict: bool) -> None:
-        self.inductor, self.strict = inductor, strict
+    inductor: dict[str, Any]
+    strict: bool = False
+    kernels: str = "auto"
 
 
 def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
@@ -73,10 +78,13 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     for name in given:
         if name.replace("-", "_") not in known:
             raise CompileError(
-                f"unknown option {name!r}: expected `strict` or an Inductor option (torch._inductor.list_options())"
+                f"unknown option {name!r}: expected `strict`, `kernels` or an Inductor option "
+                "(torch._inductor.list_options())"
             )
     if not isinstance(own.get("strict", False), bool):
         raise CompileError(f"option `strict` is {own['strict']!r}: expected True or False")
+    if own.get("kernels", "auto") not in KERNELS:
+        raise CompileError(f"option `kernels` is {own['kernels']!r}: expected {' or '.join(map(repr, KERNELS))}")
     try:
         chosen = configuration.mode_options(mode) if mode else {}
         chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
@@ -87,7 +95,7 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     inductor = {**DEFAULTS, **chosen, **given}
     if configuration.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
         inductor["pre_grad_custom_pass"] = None
-    return Settings(inductor, own.get("strict", False))
+    return Settings(inductor, **own)
 
 
 def compile_graph(
@@ -109,23 +117,27 @@ def compile_graph(
         # What hangs on the module goes into the key of Inductor's graph cache: other passes, another entry.
         assert graph.owning_module is not None
         graph.owning_module.meta["inductor_x86q"] = passes.fingerprint()
-        report = run_passes(graph, strict=chosen.strict, observe=observe)
+        report = run_passes(graph, chosen, observe=observe)
         on_report(report)
 
     inputs = list(example_inputs)
     kept = dynamo.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
     generating = "inner_compile" not in keywords
-    headers = scopes.headers_ahead(chosen.inductor) if generating else contextlib.nullcontext()
-    with scopes.pipeline_scope(pipeline), scopes.cacheable_constants(), headers:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(scopes.pipeline_scope(pipeline))
+        stack.enter_context(scopes.cacheable_constants())
+        if generating:
+            stack.enter_context(scopes.headers_ahead(chosen.inductor))
+            stack.enter_context(objects.compiled_ahead())
         compiled = compiling.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 
 
 def run_passes(
     graph: fx.Graph,
+    chosen: Settings,
     *,
-    strict: bool,
     observe: Callable[[str, fx.Graph], None] = lambda stage, graph: None,
 ) -> Report:
     """Runs the pipeline and returns its report; raises StrictError under `strict` when something was missed."""
@@ -140,14 +152,15 @@ def run_passes(
         record.after(stage.name, graph)
         observe(stage.name, graph)
 
-    results = passes.run(graph, between)
+    keeps_calls = chosen.kernels == "onednn"
+    results = passes.run(graph, between, without=(passes.GENERATE,) if keeps_calls else ())
     assert report is not None
-    for node, why in passes.generate.calls_left(graph):
+    for node, why in [] if keeps_calls else passes.generate.calls_left(graph):
         report.notes.append(f"{layer(node)} stays a call: {why}")
     report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
     record.finish(results, report)
     if report.missed:
-        if strict:
+        if chosen.strict:
             raise StrictError(
                 f"{len(report.missed)} layers that should run in int8 do not:\n{report.missed_text()}", report
             )

@@ -64,6 +64,12 @@ def halves_512() -> bool:
     return _facts().get("vendor_id") == "AuthenticAMD" and _facts().get("cpu family") == "25"
 
 
+def identity() -> str:
+    """What kernels' times depend on besides their code: the CPU's name, and what of it may be used."""
+    vectors = f"{int8_lanes()} lanes, {vector_registers()} registers{', VNNI' if has_vnni() else ''}"
+    return f"{_facts().get('model name', 'unknown CPU')}, {vectors}"
+
+
 def vector_registers() -> int:
     """How many registers hold the vectors of `int8_lanes`."""
     return 32 if "avx512vl" in flags() and _allowed("AVX512_CORE") else 16

@@ -3,9 +3,9 @@
 `inductor_x86q::cat` joins the channels of images, `inductor_x86q::max_pool2d` is `quantized::max_pool2d`, and
 `inductor_x86q::avg_pool2d` is a dequantize, `aten::avg_pool2d` without `ceil_mode`, and a quantize.
 
-`inductor_x86q::qconv_pointwise` and its family take what the generated kernel reads of a layer, and the kernel's height
-and width, and then the arguments of the operator of the same name in `torch.ops.onednn`. Run
-eagerly they are that operator; `lowering` decides what compiled code does.
+`inductor_x86q::qconv_pointwise` and its family take what a kernel of ours reads of a layer, the text of what it has to
+compute (`kernels.specification`), and then the arguments of the operator of the same name in `torch.ops.onednn`. Run eagerly
+they are that operator; `lowering` decides what compiled code does.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _library.impl(
 AVERAGE_POOL = torch.ops.inductor_x86q.avg_pool2d.default
 
 
-def _run(call: Any, constants: Any, kernel: Any, *arguments: Any) -> torch.Tensor:
+def _run(call: Any, constants: Any, specification: str, *arguments: Any) -> torch.Tensor:
     """The call itself; what it adds is copied, as the kernels take it, since a sum would write into it."""
     values = list(arguments)
     if "binary" in str(call):
@@ -71,7 +71,7 @@ def _define(call: Any) -> None:
     """Defines the operator that stands for `call`, with the same arguments behind its own."""
     schema = str(call._schema).removeprefix("onednn::").replace("Tensor(a!)", "Tensor")
     name = schema.split("(")[0]
-    _library.define(schema.replace("(", "(Tensor constants, int[] kernel, ", 1))
+    _library.define(schema.replace("(", "(Tensor constants, str specification, ", 1))
     _library.impl(name, functools.partial(_run, call), "CompositeExplicitAutograd")
     packet, overload = (*name.split("."), "default")[:2]
     operator = getattr(getattr(torch.ops.inductor_x86q, packet), overload)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from inductor_x86q.inductor.decompositions import decompositions
+from inductor_x86q.inductor.patches.linked_objects import linked_objects
 from inductor_x86q.inductor.scoping import replaced, scope_lock
 
 
@@ -77,6 +78,7 @@ def pipeline_scope(pipeline: Callable[[fx.Graph], Any]) -> Iterator[None]:
         stack.enter_context(_sources_side_by_side())
         stack.enter_context(_eight_bytes_at_once())
         stack.enter_context(_values_remembered())
+        stack.enter_context(linked_objects())
         yield
 
 

@@ -13,6 +13,10 @@ from torch.nn import functional
 ALIGNMENT = 64  # of weights, in bytes: a vector that lies across two lines of the cache takes two loads
 CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float"}
 
+# Convolutions take images of so few channels as they come, pixels or planes: their bytes are copied anyhow, and the copy takes
+# planes in a fraction of the time in which Inductor turns them into pixels.
+FEW_CHANNELS = 4
+
 # What the kernels take as a post-operation, as C++ on a vector `v` of floats; `first` and `second` are its scalars. Those
 # with an exponential: of what, and the result with that one as `e`.
 ACTIVATIONS: dict[str, str | tuple[str, str]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import fx
 
@@ -52,7 +52,7 @@ IMAGES = Stage(
 GENERATE = Stage(
     "generate",
     [*generate.RULES],
-    'In mode "max-autotune", every call brings along what the generated kernel needs that may replace it.',
+    "Every call brings along what the kernel of ours needs that may replace it.",
 )
 STAGES = (NORMALIZE, PROPAGATE, CHANNELS, COMPUTE, POST_OPS, OUTPUT_TYPES, FINISH, IMAGES, GENERATE)
 # After this one all that is fused is, and nothing is taken apart for Inductor yet: what a report is made of.
@@ -83,11 +83,16 @@ def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
     return lambda: chosen.rules.remove(rule)
 
 
-def run(graph: fx.Graph, between: Callable[[Stage, fx.Graph], None] = lambda stage, graph: None) -> list[StageResult]:
-    """Runs all stages on `graph`; calls `between(stage, graph)` after each."""
+def run(
+    graph: fx.Graph,
+    between: Callable[[Stage, fx.Graph], None] = lambda stage, graph: None,
+    *,
+    without: Collection[Stage] = (),
+) -> list[StageResult]:
+    """Runs the stages on `graph`, but for those it is to do `without`; calls `between(stage, graph)` after each."""
     verify = bool(os.environ.get("INDUCTOR_X86Q_VERIFY"))
     results = []
-    for stage in STAGES:
+    for stage in [stage for stage in STAGES if stage not in without]:
         with fake_tensors.disable_modes():  # rules compute with real constants; fake tensors are asked for explicitly
             result = stage.apply(graph)
             if verify:

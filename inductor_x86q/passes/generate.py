@@ -1,8 +1,12 @@
-"""The generate stage, for max-autotune: a call that a kernel of ours could replace brings along what that one needs."""
+"""The generate stage: a call that a kernel of ours may replace brings along what that one needs, specified here once.
+
+Lowering adds where tensors lie and how many threads there are, and decides.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -12,46 +16,98 @@ from inductor_x86q import cpu
 from inductor_x86q.graph import calls, qdq
 from inductor_x86q.graph.library import GENERATED
 from inductor_x86q.graph.reasons import No
-from inductor_x86q.inductor import configuration, fake_tensors
-from inductor_x86q.inductor.lowering import layer as layers
-from inductor_x86q.kernels.convolution import Convolution, Epilogue, Numbers
+from inductor_x86q.inductor import configuration, fake_tensors, objects
+from inductor_x86q.kernels import family
+from inductor_x86q.kernels.convolution import ACTIVATIONS, CPP_TYPES, Convolution, Epilogue, Numbers
+from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """All that a generated kernel needs to be known of a call when compiling."""
+    """All that a kernel needs to be known of a call when compiling."""
 
     weight: torch.Tensor
     numbers: Numbers
-    convolution: Convolution
-    epilogue: Epilogue
+    specification: Specification
 
 
-def _find(node: fx.Node) -> Any:
-    if not configuration.is_autotuning():
-        return No('the mode is not "max-autotune"')
+def _find(node: fx.Node) -> _Layer | No:
     if not configuration.keeps_constants():
         return No("no kernel is generated with the option always_keep_tensor_constants=False")
     if not cpu.int8_lanes():
         return No("this CPU has no AVX2")
     call = calls.read(node)
-    weight = qdq.constant(call.weight.args[0])
+    weight = qdq.constant(call.weight.args[0])  # type: ignore[arg-type]
     if weight is None or (call.family == "conv" and weight.dim() != 4):
         return No(f"no kernel is generated for a {call.kernel}")
-    x, output = qdq.value(call.x), qdq.value(node)
-    if not all(isinstance(size, int) for size in (*x.shape, *output.shape)):
+    sizes = (*qdq.value(call.x).shape, *qdq.value(node).shape)
+    if not all(isinstance(size, int) for size in sizes):
         return No("a size is not known when compiling")
-    n, c, h, w = x.shape if call.family == "conv" else (1, x.shape[-1], 1, x.shape[:-1].numel())
-    kernel = weight.shape[2:] if call.family == "conv" else (1, 1)
-    convolution = layers.describe(call, (n, h, w, c), output.shape, kernel, x.dtype)
-    other_dtype = qdq.value(call.binary.other).dtype if call.binary else None
-    if why := layers.obstacle(call, convolution, other_dtype):
+    convolution = _convolution(call, weight)
+    if why := _obstacle(call, convolution):
         return No(f"no kernel is generated for {why}")
     weight, numbers = weight.reshape(*weight.shape[:2], *convolution.kernel), _numbers(call)
     if not (call.output_dtype == torch.float32 or convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
-    return _Layer(weight, numbers, convolution, layers.epilogue(call, other_dtype))
+    return _Layer(weight, numbers, Specification(convolution, _epilogue(call)))
+
+
+def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
+    """The convolution that a call is; a linear is one of 1×1 on its rows."""
+    x = qdq.value(call.x)
+    is_conv = call.family == "conv"
+    n, c, h, w = x.shape if is_conv else (1, x.shape[-1], 1, x.shape[:-1].numel())
+    stride, padding, dilation, groups = call.geometry if is_conv else ((1, 1), (0, 0), (1, 1), 1)
+    out_c = weight.shape[0]
+    return Convolution(
+        n=n,
+        h=h,
+        w=w,
+        c=c,
+        out_c=out_c,
+        kernel=tuple(weight.shape[2:]) if is_conv else (1, 1),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        lanes=lanes(c, vectors=4) if groups == c > 1 else lanes(out_c // groups),
+        x_signed=x.dtype == torch.int8,
+        fits_16=not cpu.has_vnni(),
+    )
+
+
+def lanes(channels: int, vectors: int = 1) -> int:
+    """How wide vectors are best for so many neighbouring output channels, which a kernel takes in so many `vectors`.
+
+    The widest, unless narrow ones leave less of them empty at no more cost. Where a wide instruction is run as two halves
+    it costs as much as two narrow ones, but for what it saves in decoding.
+    """
+    widest = cpu.int8_lanes()
+    narrow, wide = (math.ceil(channels / (width * vectors)) for width in (8, 16))
+    return min(widest, 8) if narrow <= (1.7 if cpu.halves_512() else 1) * wide else widest
+
+
+def _epilogue(call: calls.Call) -> Epilogue:
+    return Epilogue(call.output_dtype, call.unary.name, _other_dtype(call))
+
+
+def _other_dtype(call: calls.Call) -> torch.dtype | None:
+    return qdq.value(call.binary.other).dtype if call.binary else None
+
+
+def _obstacle(call: calls.Call, convolution: Convolution) -> str:
+    """Why no kernel of ours computes the layer; empty where one does."""
+    for dtype, what in ((call.output_dtype, "an output"), (_other_dtype(call), "an addition")):
+        if dtype is not None and dtype not in CPP_TYPES:
+            return f"{what} of {dtype}"
+    if call.unary.name not in ACTIVATIONS:
+        return f"the activation {call.unary.name}"
+    if convolution.groups > 1 and convolution.c == convolution.groups and not convolution.depthwise:
+        return "a depthwise convolution with more than one output of a channel"
+    if convolution.depthwise and call.binary is not None:
+        return "a depthwise convolution with an addition"
+    return ""
 
 
 def _numbers(call: calls.Call) -> Numbers:
@@ -66,13 +122,13 @@ def _numbers(call: calls.Call) -> Numbers:
 
 
 def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
-    """call(…) → the operator that stands for it(numbers and packed weight, kernel size, …)"""
-    from inductor_x86q.inductor.lowering import choice as lowering  # noqa: F401  registers with Inductor, which is slow to import
+    """call(…) → the operator that stands for it(numbers and packed weight, what they are for, …)"""
+    from inductor_x86q.inductor.lowering import choice  # noqa: F401  registers with Inductor, which is slow to import
 
-    convolution = layer.convolution
-    constants = qdq.new_constant(convolution.constants(layer.weight, layer.numbers, layer.epilogue), like=node)
-    target = GENERATED[node.target]
-    new = node.graph.call_function(target, (constants, list(convolution.kernel), *node.args))
+    given = layer.specification
+    packed = given.convolution.constants(layer.weight, layer.numbers, given.epilogue)
+    constants = qdq.new_constant(packed, like=node)
+    new = node.graph.call_function(GENERATED[node.target], (constants, given.text(), *node.args))
     new.meta.update(node.meta)
     return new
 
@@ -81,10 +137,9 @@ RULES = (Rule("generated kernel", tuple(GENERATED), _find, _rewrite),)
 
 
 def calls_left(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
-    """The calls that no generated kernel may replace, and why; none but in mode "max-autotune"."""
-    if not configuration.is_autotuning():
-        return []
+    """The calls that no kernel of ours may replace, and why."""
     left = [node for node in graph.nodes if calls.is_call(node)]
     dynamic = No("its scales are computed at run time")
     with fake_tensors.disable_modes():  # as rules are run
-        return [(node, (_find(node) if node.target in GENERATED else dynamic).why) for node in left]
+        reasons = {node: _find(node) if node.target in GENERATED else dynamic for node in left}
+    return [(node, reason.why) for node, reason in reasons.items() if isinstance(reason, No)]

@@ -45,8 +45,8 @@ class _Rows(Template):
         self._threads = threads(bytes_, BYTES_PER_THREAD)
         super().__init__("x86q_rows", inputs, layout, self._threads)
 
-    def shared(self) -> str:
-        return "#include <omp.h>\n\n#include <cstdint>\n#include <cstring>\n"
+    def shared(self) -> Sequence[str]:
+        return ("#include <omp.h>\n\n#include <cstdint>\n#include <cstring>\n",)
 
     def body(self, name: str) -> str:
         n, _c, h, _w = ints(self._layout.size)

@@ -8,7 +8,7 @@ follows out of a kernel, and on `NonOwningLayout`, the layout of a buffer whose 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch._inductor import config, ir
@@ -33,13 +33,9 @@ class Template(CppTemplate):
         super().__init__(name, list(inputs.values()), layout, threads)
         self._named = dict(inputs)
 
-    def shared(self) -> str:
-        """The C++ that is needed once in a file, in front of its first kernel that needs it."""
+    def shared(self) -> Sequence[str]:
+        """Texts of C++, each of which is needed once in a file, in front of its first kernel that needs it."""
         raise NotImplementedError
-
-    def before(self, name: str) -> str:
-        """The C++ in front of the function of that name."""
-        return ""
 
     def body(self, name: str) -> str:
         """The C++ inside of the function of that name."""
@@ -53,7 +49,7 @@ class Template(CppTemplate):
     def render(  # type: ignore[override]
         self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
     ) -> str:
-        """The kernel; for being timed without `template_buffer_node`, and then always in a file of its own."""
+        """The kernel; `generate` has it rendered once without `template_buffer_node`, to know its arguments."""
         assert not epilogue_nodes
         is_final = template_buffer_node is not None
         if is_final:
@@ -61,8 +57,8 @@ class Template(CppTemplate):
         definition = kernel.def_kernel(inputs=self._named, outputs={"out": self.output_node})
         name = kernel.kernel_name
         return f"""\
-{self._shared_once() if is_final else self.shared()}
-{self.before(name)}extern "C" {definition}
+{self._shared_once() if is_final else ""}
+extern "C" {definition}
 {{
     {kernel.maybe_codegen_profile() if is_final else ""}
 {textwrap.indent(self.body(name), "    ")}
@@ -71,16 +67,17 @@ class Template(CppTemplate):
 
     def _shared_once(self) -> str:
         """What is shared, for a kernel in a file of its own; of kernels in one file the first has it put in front of all."""
-        text = self.shared()
+        texts = list(self.shared())
         if config.cpp.enable_kernel_profile:
-            text = "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n" + text
+            texts.insert(0, "#include <torch/csrc/inductor/aoti_runtime/utils.h>\n")
         if not V.graph.cpp_wrapper:
-            return text
+            return "".join(texts)
         wrapper: Any = V.graph.wrapper_code
         written = wrapper.__dict__.setdefault("_x86q_shared", set())
-        if text not in written:
-            wrapper.kernel_declarations.splice(text)
-            written.add(text)
+        for text in texts:
+            if text not in written:
+                wrapper.kernel_declarations.splice(text)
+                written.add(text)
         return ""
 
 

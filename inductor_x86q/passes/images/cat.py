@@ -14,7 +14,7 @@ from torch import fx
 from inductor_x86q.graph import aliasing, qdq
 from inductor_x86q.graph.library import CAT, MAX_POOL, POOL
 from inductor_x86q.graph.reasons import No
-from inductor_x86q.inductor.lowering.layer import FEW_CHANNELS
+from inductor_x86q.kernels.convolution import FEW_CHANNELS
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
