@@ -44,7 +44,7 @@ __all__ = [
 fake_tensors.register_quantized_decomposed()
 
 # With these the generated text depends on neither the CPU's vectors nor its number of cores.
-PINNED: Mapping[str, Any] = {"cpp.simdlen": 256, "cpp.threads": 1}
+PINNED: Mapping[str, Any] = {"cpp.simdlen": 256, "cpp.threads": 1, "kernels": "onednn"}
 
 INT8_KERNELS = ("qconv", "qconv.binary", "qlinear", "qlinear.binary")
 FLOAT_KERNELS = ("convolution", "convolution.binary", "linear", "linear.binary", "mm_out", "addmm_out", "bmm_out")
@@ -221,6 +221,8 @@ def assert_fused(
 ) -> str:
     """Asserts how many kernels of each kind the generated code calls; returns the code. Nothing is compiled.
 
+    All that is fused is a call of oneDNN, whatever the CPU: the option `kernels` is "onednn", unless `options` has it.
+
     Args:
         expected: counts by the keys of `kernel_calls`, where "cpp" stands for all generated kernels together. Every
             int8 and float oneDNN kernel that is not named is expected not to be there; other kernels may be.
@@ -228,6 +230,7 @@ def assert_fused(
     Raises:
         AssertionError: with the counts that differ, all calls, and what the report says was missed.
     """
+    options = {"kernels": "onednn", **(options or {})}
     code = inspection.cpp_code(q, inputs, mode=mode, options=options)
     calls = kernel_calls(code)
     found = Counter(calls)
@@ -235,7 +238,7 @@ def assert_fused(
     wanted = {**dict.fromkeys((*INT8_KERNELS, *FLOAT_KERNELS), 0), **expected}
     wrong = [f"{name}: {found[name]}, expected {count}" for name, count in wanted.items() if found[name] != count]
     if wrong:
-        report = inspection.explain(q, inputs, mode=mode)
+        report = inspection.explain(q, inputs, mode=mode, options=options)
         reasons = "\n".join(f"  {miss}" for miss in (*report.missed, *report.kept_float))
         raise AssertionError(
             f"kernel calls differ: {'; '.join(wrong)}\nall calls: {dict(calls)}"

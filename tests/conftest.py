@@ -66,21 +66,21 @@ def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call always loses."""
     import torch._inductor.lowering  # noqa: F401
 
-    from inductor_x86q.inductor.lowering import choice as lowering
+    from inductor_x86q.inductor.lowering import tuning
 
-    monkeypatch.setattr(lowering._Call, "benchmark", lambda self, *values, out: math.inf)
+    monkeypatch.setattr(tuning.CallChoice, "benchmark", lambda self, *values, out: math.inf)
 
 
 @pytest.fixture
 def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Leaves the n-th blocking of every layer to choose from."""
-    from inductor_x86q.kernels.convolution import Convolution
+    """Leaves the n-th kernel of every layer to choose from."""
+    import torch._inductor.lowering  # noqa: F401
 
-    blockings = Convolution.blockings
+    from inductor_x86q.inductor.lowering import choice
+
+    candidates = choice.candidates
 
     def choose(number: int) -> None:
-        monkeypatch.setattr(
-            Convolution, "blockings", lambda self, registers: blockings(self, registers)[: number + 1][-1:]
-        )
+        monkeypatch.setattr(choice, "candidates", lambda given: candidates(given)[: number + 1][-1:])
 
     return choose

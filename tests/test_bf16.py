@@ -126,7 +126,7 @@ def test_compiled() -> None:
     """As this CPU has it: real kernels, real numbers."""
     with torch.autocast("cpu", BF16):
         q = testing.qdq_graph(Net(), IMAGE)
-        compiled = testing.assert_close_to_reference(q, IMAGE, min_snr=30)
+        compiled = testing.assert_close_to_reference(q, IMAGE, options={"kernels": "onednn"}, min_snr=30)
     assert testing.int8_calls(compiled.code) == {"qconv": 2, "qconv.binary": 1, "qlinear": 1, "qlinear.binary": 1}
     assert compiled.outputs.dtype == BF16
     assert bool(compiled.report.notes) != cpu.has_bf16()

@@ -34,7 +34,7 @@ class Chain(nn.Module):
 def test_constants_of_the_same_contents_are_one() -> None:
     inputs = (torch.randn(4, 16),)
     quantized = testing.qdq_graph(Chain(), inputs)
-    code = cpp_code(quantized, inputs)
+    code = cpp_code(quantized, inputs, options={"kernels": "onednn"})
     # each weight; and for all of them one: scale and zero point of activations, scales and zero points of weights
     assert len(set(_constants(code))) == 4 + 4
     testing.assert_close_to_reference(quantized, inputs)

@@ -153,7 +153,7 @@ def results_of(in_bf16: bool, any_batch: bool) -> Results:
 def compiled(q: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Results:
     for x in inputs:
         torch._dynamo.mark_dynamic(x, 0)
-    result = testing.compile_once(q, inputs)
+    result = testing.compile_once(q, inputs, options={"kernels": "onednn"})
     layers = len(result.report.fused)
     more = inputs_of(MORE)
     calls = [(result.outputs, q(*inputs)), (result.run(*more), q(*more))]
@@ -162,7 +162,7 @@ def compiled(q: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Resul
 
 def uncompiled(q: torch.fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> Results:
     outputs, report = inspection.run_fused(q, inputs)
-    return Results(inspection.cpp_code(q, inputs), report, 1, [(outputs, q(*inputs))])
+    return Results(inspection.cpp_code(q, inputs, options={"kernels": "onednn"}), report, 1, [(outputs, q(*inputs))])
 
 
 def output_types(code: str, layer: str) -> dict[str, str]:

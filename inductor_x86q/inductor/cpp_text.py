@@ -13,6 +13,9 @@ _SHIM = re.compile(r"AOTI_TORCH_ERROR_CODE_CHECK\(aoti_torch_cpu_(\w+)\(")
 _PROXY = re.compile(r'torch_call_dispatcher\("([\w:]+)", "(\w*)"')
 _KERNEL = re.compile(r"^\s+(cpp_\w+)\(\(")
 
+# In the body of a generated kernel: a call of an object of ours, which is named by its kind and more.
+_OURS = re.compile(r"^\s+x86q_([a-z]+)_\w+\(", re.MULTILINE)
+
 _NAMES = {
     "_qconv_pointwise_tensor": "qconv",
     "_qconv2d_pointwise_binary_tensor": "qconv.binary",
@@ -41,26 +44,29 @@ class Call:
     """A kernel call in the wrapper."""
 
     name: str  # as `kernel_calls` counts it
-    symbol: str  # the function's own name
+    symbol: str  # of the function that the wrapper calls
     results: tuple[str, ...]  # the buffers that it writes
 
 
 def calls(code: str) -> Iterator[Call]:
     """The wrapper's kernel calls in their order."""
+    ours = {name: _OURS.search(body) for name, _, body in _KERNEL_DEFINITION.findall(code)}
     for line in _body(code):
         if name := _called(line):
-            shim = _SHIM.search(line)
-            yield Call(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)))
+            shim, kernel = _SHIM.search(line), ours.get(name)
+            symbol = f"aoti_torch_cpu_{shim[1]}" if shim else name
+            yield Call(f"x86q.{kernel[1]}" if kernel else name, symbol, tuple(results(line)))
 
 
 def kernel_calls(code: str) -> Counter[str]:
     """How often the wrapper calls each kernel.
 
-    Keys: "qconv", "qconv.binary", "qlinear", "qlinear.binary" for the onednn int8 operators; "convolution", "linear"
-    and their ".binary" for float oneDNN; other operators under the name of their C shim, or their own where they are called
-    through the dispatcher; and each generated kernel by its name, which begins with "cpp_".
+    Keys: "qconv", "qconv.binary", "qlinear", "qlinear.binary" for the onednn int8 operators; "x86q.convolution",
+    "x86q.depthwise" and so on for layers in kernels of ours, by their kind; "convolution", "linear" and their ".binary" for
+    float oneDNN; other operators under the name of their C shim, or their own where they are called through the dispatcher;
+    and each generated kernel by its name, which begins with "cpp_".
     """
-    return Counter(name for line in _body(code) if (name := _called(line)))
+    return Counter(call.name for call in calls(code))
 
 
 def _body(code: str) -> Iterator[str]:

@@ -32,10 +32,6 @@ class Kernel(Protocol):
     def source(self) -> str: ...
 
 
-# Options of Inductor's that change the command line, but nothing that an object of ours should depend on: line tables name
-# directories and make a tenth of a package.
-_SETTLED = {"aot_inductor.enable_line_tables": False}
-
 _pool = ThreadPoolExecutor(os.cpu_count())
 _started: dict[str, Future[None]] = {}
 _lock = threading.Lock()
@@ -46,8 +42,9 @@ def _builder(flags: tuple[str, ...], name: str, sources: list[str], directory: s
     from torch._inductor import config
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
 
-    settled = {key: value for key, value in _SETTLED.items() if key in config.get_config_copy()}
-    with config.patch(settled):
+    # Line tables name directories, and an object should not depend on whether it is for a package, which has none.
+    has_line_tables = hasattr(config.aot_inductor, "enable_line_tables")
+    with config.patch({"aot_inductor.enable_line_tables": False} if has_line_tables else {}):
         options = CppTorchDeviceOptions(
             device_type="cpu", include_pytorch=False, compile_only=not link, extra_flags=flags
         )

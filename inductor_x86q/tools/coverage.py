@@ -63,7 +63,9 @@ def row(network: str, *, code: bool = False) -> Row:
         why=_counted(reasons),
     )
     if code:
-        found.int8_calls, found.float_kernels = count_kernels(kernel_calls(cpp_code(quantized, (x,))))
+        found.int8_calls, found.float_kernels = count_kernels(
+            kernel_calls(cpp_code(quantized, (x,), options={"kernels": "onednn"}))
+        )
     return found
 
 

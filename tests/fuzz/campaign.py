@@ -28,12 +28,12 @@ class Tally:
     pairs: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     reasons: Counter[str] = dataclasses.field(default_factory=Counter)
-    own_kernels: int = 0  # layers computed by a generated kernel of ours, in max-autotune
+    own_kernels: int = 0  # layers computed by a kernel of ours
     unexplained: int = 0  # graphs with a layer that stays float for no reason that was put in on purpose
     failures: list[tuple[str, Graph]] = dataclasses.field(default_factory=list)
 
-    def add(self, report: Report, mode: str | None = None) -> None:
-        self.own_kernels += own_kernels_of(report, mode)
+    def add(self, report: Report) -> None:
+        self.own_kernels += own_kernels_of(report)
         for fusion in report.fused:
             name = fusion.kernel.removeprefix("onednn.")
             self.kernels["+".join((name, *fusion.absorbed))] += 1
@@ -96,7 +96,7 @@ def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0, mode: st
         generate = bool(compile_every) and number % compile_every == 0
         tally.count(group, generate=generate)
         try:
-            tally.add(check_together(group, generate=generate, mode=mode), mode)
+            tally.add(check_together(group, generate=generate, mode=mode))
         except Mismatch as mismatch:
             _one_by_one(group, tally, mismatch, generate=generate, mode=mode)
         yield tally
@@ -106,7 +106,7 @@ def _one_by_one(group: list[Graph], tally: Tally, together: Mismatch, *, generat
     alone = 0
     for graph in group:
         try:
-            tally.add(check_together([graph], generate=generate, mode=mode), mode)
+            tally.add(check_together([graph], generate=generate, mode=mode))
         except Mismatch as mismatch:
             alone += 1
             tally.unexplained += isinstance(mismatch, Unexplained)

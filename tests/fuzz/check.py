@@ -17,7 +17,10 @@ from tests.fuzz.graphs import Graph
 from tests.fuzz.intervals import bounds
 
 # Inductor's own search for the fastest float product takes seconds for each; a graph found in the cache takes no kernel.
-OPTIONS = {"max-autotune": {"max_autotune_gemm_backends": "ATEN", "fx_graph_cache": False}}
+OPTIONS = {
+    None: {"fx_graph_cache": False},
+    "max-autotune": {"max_autotune_gemm_backends": "ATEN", "fx_graph_cache": False},
+}
 
 
 class Mismatch(AssertionError):
@@ -69,20 +72,21 @@ def check_exactly(graph: Graph) -> None:
 def own_kernels_taken() -> Iterator[list[Any]]:
     """Within this context every layer that a kernel of ours may compute is computed by one, untimed; lists them.
 
-    Which of its blockings is taken depends on the layer alone, so that all of them come up.
+    Which of its kernels is taken depends on the layer alone, so that all of them come up.
     """
     import torch._inductor.lowering  # noqa: F401
 
-    from inductor_x86q.inductor.lowering import choice as lowering
+    from inductor_x86q.inductor.lowering import choice
+    from inductor_x86q.inductor.lowering.layer import LayerTemplate
 
     taken: list[Any] = []
 
-    def take(name: str, choices: list[Any], *others: Any, **keywords: Any) -> Any:
-        call, *kernels = choices
-        taken.append(kernels[zlib.crc32(call.hash_key().encode()) % len(kernels)])
-        return taken[-1].output_node()
+    def decide(inputs: Any, target: Any, arguments: Any, given: Any) -> LayerTemplate:
+        kernels = choice.candidates(given)
+        taken.append(kernels[zlib.crc32(repr(given).encode()) % len(kernels)])
+        return LayerTemplate(inputs, given.convolution, taken[-1])
 
-    with mock.patch.object(lowering, "autotune_select_algorithm", take):
+    with mock.patch.object(choice, "decide", decide):
         yield taken
 
 
@@ -104,26 +108,25 @@ class _Together(torch.nn.Module):
 def check_together(drawn: Sequence[Graph], *, generate: bool, mode: str | None = None) -> Report:
     """Compiles several graphs as one module, calls it twice with different inputs, and compares every result.
 
-    In mode "max-autotune" kernels of ours are taken wherever there are any.
+    Kernels of ours are taken wherever there are any.
     """
     models = [graph.module() for graph in drawn]
     whole = models[0] if len(models) == 1 else _Together(models, [len(graph.inputs) for graph in drawn])
     report = Report([], [], [])
-    own_kernels = own_kernels_taken() if mode == "max-autotune" else contextlib.nullcontext([])
-    with _no_grad_and_fresh(), own_kernels as taken:
+    with _no_grad_and_fresh(), own_kernels_taken() as taken:
         run = compiled(whole, report, generate=generate, mode=mode)
         for number in (0, 1):
             _check_call(drawn, models, run, number, mode)
     _check_report(drawn, report, mode)
-    if generate and len(taken) != own_kernels_of(report, mode):
-        raise Mismatch(f"{len(taken)} kernels of ours, the report has {own_kernels_of(report, mode)}: {report}\n\n"
+    if generate and len(taken) != own_kernels_of(report):
+        raise Mismatch(f"{len(taken)} kernels of ours, the report has {own_kernels_of(report)}: {report}\n\n"
                        f"{_scripts(drawn, 0, mode)}")  # fmt: skip
     return report
 
 
-def own_kernels_of(report: Report, mode: str | None) -> int:
+def own_kernels_of(report: Report) -> int:
     """How many layers a kernel of ours may compute: of those in int8 each other one is said to stay a call."""
-    return len(report.fused) - sum(" stays a call: " in note for note in report.notes) if mode else 0
+    return len(report.fused) - sum(" stays a call: " in note for note in report.notes)
 
 
 def _check_call(

@@ -8,6 +8,7 @@ whose layout is still open, and `Buffer.decide_layout` laying a result out as wh
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch._inductor.lowering import lowerings, register_lowering
@@ -18,9 +19,10 @@ from inductor_x86q.graph import calls
 from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.inductor import configuration, objects, scopes
 from inductor_x86q.inductor.lowering import cat, tuning
-from inductor_x86q.inductor.lowering.layer import LayerTemplate, specified
+from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, specified
 from inductor_x86q.inductor.lowering.template import computed
 from inductor_x86q.kernels import family
+from inductor_x86q.kernels.specification import Specification
 
 # How many of the cost model's best are timed, where something is.
 TIMED = 2
@@ -31,19 +33,26 @@ def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> 
     part = cat.place(V.graph.current_node) if call.family == "conv" else None
     inputs, given = specified(call, constants, specification, part)
     arguments = inputs.realized(arguments)
-    kernels = family.choose(given.convolution, given.epilogue, cpu.vector_registers())
-    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in kernels[:TIMED]]
-    chosen = templates[0] if templates else None
-    if configuration.is_autotuning():
-        box, chosen = tuning.fastest(inputs, target, arguments, given, templates)
-    else:
-        box = chosen.generate().output_node() if chosen else lowerings[target](*arguments)
+    chosen = decide(inputs, target, arguments, given)
     if chosen is None:
         _forget(constants)
-        return box
+        return lowerings[target](*arguments)
     objects.start([chosen.kernel])
     _forget(call.weight, call.weight_scale, call.weight_zero_point, call.bias)
-    return computed(box, part)
+    return computed(chosen.generate().output_node(), part)
+
+
+def decide(inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Specification) -> LayerTemplate | None:
+    """The kernel that computes a layer; None for the call."""
+    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in candidates(given)]
+    if configuration.is_autotuning():
+        return tuning.fastest(inputs, target, arguments, given, templates)
+    return templates[0] if templates else None
+
+
+def candidates(given: Specification) -> Sequence[family.Kernel]:
+    """The kernels that the cost model thinks best, the best first; none where that is the call."""
+    return family.choose(given.convolution, given.epilogue, cpu.vector_registers())[:TIMED]
 
 
 def _forget(*constants: Any) -> None:

@@ -1,8 +1,8 @@
 """Mode "max-autotune": a layer's call and kernels timed against each other, and the fastest taken.
 
 What is relied on, all of it the same in the supported versions: `ChoiceCaller` being what the selection times, and
-`autotune_select_algorithm` timing the choices once for a shape and keeping the times in Inductor's autotuning cache, under the
-shapes and the choices' `hash_key`.
+`autotune_select_algorithm` timing the choices once for a shape, keeping the times in Inductor's autotuning cache under the
+shapes and the choices' `hash_key`, and giving what the fastest one's `output_node` gives.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import lowerings
 from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.virtualized import V
 
@@ -28,8 +27,8 @@ from inductor_x86q.kernels.specification import Specification
 
 def fastest(
     inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Specification, templates: Sequence[LayerTemplate]
-) -> tuple[Any, LayerTemplate | None]:
-    """The result of the fastest choice, and which kernel that is; None for the call."""
+) -> LayerTemplate | None:
+    """The fastest of these kernels; None where the call is faster still."""
     layer = f"{cpu.identity()} {given!r}"
     call = CallChoice(inputs, target, arguments, layer)
     kernels = [KernelChoice(template, layer) for template in templates]
@@ -38,13 +37,12 @@ def fastest(
         choice.contest = contest
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
     chosen = autotune_select_algorithm("x86q", [call, *kernels], inputs.nodes, inputs.layout, input_gen_fns=generators)
-    box = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
-    return box, next((kernel.template for kernel in kernels if kernel.is_chosen), None)
+    choice = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
+    return choice.template if isinstance(choice, KernelChoice) else None
 
 
 class Choice(ir.ChoiceCaller):
     contest: Contest
-    is_chosen = False
 
     def __init__(self, inputs: Inputs, name: str, layer: str) -> None:
         super().__init__(name, inputs.nodes, inputs.layout, description=name)
@@ -64,11 +62,8 @@ class Choice(ir.ChoiceCaller):
         return self._key
 
     def output_node(self) -> Any:
-        self.is_chosen = True
-        return self.box()
-
-    def box(self) -> Any:
-        raise NotImplementedError
+        """Stands for the result, which lowering makes."""
+        return self
 
 
 class CallChoice(Choice):
@@ -82,9 +77,6 @@ class CallChoice(Choice):
         given = {node.get_name(): value for node, value in zip(self.inputs.nodes, values, strict=True)}
         arguments = [_real(argument, given) for argument in self._arguments]
         return lambda: self._target(*arguments)
-
-    def box(self) -> Any:
-        return lowerings[self._target](*self._arguments)
 
 
 class KernelChoice(Choice):
@@ -103,9 +95,6 @@ class KernelChoice(Choice):
         function = objects.load(self.template.kernel)
         pointers = [ctypes.c_void_p(address) for address in addresses]
         return lambda: function(*pointers, numbers)
-
-    def box(self) -> Any:
-        return self.template.generate().output_node()
 
 
 def _address(image: Pixels, given: dict[str, torch.Tensor]) -> int:
