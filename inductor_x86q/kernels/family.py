@@ -1,59 +1,177 @@
-"""The kernels of ours that a CPU may run, each a source of its own, and which of them suit a layer."""
+"""The family of kernels: what decides the machine code of each, its name and its C++."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
+import math
 from collections.abc import Sequence
+from importlib import resources
 
-from inductor_x86q.kernels.convolution import Convolution, Epilogue, header, namespace
+from inductor_x86q.kernels.arguments import STRUCT
+from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.epilogue import Epilogue, flag
+from inductor_x86q.kernels.isa import ISAS, Isa
 
-# What a kernel's function takes besides addresses.
-ARGUMENTS = ("threads",)
+# Rows by columns of the blocks of sums that the vector registers hold beside a vector of each column and one input, by the
+# number of registers. More than four columns are not rounded to bytes together.
+BLOCKS = {
+    16: ((6, 2), (4, 3), (3, 4)),
+    32: ((6, 4), (9, 3), (8, 3), (7, 3), (14, 2), (12, 2), (10, 2)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What a depthwise kernel has written out."""
+
+    kernel: tuple[int, int]
+    stride_w: int
+    dilation_w: int
+    narrow: bool  # all channels are fewer than a block's
+
+    @property
+    def name(self) -> str:
+        dilation = f"d{self.dilation_w}" if self.dilation_w != 1 else ""
+        return f"{self.kernel[0]}x{self.kernel[1]}s{self.stride_w}{dilation}{'_narrow' if self.narrow else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    convolution: Convolution
-    epilogue: Epilogue
+    """What decides machine code, and nothing of a layer or a network.
+
+    Args:
+        isa: of `ISAS`.
+        kind: "convolution", by runs of contiguous bytes, or "depthwise".
+        rows: pixels of the block of sums that registers hold; 1 for a depthwise kernel, which takes no other.
+        columns: vectors of output channels of that block; for a depthwise kernel pixels, of four vectors each.
+        taps: of a depthwise kernel.
+        x_signed: whether the input is s8.
+        fits_16: no sum of two products exceeds 16 bits; asked only where products are added two by two.
+    """
+
+    isa: str
+    kind: str
     rows: int
     columns: int
-    flags: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        return self.convolution.function
+    epilogue: Epilogue
+    taps: Taps | None = None
+    x_signed: bool = False
+    fits_16: bool = False
 
     @property
     def name(self) -> str:
-        return f"x86q_{self.kind}_{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
+        """Tells type, block and instruction set, as a C identifier."""
+        size = f"{self.taps.name}_{self.columns}" if self.taps else f"{self.rows}x{self.columns}"
+        fits = "_fits16" if self.fits_16 else ""
+        return f"x86q_{self.kind}_{self.isa}_{size}{fits}_{'s8' if self.x_signed else 'u8'}_{self.epilogue.name}"
 
-    def source(self) -> str:
-        library = namespace(self.convolution.lanes)
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The compiler's flags that it needs besides those for optimization."""
+        return (*ISAS[self.isa].compiler_flags, "-std=c++17", "-fopenmp", "-ffp-contract=off")
+
+    def shared(self) -> str:
+        """The C++ in front of its definition, which others of the family need as well; a file may hold it more than once."""
+        return _once("prelude", _text("prelude.h") + STRUCT) + _once(f"{self.isa}_{self.kind}", _library(self))
+
+    def definition(self) -> str:
+        """The C++ of its function: `void NAME(x, constants, other, out, arguments)`."""
+        library = f"x86q_{self.isa}_{self.kind}"
         return f"""\
-{header(self.convolution.lanes)}
-namespace {{
+namespace {self.name}_ {{
 using namespace {library};
-{self.convolution.source(self.rows, self.columns)}{self.epilogue.source()}}}
-{STRUCT}
-extern "C" void {self.name}(const void* x, const void* constants, const void* other, void* out, const X86qArguments*) {{
-    {library}::{self.kind}<Shape, Epilogue>((const uint8_t*)x, (const int32_t*)constants, (const Epilogue::Other*)other, (Epilogue::Out*)out);
+struct Kernel {{
+{self._constants()}}};
+{self.epilogue.source()}}}
+extern "C" void {self.name}(
+    const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments) {{
+    using Epilogue = {self.name}_::Epilogue;
+    {library}::{self.kind}<{self.name}_::Kernel, Epilogue>(
+        (const uint8_t*)x, (const int32_t*)constants, (const Epilogue::Other*)other, (Epilogue::Out*)out, *arguments);
 }}
 """
 
+    def source(self) -> str:
+        """A complete C++ translation unit."""
+        return self.shared() + self.definition()
 
-STRUCT = f"""\
-#ifndef INDUCTOR_X86Q_ARGUMENTS
-#define INDUCTOR_X86Q_ARGUMENTS
-#include <cstdint>
-struct X86qArguments {{ int64_t {", ".join(ARGUMENTS)}; }};
-#endif
+    def _constants(self) -> str:
+        lines = f"    static constexpr bool SIGNED = {flag(self.x_signed)}, FITS_16 = {flag(self.fits_16)};\n"
+        if self.taps is None:
+            return f"    static constexpr int ROWS = {self.rows}, COLUMNS = {self.columns};\n" + lines
+        (height, width), taps = self.taps.kernel, self.taps
+        return f"""\
+    static constexpr int COLUMNS = {self.columns}, KERNEL_H = {height}, KERNEL_W = {width};
+    static constexpr int STRIDE_W = {taps.stride_w}, DILATION_W = {taps.dilation_w};
+    static constexpr bool NARROW = {flag(taps.narrow)};
+{lines}"""
+
+
+def translation_unit(kernels: Sequence[Kernel]) -> str:
+    """One C++ file for several kernels."""
+    shared = dict.fromkeys(kernel.shared() for kernel in kernels)
+    return "".join(shared) + "".join(kernel.definition() for kernel in dict.fromkeys(kernels))
+
+
+def candidates(convolution: Convolution, epilogue: Epilogue, isa: str) -> list[Kernel]:
+    """The kernels worth trying for a layer, the best guess first."""
+    row = ISAS[isa]
+    assert row.lanes == convolution.lanes, f"the weight is packed for {convolution.lanes} lanes, {isa} has {row.lanes}"
+    make = functools.partial(
+        Kernel, isa, epilogue=epilogue, x_signed=convolution.x_signed, fits_16=convolution.fits_16
+    )
+    if convolution.depthwise:
+        columns = 2 if row.registers == 16 else 4  # of four vectors each, which is half of the registers
+        narrow = convolution.c < 4 * row.lanes
+        taps = Taps(convolution.kernel, convolution.stride[1], convolution.dilation[1], narrow)
+        return [make(kind="depthwise", rows=1, columns=columns, taps=taps)]
+    return [make(kind="convolution", rows=rows, columns=columns) for rows, columns in _blockings(convolution, row)]
+
+
+def _blockings(convolution: Convolution, isa: Isa) -> list[tuple[int, int]]:
+    """Rows and columns of the register blocks worth trying, the best guess first."""
+    vectors, pixels = convolution.group_vectors, convolution.n * convolution.out_h * convolution.out_w
+
+    def cost(block: tuple[int, int]) -> float:
+        """Products, and a load for each row and column; the last blocks overlap those before them."""
+        rows, columns = block
+        return math.ceil(pixels / rows) * math.ceil(vectors / columns) * (rows * columns + (rows + columns) / 2)
+
+    best: dict[int, tuple[int, int]] = {}  # of each number of columns
+    for rows, columns in BLOCKS[isa.registers]:
+        block = rows, min(columns, vectors)
+        best[block[1]] = min(best.get(block[1], block), block, key=cost)
+    return sorted(best.values(), key=cost)[:2]
+
+
+def _once(name: str, text: str) -> str:
+    guard = f"X86Q_HAS_{name}".upper()
+    return f"#ifndef {guard}\n#define {guard}\n{text}#endif\n"
+
+
+def _library(kernel: Kernel) -> str:
+    return _library_text(kernel.isa, kernel.kind)
+
+
+@functools.cache
+def _library_text(isa: str, kind: str) -> str:
+    """The templates for an instruction set, in a namespace of their own."""
+    row = ISAS[isa]
+    dot = f"#ifdef {row.dot[1]}\n#define X86Q_DOT {row.dot[0]}\n#endif\n" if row.dot else ""
+    files = (f"vector_{32 * row.lanes}.h", "vector.h", "epilogue.h", "shape.h", f"{kind}.h")
+    return f"""\
+namespace x86q_{isa}_{kind} {{
+#define X86Q_HAS_MASKS {int(row.has_masks)}
+{dot}{"".join(_text(file) for file in files)}\
+#undef X86Q_HAS_MASKS
+#undef X86Q_DOT
+#undef X86Q_MM
+#undef X86Q_PARTWISE
+}}  // namespace x86q_{isa}_{kind}
 """
 
 
-def arguments(convolution: Convolution) -> tuple[int | str, ...]:
-    return (convolution.threads,)
-
-
-def choose(convolution: Convolution, epilogue: Epilogue, registers: int) -> Sequence[Kernel]:
-    return [Kernel(convolution, epilogue, *blocking) for blocking in convolution.blockings(registers)]
+@functools.cache
+def _text(file: str) -> str:
+    return resources.files(__package__).joinpath(file).read_text()

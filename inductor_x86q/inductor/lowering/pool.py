@@ -21,7 +21,7 @@ from inductor_x86q.graph.library import AVERAGE_POOL, MAX_POOL
 from inductor_x86q.inductor.lowering import cat
 from inductor_x86q.inductor.lowering.placement import Pixels, contiguous, ints, pixels
 from inductor_x86q.inductor.lowering.rows import compute
-from inductor_x86q.kernels.convolution import CPP_TYPES
+from inductor_x86q.kernels.epilogue import CPP_TYPES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""What a kernel is told of a layer when it is called, the same for C++ and Python."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inductor_x86q.kernels.convolution import Convolution
+
+# Names in order, and what they are; all are int64. Strides are in elements.
+FIELDS: dict[str, str] = {
+    "n": "images",
+    "h": "rows of an image",
+    "w": "pixels of a row",
+    "c": "channels of a pixel",
+    "out_c": "channels of an output pixel",
+    "groups": "",
+    "kernel_h": "",
+    "kernel_w": "",
+    "stride_h": "",
+    "stride_w": "",
+    "pad_h": "",
+    "pad_w": "",
+    "dilation_h": "",
+    "dilation_w": "",
+    "x_image": "stride of an image, of its rows, pixels and channels",
+    "x_row": "",
+    "x_pixel": "",
+    "x_channel": "",
+    "other_pixel": "stride of what is added",
+    "out_pixel": "stride of the output",
+    "is_copied": "whether the image is copied first, with its padding, or without gaps",
+    "kernel_rows": "an output pixel reads kernel_rows times row_runs runs of bytes",
+    "row_runs": "",
+    "run": "bytes of a run",
+    "group_vectors": "vectors of a group's output channels",
+    "channels": "how many channels the layer's numbers are laid out for",
+    "threads": "0: as many as there are",
+}
+
+STRUCT = (
+    "struct X86qArguments {\n"
+    + "".join(f"    int64_t {name};{f'  // {meaning}' if meaning else ''}\n" for name, meaning in FIELDS.items())
+    + "};\n"
+)
+
+Size = int | str  # a number, or the C++ that gives one when it runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """The values of `FIELDS`."""
+
+    values: tuple[Size, ...]
+
+    @staticmethod
+    def of(convolution: Convolution, **open_: Size) -> Arguments:
+        """Those of a layer; `open_` says which fields are only known when it runs, as C++."""
+        c = convolution
+        kernel_rows, row_runs, run = c.runs
+        known: dict[str, Size] = {
+            **dict(n=c.n, h=c.h, w=c.w, c=c.c, out_c=c.out_c, groups=c.groups),
+            **dict(kernel_h=c.kernel[0], kernel_w=c.kernel[1], stride_h=c.stride[0], stride_w=c.stride[1]),
+            **dict(pad_h=c.padding[0], pad_w=c.padding[1], dilation_h=c.dilation[0], dilation_w=c.dilation[1]),
+            **dict(x_image=c.x_strides[0], x_row=c.x_strides[1], x_pixel=c.x_strides[2], x_channel=c.x_channel),
+            **dict(other_pixel=c.other_pixel, out_pixel=c.out_pixel or c.out_c, is_copied=int(c.copied)),
+            **dict(kernel_rows=kernel_rows, row_runs=row_runs, run=run),
+            **dict(group_vectors=c.group_vectors, channels=c.channel_count, threads=c.threads),
+        }
+        assert open_.keys() <= known.keys(), f"no arguments of a kernel: {open_.keys() - known.keys()}"
+        known |= open_
+        return Arguments(tuple(known[name] for name in FIELDS))
+
+    def cpp(self) -> str:
+        """What initializes an `X86qArguments`."""
+        return "{" + ", ".join(map(str, self.values)) + "}"
+
+    def as_ctypes(self) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * len(FIELDS))(*map(int, self.values))
