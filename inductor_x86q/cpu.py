@@ -38,25 +38,35 @@ def _allowed(instruction_set: str) -> bool:
     return _ISA_ORDER.index(instruction_set) <= _ISA_ORDER.index(limit)
 
 
-def has_vnni() -> bool:
-    """Whether int8 dot products accumulate in 32 bits, so that 8-bit activations cannot saturate.
+# What each of Linux's flags is to oneDNN.
+_NEEDED = {"avx2": "AVX2", "fma": "AVX2", "avx_vnni": "AVX2_VNNI", "avx512_vnni": "AVX512_CORE_VNNI"}
 
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE (or AVX2) hides VNNI: oneDNN then really runs without it.
+
+def usable_flags() -> frozenset[str]:
+    """The CPU's feature flags for vectors, without those that ONEDNN_MAX_CPU_ISA hides: so ours run as oneDNN's do.
+
+    AVX512_CORE hides AVX-VNNI too: oneDNN then really runs without it.
     """
-    if "avx512_vnni" in flags() and _allowed("AVX512_CORE_VNNI"):
-        return True
-    return (
-        "avx_vnni" in flags()
-        and _allowed("AVX2_VNNI")
-        and os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() != ("AVX512_CORE")
-    )
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    hidden = {"avx_vnni"} if limit == "AVX512_CORE" else set()
+    usable = {
+        flag
+        for flag in flags()
+        if _allowed(_NEEDED.get(flag, "AVX512_CORE" if flag.startswith("avx512") else "SSE41"))
+    }
+    return frozenset(usable - hidden)
+
+
+def has_vnni() -> bool:
+    """Whether int8 dot products accumulate in 32 bits, so that 8-bit activations cannot saturate."""
+    return bool({"avx512_vnni", "avx_vnni"} & usable_flags())
 
 
 def int8_lanes() -> int:
     """How many 32-bit sums the widest integer dot product of this CPU makes at once; 0 without AVX2."""
-    if {"avx512_vnni", "avx512bw", "avx512vl"} <= flags() and _allowed("AVX512_CORE_VNNI"):
+    if {"avx512_vnni", "avx512bw", "avx512vl"} <= usable_flags():
         return 16
-    return 8 if "avx2" in flags() and _allowed("AVX2") else 0
+    return 8 if {"avx2", "fma"} <= usable_flags() else 0
 
 
 def halves_512() -> bool:
@@ -66,13 +76,7 @@ def halves_512() -> bool:
 
 def identity() -> str:
     """What kernels' times depend on besides their code: the CPU's name, and what of it may be used."""
-    vectors = f"{int8_lanes()} lanes, {vector_registers()} registers{', VNNI' if has_vnni() else ''}"
-    return f"{_facts().get('model name', 'unknown CPU')}, {vectors}"
-
-
-def vector_registers() -> int:
-    """How many registers hold the vectors of `int8_lanes`."""
-    return 32 if "avx512vl" in flags() and _allowed("AVX512_CORE") else 16
+    return f"{_facts().get('model name', 'unknown CPU')}, {' '.join(sorted(usable_flags()))}"
 
 
 def has_bf16() -> bool:

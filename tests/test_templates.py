@@ -14,7 +14,10 @@ from torch.nn import functional as F
 
 import inductor_x86q
 from inductor_x86q import cpu, testing
-from inductor_x86q.kernels.convolution import Convolution, Epilogue, Numbers
+from inductor_x86q.kernels import family, isa
+from inductor_x86q.kernels.arguments import FIELDS
+from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.epilogue import Epilogue, Numbers
 from inductor_x86q.passes import generate
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
@@ -88,18 +91,27 @@ def graph() -> Iterator[tuple[torch.fx.GraphModule, tuple[Any, Any]]]:
     yield testing.qdq_graph(Together(), inputs), inputs
 
 
+def arguments(code: str) -> dict[str, list[int]]:
+    """What the kernels are called with, each argument of all calls."""
+    calls = re.findall(r"X86qArguments arguments = {(.*)};", code)
+    return {name: [int(call.split(", ")[i]) for call in calls] for i, name in enumerate(FIELDS)}
+
+
 def own_kernels(code: str) -> int:
     """How many layers kernels of ours compute."""
     return sum(count for name, count in testing.kernel_calls(code).items() if name.startswith("x86q."))
 
 
-def choose_width(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors as on that CPU, whatever this one is (its products then two by two); "wide" for all layers."""
-    lanes, registers = {"AVX2": (8, 16), "AVX-512": (16, 32), "wide": (16, 32)}[width]
-    monkeypatch.setattr(cpu, "int8_lanes", lambda: lanes)
-    monkeypatch.setattr(cpu, "vector_registers", lambda: registers)
+def choose_width(width: str, monkeypatch: pytest.MonkeyPatch, *, vnni: bool = True) -> None:
+    """Vectors as on that CPU; "wide" for all layers. What this CPU does not have is left to the tests elsewhere."""
+    wanted = isa.ISAS["avx2" if width == "AVX2" else "avx512_vnni"].cpu_flags
+    if not wanted <= cpu.usable_flags():
+        pytest.skip(f"this CPU has no {width}")
+    flags = wanted if vnni else wanted - {"avx512_vnni"}
+    monkeypatch.setattr(cpu, "usable_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: 8 if width == "AVX2" else 16)
     if width == "wide":
-        monkeypatch.setattr(generate, "lanes", lambda channels, vectors=1: lanes)
+        monkeypatch.setattr(generate, "lanes", lambda channels, vectors=1: 16)
 
 
 @needs_avx2
@@ -157,8 +169,7 @@ def test_sums_of_16_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without VNNI four products are added in 16 bits only where they cannot overflow, whatever the input."""
-    choose_width(width, monkeypatch)
-    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
+    choose_width(width, monkeypatch, vnni=False)
     one_blocking(0)
     layer = QConv2d(22, 40, (1, 3), bias=False)
     layer.weight.clamp_(-5, 5)
@@ -175,7 +186,7 @@ def test_sums_of_16_bits(
             return self.layer(QD(x, 0.02, 0, quant_max=largest_input))
 
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Net(), inputs), inputs, mode=MODE)
-    assert "PAIRS = 8;" in compiled.code
+    assert "_fits16_" in compiled.code
 
 
 def test_numbers_beyond_single_precision() -> None:
@@ -207,7 +218,8 @@ def test_vectors_are_as_wide_as_channels_fill(
 def test_blocks_waste_little() -> None:
     """Six vectors are two blocks of three columns, and 49 pixels seven of seven rows."""
     conv = Convolution(1, 7, 7, 16, 96, (1, 1), (1, 1), (0, 0), (1, 1), 1, 16, False, False)
-    assert conv.blockings(32)[0] == (7, 3)
+    kernel = family.candidates(conv, Epilogue(torch.uint8), "avx512_vnni")[0]
+    assert (kernel.rows, kernel.columns) == (7, 3)
 
 
 def test_limits_are_rounded_as_quantize_does() -> None:
@@ -297,7 +309,8 @@ def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: 
 
     q = testing.qdq_graph(Net(), (torch.randn(1, 8, 4, 4),))
     compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 4, 4),), mode=MODE, step=0.03)
-    assert compiled.code.count("struct Shape {") == 1
+    assert own_kernels(compiled.code) == 2
+    assert len(set(re.findall(r"void (x86q_convolution_\w+)\(", compiled.code))) == 1
 
 
 class Gaps(nn.Module):
@@ -321,12 +334,8 @@ def test_gaps(only_generated: None, one_blocking: Any) -> None:
     x = torch.randn(1, 4, 6, 5) * 0.5
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Gaps(), (x,)), (x,), mode=MODE, step=0.05)
     assert not testing.int8_calls(compiled.code)
-    assert compiled.code.count("struct Shape {") == 3
-    assert "OTHER_PIXEL = 12," in compiled.code
-
-
-def headers(code: str) -> list[str]:
-    return re.findall(r"#ifndef INDUCTOR_X86Q_INT8_(\d+)", code)
+    assert own_kernels(compiled.code) == 3
+    assert arguments(compiled.code)["other_pixel"].count(12) == 1
 
 
 class Planes(nn.Module):
@@ -349,7 +358,7 @@ def test_images_of_few_channels_are_taken_as_they_lie(only_generated: None, one_
     planes, pixels, gray = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 1, 9, 8)
     inputs = (planes, pixels.to(memory_format=torch.channels_last), gray)
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Planes(), inputs), inputs, mode=MODE)
-    distances = [int(found) for found in re.findall(r"X_CHANNEL = (\d+)", compiled.code)]
+    distances = arguments(compiled.code)["x_channel"]
     assert distances.count(72) >= 3 and distances.count(1) >= 2, distances  # layers of one shape share a kernel
 
 
@@ -400,9 +409,9 @@ def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocki
     q = testing.qdq_graph(Gaps(), (x,))
     options = {"max_autotune": True, "cpp_wrapper_build_separate": apart}
     compiled = testing.assert_close_to_reference(q, (x,), options=options, step=0.05)
-    assert compiled.code.count("struct Shape {") == 3
+    assert own_kernels(compiled.code) == 3
     for code in (compiled.code, inductor_x86q.cpp_code(q, (x,), options=options)):
-        assert headers(code) == [str(generate.lanes(12))]
+        assert code.count("struct X86qArguments {") == 1
 
 
 def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,7 +424,7 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     q = testing.qdq_graph(nn.Sequential(Quantized(QConv2d(8, 8, 3))), (torch.randn(1, 8, 6, 6),))
     compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 6, 6),), mode=MODE)
     assert sum(testing.int8_calls(compiled.code).values()) == 1
-    assert "struct Shape {" not in compiled.code
+    assert not own_kernels(compiled.code)
 
 
 class Quantized(nn.Module):

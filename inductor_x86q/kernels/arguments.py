@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,42 +38,33 @@ FIELDS: dict[str, str] = {
     "threads": "0: as many as there are",
 }
 
-STRUCT = (
-    "struct X86qArguments {\n"
-    + "".join(f"    int64_t {name};{f'  // {meaning}' if meaning else ''}\n" for name, meaning in FIELDS.items())
-    + "};\n"
+_MEMBERS = "".join(
+    f"    int64_t {name};{f'  // {meaning}' if meaning else ''}\n" for name, meaning in FIELDS.items()
 )
+STRUCT = f"""\
+#ifndef X86Q_HAS_ARGUMENTS
+#define X86Q_HAS_ARGUMENTS
+#include <cstdint>
+struct X86qArguments {{
+{_MEMBERS}}};
+#endif
+"""
 
 Size = int | str  # a number, or the C++ that gives one when it runs
 
 
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The values of `FIELDS`."""
-
-    values: tuple[Size, ...]
-
-    @staticmethod
-    def of(convolution: Convolution, **open_: Size) -> Arguments:
-        """Those of a layer; `open_` says which fields are only known when it runs, as C++."""
-        c = convolution
-        kernel_rows, row_runs, run = c.runs
-        known: dict[str, Size] = {
-            **dict(n=c.n, h=c.h, w=c.w, c=c.c, out_c=c.out_c, groups=c.groups),
-            **dict(kernel_h=c.kernel[0], kernel_w=c.kernel[1], stride_h=c.stride[0], stride_w=c.stride[1]),
-            **dict(pad_h=c.padding[0], pad_w=c.padding[1], dilation_h=c.dilation[0], dilation_w=c.dilation[1]),
-            **dict(x_image=c.x_strides[0], x_row=c.x_strides[1], x_pixel=c.x_strides[2], x_channel=c.x_channel),
-            **dict(other_pixel=c.other_pixel, out_pixel=c.out_pixel or c.out_c, is_copied=int(c.copied)),
-            **dict(kernel_rows=kernel_rows, row_runs=row_runs, run=run),
-            **dict(group_vectors=c.group_vectors, channels=c.channel_count, threads=c.threads),
-        }
-        assert open_.keys() <= known.keys(), f"no arguments of a kernel: {open_.keys() - known.keys()}"
-        known |= open_
-        return Arguments(tuple(known[name] for name in FIELDS))
-
-    def cpp(self) -> str:
-        """What initializes an `X86qArguments`."""
-        return "{" + ", ".join(map(str, self.values)) + "}"
-
-    def as_ctypes(self) -> ctypes.Array[ctypes.c_int64]:
-        return (ctypes.c_int64 * len(FIELDS))(*map(int, self.values))
+def arguments(convolution: Convolution, **open_: Size) -> tuple[Size, ...]:
+    """The values of `FIELDS` for a layer; `open_` says which are only known when it runs, as C++."""
+    c = convolution
+    kernel_rows, row_runs, run = c.runs
+    known: dict[str, Size] = {
+        **dict(n=c.n, h=c.h, w=c.w, c=c.c, out_c=c.out_c, groups=c.groups),
+        **dict(kernel_h=c.kernel[0], kernel_w=c.kernel[1], stride_h=c.stride[0], stride_w=c.stride[1]),
+        **dict(pad_h=c.padding[0], pad_w=c.padding[1], dilation_h=c.dilation[0], dilation_w=c.dilation[1]),
+        **dict(x_image=c.x_strides[0], x_row=c.x_strides[1], x_pixel=c.x_strides[2], x_channel=c.x_channel),
+        **dict(other_pixel=c.other_pixel, out_pixel=c.out_pixel or c.out_c, is_copied=int(c.copied)),
+        **dict(kernel_rows=kernel_rows, row_runs=row_runs, run=run),
+        **dict(group_vectors=c.group_vectors, channels=c.channel_count, threads=c.threads),
+    }
+    assert open_.keys() <= known.keys(), f"no arguments of a kernel: {open_.keys() - known.keys()}"
+    return tuple((known | open_)[name] for name in FIELDS)

@@ -8,10 +8,12 @@ import math
 from collections.abc import Sequence
 from importlib import resources
 
-from inductor_x86q.kernels.arguments import STRUCT
+from inductor_x86q.kernels.arguments import STRUCT, arguments
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, flag
 from inductor_x86q.kernels.isa import ISAS, Isa
+
+__all__ = ["STRUCT", "Kernel", "Taps", "arguments", "candidates", "translation_unit"]
 
 # Rows by columns of the blocks of sums that the vector registers hold beside a vector of each column and one input, by the
 # number of registers. More than four columns are not rounded to bytes together.
@@ -73,7 +75,7 @@ class Kernel:
 
     def shared(self) -> str:
         """The C++ in front of its definition, which others of the family need as well; a file may hold it more than once."""
-        return _once("prelude", _text("prelude.h") + STRUCT) + _once(f"{self.isa}_{self.kind}", _library(self))
+        return STRUCT + _once("prelude", _text("prelude.h")) + _once(f"{self.isa}_{self.kind}", _library(self))
 
     def definition(self) -> str:
         """The C++ of its function: `void NAME(x, constants, other, out, arguments)`."""
@@ -175,3 +177,9 @@ namespace x86q_{isa}_{kind} {{
 @functools.cache
 def _text(file: str) -> str:
     return resources.files(__package__).joinpath(file).read_text()
+
+
+def templates() -> str:
+    """The text of all templates, on which every kernel depends."""
+    files = [file for file in resources.files(__package__).iterdir() if file.name.endswith(".h")]
+    return "".join(file.read_text() for file in sorted(files, key=lambda file: file.name))

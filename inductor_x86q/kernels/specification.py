@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 import torch
 
-from inductor_x86q.kernels.convolution import ALIGNMENT, Convolution, Epilogue
+from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.epilogue import Epilogue
 
 _SIZES = ("n", "h", "w")  # of the image, which lowering knows
 _PLACES = ("x_strides", "x_channel", "other_pixel", "out_pixel", "threads")  # which lowering decides
@@ -36,19 +36,6 @@ class Specification:
         kept = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         sizes = dict(zip(_SIZES, image, strict=False))
         return Specification(Convolution(**sizes, **kept), Epilogue(_dtype(output), activation, _dtype(other)))
-
-    @property
-    def constants_size(self) -> int:
-        """How many bytes of constants a kernel reads: what `Convolution.constants` gives."""
-        conv = self.convolution
-        numbers = 4 * (3 * conv.channel_count + 9)
-        aligned = math.ceil(numbers / ALIGNMENT) * ALIGNMENT
-        rows, columns = conv.kernel
-        if conv.depthwise:
-            return aligned + conv.channel_count * columns * math.ceil(rows / 4) * 4
-        runs, size, _ = conv.runs
-        vectors = conv.groups * conv.group_vectors
-        return aligned + vectors * runs * (conv.lanes * math.ceil(size / 4) * 4 + conv.pairs)
 
 
 def _name(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import fx
 import inductor_x86q
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
-from inductor_x86q.kernels.convolution import header
+from inductor_x86q.kernels import family
 from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate
 from inductor_x86q.passes.stage import Rule, Stage, StageResult
 
@@ -106,4 +106,4 @@ def run(
 def fingerprint() -> str:
     """Names this version of the package and the passes as they stand; part of the key under which a graph is cached."""
     lines = [f"{stage.name}: {', '.join(rule.name for rule in stage.rules)}" for stage in STAGES]
-    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines, header(8)])
+    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines, family.templates()])

@@ -18,7 +18,8 @@ from inductor_x86q.graph.library import GENERATED
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import configuration, fake_tensors, objects
 from inductor_x86q.kernels import family
-from inductor_x86q.kernels.convolution import ACTIVATIONS, CPP_TYPES, Convolution, Epilogue, Numbers
+from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
 

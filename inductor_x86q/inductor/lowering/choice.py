@@ -14,14 +14,13 @@ from typing import Any
 from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 
-from inductor_x86q import cpu
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.inductor import configuration, objects, scopes
 from inductor_x86q.inductor.lowering import cat, tuning
 from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, specified
 from inductor_x86q.inductor.lowering.template import computed
-from inductor_x86q.kernels import family
+from inductor_x86q.kernels import cost, family
 from inductor_x86q.kernels.specification import Specification
 
 # How many of the cost model's best are timed, where something is.
@@ -44,15 +43,17 @@ def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> 
 
 def decide(inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Specification) -> LayerTemplate | None:
     """The kernel that computes a layer; None for the call."""
-    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in candidates(given)]
+    ranked = candidates(given)
+    kernels = [kernel for kernel in ranked if isinstance(kernel, family.Kernel)]
+    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in kernels[:TIMED]]
     if configuration.is_autotuning():
         return tuning.fastest(inputs, target, arguments, given, templates)
-    return templates[0] if templates else None
+    return None if ranked[0] == cost.ONEDNN else templates[0]
 
 
-def candidates(given: Specification) -> Sequence[family.Kernel]:
-    """The kernels that the cost model thinks best, the best first; none where that is the call."""
-    return family.choose(given.convolution, given.epilogue, cpu.vector_registers())[:TIMED]
+def candidates(given: Specification) -> Sequence[cost.Choice]:
+    """The kernels and the call, as the cost model thinks, the best first."""
+    return cost.choose(given.convolution, given.epilogue)
 
 
 def _forget(*constants: Any) -> None:

@@ -95,10 +95,10 @@ def specified(
 
 def _check(call: calls.Call, found: Specification, size: int) -> None:
     """Raises CompileError where the kernel would not read just what was packed for it."""
-    if found.constants_size != size:
+    if found.convolution.constants_size != size:
         raise CompileError(
             f"layer {layer_of(V.graph.current_node)}: {size} bytes of constants were packed for its kernel, which reads "
-            f"{found.constants_size}: an error of inductor_x86q, whose passes and lowering differ on {found.convolution}"
+            f"{found.convolution.constants_size}: an error of inductor_x86q, whose passes and lowering differ on {found.convolution}"
         )
 
 
