@@ -73,7 +73,7 @@ def package(
     def extra_files() -> dict[str, str]:
         return {REPORT_FILE: _to_json(report)}
 
-    with scopes.pipeline_scope(pipeline), objects.compiled_ahead():
+    with scopes.pipeline_scope(pipeline), objects.built_ahead():
         compiling.aot_package(exported, target, chosen.inductor, extra_files)
     return target
 

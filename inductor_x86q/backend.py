@@ -129,7 +129,7 @@ def compile_graph(
         stack.enter_context(scopes.cacheable_constants())
         if generating:
             stack.enter_context(scopes.headers_ahead(chosen.inductor))
-            stack.enter_context(objects.compiled_ahead())
+            stack.enter_context(objects.built_ahead())
         compiled = compiling.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 

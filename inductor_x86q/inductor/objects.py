@@ -15,16 +15,22 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Protocol
 
 from inductor_x86q import cpu
 
+_SUFFIX = "x86q"  # of files: <hash>.x86q.cpp, and the same with .o and .so
+_FLAGS = "// flags: "
+
 
 class Kernel(Protocol):
-    """What decides an object: `name` is its function's and tells everything else."""
+    """What an object is made of."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of its function."""
+        ...
 
     @property
     def flags(self) -> tuple[str, ...]: ...
@@ -33,12 +39,12 @@ class Kernel(Protocol):
 
 
 _pool = ThreadPoolExecutor(os.cpu_count())
-_started: dict[str, Future[None]] = {}
+_started: dict[Path, Future[None]] = {}
 _lock = threading.Lock()
-_ahead: ContextVar[bool] = ContextVar("objects are compiled ahead", default=False)
+_ahead: ContextVar[bool] = ContextVar("objects are built ahead", default=False)
 
 
-def _builder(flags: tuple[str, ...], name: str, sources: list[str], directory: str, *, link: bool) -> Any:
+def _builder(flags: str, name: str, sources: list[str], directory: str, *, link: bool = False) -> Any:
     from torch._inductor import config
     from torch._inductor.cpp_builder import CppBuilder, CppTorchDeviceOptions
 
@@ -46,63 +52,72 @@ def _builder(flags: tuple[str, ...], name: str, sources: list[str], directory: s
     has_line_tables = hasattr(config.aot_inductor, "enable_line_tables")
     with config.patch({"aot_inductor.enable_line_tables": False} if has_line_tables else {}):
         options = CppTorchDeviceOptions(
-            device_type="cpu", include_pytorch=False, compile_only=not link, extra_flags=flags
+            device_type="cpu", include_pytorch=False, compile_only=not link, extra_flags=[flags]
         )
         return CppBuilder(name, sources, options, directory)
 
 
 @functools.cache
-def _version(compiler: str) -> str:
+def _compiler(compiler: str) -> str:
     from torch._inductor.cpp_builder import get_compiler_version_info
 
     return get_compiler_version_info(compiler)
 
 
-def path(kernel: Kernel) -> str:
-    """Where a kernel's object is, once it is built; its source is there."""
+def file(kernel: Kernel) -> Path:
+    """Where a kernel's object is once it is built; its source is there."""
     from torch._inductor import codecache
     from torch._inductor.cpp_builder import get_cpp_compiler
 
-    command = _builder(kernel.flags, "o", ["i"], "", link=False).get_command_line()
-    extra = f"{command} {_version(get_cpp_compiler())} {sorted(cpu.flags())}"
-    _, source = codecache.write(kernel.source(), "x86q.cpp", extra=extra)
-    return source.removesuffix("cpp") + "o"
+    flags = " ".join(kernel.flags)
+    command = _builder(flags, "o", ["i"], "").get_command_line()
+    extra = f"{command} {_compiler(get_cpp_compiler())} {sorted(cpu.flags())}"
+    _, path = codecache.write(f"{_FLAGS}{flags}\n{kernel.source()}", f"{_SUFFIX}.cpp", extra=extra)
+    return Path(path).with_suffix(".o")
 
 
-def _build(builder: Any, target: str) -> None:
-    """Builds what is not there yet, by one of several processes, and puts it there once it is whole."""
+def file_of(name: str) -> Path:
+    """The object whose file has that name."""
+    from torch._inductor.codecache import get_path
+
+    key, _, extension = name.partition(".")
+    return Path(get_path(key, extension)[2])
+
+
+def _start(built: Path) -> Future[None] | None:
+    """Has an object built in another thread; None where it is there."""
+    if built.exists():
+        return None
+    source = built.with_suffix(".cpp")
+    flags = source.read_text().split("\n", 1)[0].removeprefix(_FLAGS)
+    builder = _builder(flags, f"{built.stem}.part", [str(source)], str(built.parent))
+    with _lock:
+        started = _started.get(built)
+        if started is None or started.done():
+            started = _started[built] = _pool.submit(_run, builder, built)
+        return started
+
+
+def _run(builder: Any, target: Path) -> None:
+    """Builds what is not there yet, in one of several processes, and puts it there once it is whole."""
     from torch._inductor.codecache import LOCK_TIMEOUT, get_lock_dir
     from torch.utils._filelock import FileLock
 
-    with FileLock(os.path.join(get_lock_dir(), os.path.basename(target) + ".lock"), timeout=LOCK_TIMEOUT):
-        if not os.path.exists(target):
+    with FileLock(os.path.join(get_lock_dir(), f"{target.name}.lock"), timeout=LOCK_TIMEOUT):
+        if not target.exists():
             builder.build()
             os.replace(builder.get_target_file_path(), target)
 
 
-def _start(kernel: Kernel) -> Future[None] | None:
-    """Has a kernel's object built in another thread; None where it is there."""
-    target = path(kernel)
-    if os.path.exists(target):
-        return None
-    directory, name = os.path.split(target.removesuffix(".o"))
-    builder = _builder(kernel.flags, f"{name}.part", [f"{target.removesuffix('o')}cpp"], directory, link=False)
-    with _lock:
-        started = _started.get(target)
-        if started is None or started.done():
-            started = _started[target] = _pool.submit(_build, builder, target)
-        return started
-
-
-def build(kernels: Iterable[Kernel]) -> None:
-    """Builds the objects that are not there, side by side; raises what the compiler says."""
-    for started in [_start(kernel) for kernel in kernels]:
+def build(objects: Iterable[Path]) -> None:
+    """Builds those that are not there, side by side; raises what the compiler says."""
+    for started in [_start(built) for built in objects]:
         if started is not None:
             started.result()
 
 
 @contextlib.contextmanager
-def compiled_ahead() -> Iterator[None]:
+def built_ahead() -> Iterator[None]:
     """Within this context `start` does as it says; outside of it nobody needs machine code."""
     token = _ahead.set(True)
     try:
@@ -112,18 +127,18 @@ def compiled_ahead() -> Iterator[None]:
 
 
 def start(kernels: Iterable[Kernel]) -> None:
-    """Begins to build objects that will be needed, and goes on. Who needs one reports what is wrong with it."""
+    """Begins to build objects that may be needed, and goes on. Who needs one reports what is wrong with it."""
     if _ahead.get():
         for kernel in kernels:
-            _start(kernel)
+            _start(file(kernel))
 
 
 def load(kernel: Kernel) -> Any:
     """The function of a kernel, from its object alone: for timing it."""
-    build([kernel])
-    built = path(kernel)
-    directory, name = os.path.split(built.removesuffix(".o"))
-    target = f"{built.removesuffix('o')}so"
-    if not os.path.exists(target):
-        _build(_builder(kernel.flags, f"{name}.part", [built], directory, link=True), target)
-    return getattr(ctypes.CDLL(target), kernel.name)
+    built = file(kernel)
+    build([built])
+    target = built.with_suffix(".so")
+    if not target.exists():
+        flags = " ".join(kernel.flags)
+        _run(_builder(flags, f"{target.stem}.part", [str(built)], str(built.parent), link=True), target)
+    return getattr(ctypes.CDLL(str(target)), kernel.name)

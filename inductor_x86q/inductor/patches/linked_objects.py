@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,16 @@ _MARK = "// linked with "
 
 
 def mark(kernel: objects.Kernel) -> str:
-    """The line of generated C++ by which the kernel's object is linked with it; another object, another line."""
-    _known[kernel.name] = kernel
-    return f"{_MARK}{kernel.name} {Path(objects.path(kernel)).name}"
+    """The line of generated C++ by which a kernel's object is linked with it; another object, another line."""
+    return f"{_MARK}{objects.file(kernel).name}"
 
 
-_known: dict[str, objects.Kernel] = {}
-
-
-def _marked(source: str) -> list[str]:
-    """The names of the kernels that a C++ file asks for."""
+def _marked(source: str) -> list[Path]:
+    """The objects that a C++ file asks for."""
     path = Path(source)
-    return re.findall(rf"^{_MARK}(\w+)", path.read_text(), re.MULTILINE) if path.suffix == ".cpp" and path.is_file() else []
+    if path.suffix != ".cpp" or not path.is_file():
+        return []
+    return [objects.file_of(name) for name in re.findall(rf"^{_MARK}(\S+)", path.read_text(), re.MULTILINE)]
 
 
 @contextlib.contextmanager
@@ -40,20 +38,20 @@ def linked_objects() -> Iterator[None]:
     """Within this context Inductor's shared objects hold those of ours that they call."""
     from torch._inductor import codecache
 
-    asked_for: dict[str, list[str]] = {}  # by an object of Inductor's
+    asked_for: dict[str, list[Path]] = {}  # by an object of Inductor's
 
     class Linking(codecache.CppBuilder):
         def __init__(self, name: str, sources: Any, BuildOption: Any, output_dir: str = "") -> None:
             given = [sources] if isinstance(sources, str) else list(sources)
-            names = [name for source in given for name in asked_for.get(source) or _marked(source)]
+            asked = [path for source in given for path in asked_for.get(source) or _marked(source)]
             is_part = BuildOption.get_compile_only() or BuildOption.get_precompiling() or BuildOption.get_preprocessing()
-            self.kernels = [] if is_part else [_known[name] for name in dict.fromkeys(names)]
-            super().__init__(name, [*given, *map(objects.path, self.kernels)], BuildOption, output_dir)
+            self.linked = [] if is_part else list(dict.fromkeys(asked))
+            super().__init__(name, [*given, *map(str, self.linked)], BuildOption, output_dir)
             if is_part:
-                asked_for[self.get_target_file_path()] = names
+                asked_for[self.get_target_file_path()] = asked
 
         def build(self) -> None:
-            objects.build(self.kernels)
+            objects.build(self.linked)
             super().build()
 
     with replaced(codecache, "CppBuilder", Linking):
