@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,13 +75,15 @@ def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Leaves the n-th kernel of every layer to choose from."""
-    import torch._inductor.lowering  # noqa: F401
+    from inductor_x86q.kernels import cost
 
-    from inductor_x86q.inductor.lowering import choice
-
-    candidates = choice.candidates
+    stock = cost.choose
 
     def choose(number: int) -> None:
-        monkeypatch.setattr(choice, "candidates", lambda given: candidates(given)[: number + 1][-1:])
+        def one(*layer: Any) -> list[cost.Choice]:
+            kernels = [choice for choice in stock(*layer) if choice != cost.ONEDNN]
+            return kernels[: number + 1][-1:]
+
+        monkeypatch.setattr(cost, "choose", one)
 
     return choose

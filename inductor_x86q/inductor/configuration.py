@@ -31,6 +31,16 @@ def keeps_constants() -> bool:
     return bool(config.always_keep_tensor_constants)
 
 
+def threads(work: int, per_thread: int) -> int:
+    """How many threads share so much work; 0 for as many as there are when it runs, where Inductor is told so."""
+    from torch._inductor import config
+    from torch._inductor.utils import parallel_num_threads
+
+    if config.cpp.dynamic_threads:
+        return 0 if work >= 2 * per_thread else 1
+    return min(parallel_num_threads(), max(1, work // per_thread))
+
+
 def foreign_pre_grad_pass() -> bool:
     """Whether some quantization library has set Inductor's pre-grad hook (torchao's x86 quantizer does on import)."""
     from torch._inductor import config

@@ -8,34 +8,49 @@ from typing import Any
 
 import torch
 
+from inductor_x86q.kernels import cost
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue
+from inductor_x86q.kernels.family import Kernel
 
-_SIZES = ("n", "h", "w")  # of the image, which lowering knows
-_PLACES = ("x_strides", "x_channel", "other_pixel", "out_pixel", "threads")  # which lowering decides
+# How many of the cost model's best kernels are timed, where something is.
+TIMED = 2
+
+_PLACES = ("x_strides", "x_channel", "other_pixel", "out_pixel")  # which lowering decides
 
 
 @dataclasses.dataclass(frozen=True)
 class Specification:
-    """All of a layer that its packed constants depend on, and what is done to its sums."""
+    """All of a layer but where its tensors lie: what its packed constants depend on, and the choice of its kernel."""
 
     convolution: Convolution
     epilogue: Epilogue
 
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Those that the cost model thinks best, the best first."""
+        return [choice for choice in self._ranked() if isinstance(choice, Kernel)][:TIMED]
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the cost model thinks oneDNN's call better than any of them."""
+        return self._ranked()[0] == cost.ONEDNN
+
+    def _ranked(self) -> list[cost.Choice]:
+        return cost.choose(self.convolution, self.epilogue)
+
     def text(self) -> str:
         """As an argument of an operator, without what lowering adds."""
         convolution = dataclasses.asdict(self.convolution)
-        kept = {name: value for name, value in convolution.items() if name not in (*_SIZES, *_PLACES)}
+        kept = {name: value for name, value in convolution.items() if name not in _PLACES}
         return json.dumps({**kept, "epilogue": [_name(value) for value in dataclasses.astuple(self.epilogue)]})
 
     @staticmethod
-    def read(text: str, image: tuple[int, ...]) -> Specification:
-        """That text's specification, for images of `image`'s sizes n, h, w, c."""
+    def read(text: str) -> Specification:
         values: dict[str, Any] = json.loads(text)
         output, activation, other = values.pop("epilogue")
         kept = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        sizes = dict(zip(_SIZES, image, strict=False))
-        return Specification(Convolution(**sizes, **kept), Epilogue(_dtype(output), activation, _dtype(other)))
+        return Specification(Convolution(**kept), Epilogue(_dtype(output), activation, _dtype(other)))
 
 
 def _name(value: Any) -> Any:

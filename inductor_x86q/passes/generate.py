@@ -1,6 +1,7 @@
 """The generate stage: a call that a kernel of ours may replace brings along what that one needs, specified here once.
 
-Lowering adds where tensors lie and how many threads there are, and decides.
+It is chosen here too, by the cost model, or in mode "max-autotune" in lowering, by the time that its few best and the call
+take. Lowering adds where tensors lie.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from inductor_x86q.graph import calls, qdq
 from inductor_x86q.graph.library import GENERATED
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import configuration, fake_tensors, objects
-from inductor_x86q.kernels import family
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
+
+
+# A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
+MACS_PER_THREAD = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,10 @@ def _find(node: fx.Node) -> _Layer | No:
     weight, numbers = weight.reshape(*weight.shape[:2], *convolution.kernel), _numbers(call)
     if not (call.output_dtype == torch.float32 or convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
-    return _Layer(weight, numbers, Specification(convolution, _epilogue(call)))
+    specification = Specification(convolution, _epilogue(call))
+    if specification.is_call and not configuration.is_autotuning():
+        return No("the call is thought faster")
+    return _Layer(weight, numbers, specification)
 
 
 def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
@@ -61,7 +68,7 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
     n, c, h, w = x.shape if is_conv else (1, x.shape[-1], 1, x.shape[:-1].numel())
     stride, padding, dilation, groups = call.geometry if is_conv else ((1, 1), (0, 0), (1, 1), 1)
     out_c = weight.shape[0]
-    return Convolution(
+    found = Convolution(
         n=n,
         h=h,
         w=w,
@@ -76,6 +83,7 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
         x_signed=x.dtype == torch.int8,
         fits_16=not cpu.has_vnni(),
     )
+    return dataclasses.replace(found, threads=configuration.threads(found.macs, MACS_PER_THREAD))
 
 
 def lanes(channels: int, vectors: int = 1) -> int:
@@ -127,6 +135,7 @@ def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
     from inductor_x86q.inductor.lowering import choice  # noqa: F401  registers with Inductor, which is slow to import
 
     given = layer.specification
+    objects.start(given.kernels if configuration.is_autotuning() else given.kernels[:1])
     packed = given.convolution.constants(layer.weight, layer.numbers, given.epilogue)
     constants = qdq.new_constant(packed, like=node)
     new = node.graph.call_function(GENERATED[node.target], (constants, given.text(), *node.args))

@@ -12,6 +12,7 @@ import torch
 
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.inductor import uncompiled
+from inductor_x86q.kernels import cost
 from inductor_x86q.report import Report
 from tests.fuzz.graphs import Graph
 from tests.fuzz.intervals import bounds
@@ -80,13 +81,17 @@ def own_kernels_taken() -> Iterator[list[Any]]:
     from inductor_x86q.inductor.lowering.layer import LayerTemplate
 
     taken: list[Any] = []
+    stock = cost.choose
+
+    def choose(*layer: Any) -> list[Any]:
+        kernels = [choice for choice in stock(*layer) if choice != cost.ONEDNN]
+        return [kernels[zlib.crc32(repr(layer).encode()) % len(kernels)]]
 
     def decide(inputs: Any, target: Any, arguments: Any, given: Any) -> LayerTemplate:
-        kernels = choice.candidates(given)
-        taken.append(kernels[zlib.crc32(repr(given).encode()) % len(kernels)])
+        taken.append(given.kernels[0])
         return LayerTemplate(inputs, given.convolution, taken[-1])
 
-    with mock.patch.object(choice, "decide", decide):
+    with mock.patch.object(choice, "decide", decide), mock.patch.object(cost, "choose", choose):
         yield taken
 
 

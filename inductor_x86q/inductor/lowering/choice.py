@@ -8,7 +8,6 @@ whose layout is still open, and `Buffer.decide_layout` laying a result out as wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 from torch._inductor.lowering import lowerings, register_lowering
@@ -16,15 +15,11 @@ from torch._inductor.virtualized import V
 
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.library import STANDS_FOR
-from inductor_x86q.inductor import configuration, objects, scopes
+from inductor_x86q.inductor import configuration, scopes
 from inductor_x86q.inductor.lowering import cat, tuning
 from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, specified
 from inductor_x86q.inductor.lowering.template import computed
-from inductor_x86q.kernels import cost, family
 from inductor_x86q.kernels.specification import Specification
-
-# How many of the cost model's best are timed, where something is.
-TIMED = 2
 
 
 def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> Any:
@@ -36,24 +31,16 @@ def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> 
     if chosen is None:
         _forget(constants)
         return lowerings[target](*arguments)
-    objects.start([chosen.kernel])
     _forget(call.weight, call.weight_scale, call.weight_zero_point, call.bias)
     return computed(chosen.generate().output_node(), part)
 
 
 def decide(inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Specification) -> LayerTemplate | None:
     """The kernel that computes a layer; None for the call."""
-    ranked = candidates(given)
-    kernels = [kernel for kernel in ranked if isinstance(kernel, family.Kernel)]
-    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in kernels[:TIMED]]
+    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in given.kernels]
     if configuration.is_autotuning():
         return tuning.fastest(inputs, target, arguments, given, templates)
-    return None if ranked[0] == cost.ONEDNN else templates[0]
-
-
-def candidates(given: Specification) -> Sequence[cost.Choice]:
-    """The kernels and the call, as the cost model thinks, the best first."""
-    return cost.choose(given.convolution, given.epilogue)
+    return templates[0]
 
 
 def _forget(*constants: Any) -> None:

@@ -13,14 +13,11 @@ from inductor_x86q.errors import CompileError
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous, image, ints, pixels
-from inductor_x86q.inductor.lowering.template import Template, threads
+from inductor_x86q.inductor.lowering.template import Template
 from inductor_x86q.inductor.patches.linked_objects import mark
 from inductor_x86q.kernels import family
 from inductor_x86q.kernels.convolution import FEW_CHANNELS, Convolution
 from inductor_x86q.kernels.specification import Specification
-
-# A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
-MACS_PER_THREAD = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +76,13 @@ def specified(
     other = pixels(call.binary.other, call.family, even=True) if call.binary is not None else None
     size = ints(V.graph.current_node.meta["val"].shape)
     layout = contiguous(size, call.output_dtype, call.family, part)
-    given = Specification.read(text, x.sizes)
+    given = Specification.read(text)
     convolution = dataclasses.replace(
         given.convolution,
         x_strides=x.strides,
         x_channel=x.channel,
         other_pixel=0 if other is None else other.strides[2],
         out_pixel=0 if part is None else layout.stride[3],
-        threads=threads(given.convolution.macs, MACS_PER_THREAD),
     )
     found = dataclasses.replace(given, convolution=convolution)
     _check(call, found, int(constants.get_size()[0]))

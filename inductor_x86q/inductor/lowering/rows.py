@@ -8,8 +8,9 @@ from typing import Any
 
 from torch._inductor import ir
 
+from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.placement import Pixels, ints
-from inductor_x86q.inductor.lowering.template import Template, computed, threads
+from inductor_x86q.inductor.lowering.template import Template, computed
 
 # A thread more pays where it saves more than waking it costs, which is about the time in which one copies so many bytes.
 BYTES_PER_THREAD = 32_768
@@ -42,7 +43,7 @@ class _Rows(Template):
         buffers = {image.buffer.get_name(): image.buffer for image in images}
         inputs = {f"x{number}": read for number, read in enumerate(buffers.values())}
         self._images, self._row, self._layout = images, row, layout
-        self._threads = threads(bytes_, BYTES_PER_THREAD)
+        self._threads = configuration.threads(bytes_, BYTES_PER_THREAD)
         super().__init__("x86q_rows", inputs, layout, self._threads)
 
     def shared(self) -> Sequence[str]:

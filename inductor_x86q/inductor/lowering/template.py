@@ -13,7 +13,6 @@ from typing import Any
 
 from torch._inductor import config, ir
 from torch._inductor.codegen.cpp_template import CppTemplate
-from torch._inductor.utils import parallel_num_threads
 from torch._inductor.virtualized import V
 
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer
@@ -26,7 +25,7 @@ class Template(CppTemplate):
         name: that Inductor gives the kernel.
         inputs: the buffers that it reads, each once, by what they are called in its C++.
         layout: of the result, which is called `out`.
-        threads: as `threads` gives them.
+        threads: how many it uses, 0 for as many as there are when it runs.
     """
 
     def __init__(self, name: str, inputs: Mapping[str, Any], layout: ir.Layout, threads: int) -> None:
@@ -79,13 +78,6 @@ extern "C" {definition}
                 wrapper.kernel_declarations.splice(text)
                 written.add(text)
         return ""
-
-
-def threads(work: int, per_thread: int) -> int:
-    """How many threads share so much work; 0 for as many as there are when it runs, where Inductor is told so."""
-    if config.cpp.dynamic_threads:
-        return 0 if work >= 2 * per_thread else 1
-    return min(parallel_num_threads(), max(1, work // per_thread))
 
 
 def computed(box: Any, part: ir.ReinterpretView | None) -> Any:

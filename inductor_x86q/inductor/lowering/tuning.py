@@ -124,7 +124,6 @@ class Contest:
         return self._times[choice]
 
     def _run(self, values: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        objects.start([kernel.template.kernel for kernel in self._kernels])  # side by side
         runs: dict[Choice, Callable[[], Any]] = {}
         for choice in (self._call, *self._kernels):
             try:
