@@ -1,9 +1,8 @@
-"""The torch.compile backend: alone among other compiles, whole networks, options, errors."""
+"""The torch.compile backend: what it takes, options, errors."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,32 +12,10 @@ from torch import fx, nn
 
 import inductor_x86q
 from inductor_x86q import testing
-from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same, snr
-from inductor_x86q.tools.zoo import rounding_floor
-
-
-class Net(nn.Module):
-    """Two convolutions, the second with a residual sum, and a linear."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.second = nn.Conv2d(16, 16, 3, padding=1)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x).relu()
-        x = (self.second(x) + x).relu()
-        return self.head(x.mean((2, 3)))
-
+from inductor_x86q.testing import assert_close_to_reference, assert_fused, assert_same
+from tests.models import Net, quantized_net
 
 NET_CALLS = {"qconv": 1, "qconv.binary": 1, "qlinear": 1}
-
-
-def quantized_net() -> fx.GraphModule:
-    torch.manual_seed(0)
-    x = torch.randn(4, 3, 16, 16)
-    return inductor_x86q.quantize(Net().eval(), (x,), calibration=[x], reduce_range=True)
 
 
 @pytest.fixture(scope="module")
@@ -329,179 +306,3 @@ def test_models_and_inputs_of_the_wrong_type(net: fx.GraphModule, image: torch.T
         inductor_x86q.explain(lambda x: x, (image,))  # type: ignore[arg-type]
     with pytest.raises(inductor_x86q.CompileError, match="example_inputs is a Tensor: expected a tuple"):
         inductor_x86q.cpp_code(net, image)  # type: ignore[arg-type]
-
-
-# --- alone among other compiles ---------------------------------------------------------------------------------------
-
-# Plain Inductor's code and config for a model with and without q/dq nodes, before and after compiles by our backend.
-ISOLATION = r"""
-import re, sys, torch
-from torch import nn
-{imports}
-from torch._inductor.utils import run_and_get_code
-
-torch.manual_seed(0)
-saved = torch.export.load("net.pt2").module()
-other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4), nn.GELU()).eval()
-x = torch.randn(2, 3, 16, 16)
-
-def plain():
-    # The graph caches are off, since a hit generates nothing; compiled kernels are still found in theirs.
-    found = []
-    for model, freezing in ((other, False), (saved, True)):
-        torch._dynamo.reset()
-        with (
-            torch.no_grad(),
-            torch._functorch.config.patch(enable_autograd_cache=False),
-            torch._inductor.config.patch(freezing=freezing, fx_graph_cache=False),
-        ):
-            codes = run_and_get_code(torch.compile(model), x)[1]
-        # Paths, and names of files by the hash of their content, hold the order of compiles.
-        found += [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
-    return found
-
-def ours():
-    torch._dynamo.reset()
-    with torch.no_grad():
-        got = torch.compile(saved, backend="inductor_x86q")(x)
-        assert 20 * torch.log10(saved(x).norm() / (got - saved(x)).norm()) > 30
-
-def config():
-    copy = torch._inductor.config.get_config_copy()
-    return {{name: re.sub("0x[0-9a-f]+", "", repr(value)) for name, value in copy.items()}}
-
-def check():
-    now = config()
-    assert now == settings, {{n: (settings.get(n), now.get(n)) for n in now.keys() | settings if now.get(n) != settings.get(n)}}
-    torch._dynamo.reset()
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        torch.compile(saved)(x)  # with the graph caches on, whose classes must be as they were
-    for before, after in zip(first, plain(), strict=True):
-        lines = before.splitlines()
-        assert after == before, [line for line in after.splitlines() if line not in lines]
-
-first, settings = plain(), config()
-ours()
-check()
-ours()
-check()
-print("torchao" in sys.modules)
-"""
-
-
-@pytest.fixture(scope="module")
-def saved_net(net: fx.GraphModule, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("saved") / "net.pt2"
-    with torch.no_grad():
-        torch.export.save(torch.export.export(net, (torch.randn(2, 3, 16, 16),)), path)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("imports", "has_torchao"),
-    [
-        ("import torch.ao.quantization.fx._decomposed", "False"),
-        ("import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer", "True"),
-    ],
-    ids=["torch alone", "with torchao's quantizer"],
-)
-def test_other_compiles_are_untouched(
-    run_python: Any, saved_net: bytes, tmp_path: Any, imports: str, has_torchao: str
-) -> None:
-    (tmp_path / "net.pt2").write_bytes(saved_net)
-    assert run_python(ISOLATION.format(imports=imports)).stdout.strip() == has_torchao
-
-
-NO_IMPORT = """
-import sys, torch
-import torch.ao.quantization.fx._decomposed
-model = torch.export.load("net.pt2").module()
-assert not any(name.startswith(("inductor_x86q", "torchao")) for name in sys.modules)
-x = torch.randn(2, 3, 16, 16)
-with torch.no_grad():
-    got = torch.compile(model, backend="inductor_x86q", options={"strict": True})(x)
-    assert 20 * torch.log10(model(x).norm() / (got - model(x)).norm()) > 30
-assert not any(name.startswith("torchao") for name in sys.modules), "compiling imported torchao"
-"""
-
-
-def test_needs_no_import_of_the_package(run_python: Any, saved_net: bytes, tmp_path: Any) -> None:
-    (tmp_path / "net.pt2").write_bytes(saved_net)
-    done = run_python(NO_IMPORT)
-    assert done.stdout == ""
-
-
-# --- whole networks ---------------------------------------------------------------------------------------------------
-
-RESNETS = {
-    "resnet18": {"qconv": 12, "qconv.binary": 8, "qlinear": 1},
-    "resnet50": {"qconv": 37, "qconv.binary": 16, "qlinear": 1},
-}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def realistic(model: nn.Module) -> nn.Module:
-    """The model in eval mode with batch-norm statistics of data that it has seen: without, a random net is constant."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the average of what it sees
-    model.train()
-    with torch.no_grad():
-        model(torch.randn(8, 3, 128, 128))
-    return model.eval()
-
-
-@pytest.mark.torchvision
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
-def test_resnets_whole(name: str, layout: str) -> None:
-    import torchvision
-
-    model = realistic(getattr(torchvision.models, name)()).to(memory_format=LAYOUTS[layout])
-    x = torch.randn(2, 3, 128, 128).to(memory_format=LAYOUTS[layout])
-    quantized = inductor_x86q.quantize(model, (x,), calibration=[x, torch.randn(2, 3, 128, 128)])
-    report = inductor_x86q.explain(quantized, (x,), options={"strict": True})
-    assert report.kept_float == []
-    assert report.int8_share_of_macs == 1.0
-    assert Counter(fusion.operator for fusion in report.fused) == {"conv": sum(RESNETS[name].values()) - 1, "linear": 1}
-    # One at the input; the other writes the classifier's input behind the average pool.
-    assert len(report.quantizes_left) <= 2
-    assert_fused(quantized, (x,), RESNETS[name])
-    with torch.no_grad():
-        got, expected = compiled(quantized)(x), quantized(x)
-    # 30 dB, or what one rounding in 100,000 does to this random network.
-    assert snr(got, expected) >= min(30, rounding_floor(quantized, (x,)) - 6)
-
-
-FIRST_COMPILE = """
-import torch
-from torch._inductor.fx_passes import freezing_patterns
-from inductor_x86q import inspection
-from inductor_x86q import testing
-
-class Block(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = testing.QConv2d(8, 8, 3, padding=1)
-
-    def forward(self, x):
-        return torch.sigmoid(self.conv(testing.quantize_dequantize(x)))
-
-inputs = (torch.randn(1, 8, 6, 6),)
-q = testing.qdq_graph(Block(), inputs)
-lists = [freezing_patterns.pass_patterns]
-report = inspection.explain(q, inputs)
-assert freezing_patterns.pass_patterns is lists[0]
-print(len(report.fused), len(freezing_patterns.pass_patterns))
-"""
-
-WITHOUT_US = """
-from torch._inductor.fx_passes import freezing_patterns
-
-freezing_patterns.lazy_init()
-print(1, len(freezing_patterns.pass_patterns))
-"""
-
-
-def test_what_freezing_registers_at_first_is_filtered_and_kept(run_python: Any) -> None:
-    assert run_python(FIRST_COMPILE).stdout == run_python(WITHOUT_US).stdout

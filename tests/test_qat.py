@@ -153,7 +153,9 @@ def trained() -> Trained:
     train(prepared)
     converted = inductor_x86q.convert(prepared)
     x = torch.randn(3, *IMAGE[1:])
-    return Trained(model, before, prepared, converted, testing.compile_once(converted, (x,), options={"kernels": "onednn"}), x)
+    return Trained(
+        model, before, prepared, converted, testing.compile_once(converted, (x,), options={"kernels": "onednn"}), x
+    )
 
 
 @pytest.mark.parametrize("number", range(len(FORMS)), ids=lambda n: FORMS[n].name)

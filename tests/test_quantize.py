@@ -1,4 +1,4 @@
-"""quantize() and X86Quantizer: what gets quantized, how it is stored, and what bad input gets to hear."""
+"""quantize() and X86Quantizer: what gets quantized, and how it is stored."""
 
 from __future__ import annotations
 
@@ -19,23 +19,7 @@ from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import torchao
 from inductor_x86q.quantization.pt2e import left_out
-
-
-class Residual(nn.Module):
-    """A block with a residual addition, a max pool and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
-        self.head = nn.Linear(8 * 4 * 4, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.norm(self.first(x)))
-        x = F.relu(self.second(x) + x)
-        return self.head(self.pool(x).flatten(1))
+from tests.models import Residual, image, quantized, residual
 
 
 class Functional(nn.Module):
@@ -66,15 +50,6 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-def image(batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, 8, 8)
-
-
-def residual() -> Residual:
-    torch.manual_seed(0)
-    return Residual().eval()
-
-
 def subclassed() -> nn.Module:
     model = residual()
     for name in ("first", "second"):
@@ -102,10 +77,6 @@ def prepared_and_converted(model: nn.Module, inputs: tuple[Any, ...], *, strict:
         prepared = torchao.prepare_pt2e(exported, inductor_x86q.X86Quantizer(reduce_range=True))
         prepared(*inputs)
         return inductor_x86q.convert(prepared)
-
-
-def quantized(model: nn.Module, inputs: tuple[Any, ...], **keywords: Any) -> fx.GraphModule:
-    return inductor_x86q.quantize(model, inputs, calibration=[inputs], reduce_range=True, **keywords)
 
 
 def annotated(graph_module: fx.GraphModule) -> list[tuple[Any, ...]]:
@@ -271,56 +242,6 @@ def test_weights_of_zeros_do_no_harm() -> None:
         torch.testing.assert_close(graph_module(x), model(x), rtol=0.05, atol=0.02)
 
 
-# --- calibration ------------------------------------------------------------------------------------------------------
-
-
-def activation_scales(graph_module: fx.GraphModule) -> list[float]:
-    return [qdq.qparams(node).scale for node in graph_module.graph.nodes if qdq.is_quantize(node)]
-
-
-def test_calibration_takes_tuples_tensors_lists_and_generators_alike() -> None:
-    x = image()
-    forms: list[Any] = [[(x,)], [x], [[x]], ((y,) for y in [x])]
-    scales = [activation_scales(inductor_x86q.quantize(residual(), (x,), calibration=form)) for form in forms]
-    assert scales[1:] == scales[:1] * 3
-
-
-@pytest.mark.parametrize("example", [1, 4])
-def test_last_batch_may_be_smaller(example: int) -> None:
-    batches = [image(4), image(4), image(1) * 3]
-    graph_module = inductor_x86q.quantize(residual(), (image(example),), calibration=batches)
-    alone = inductor_x86q.quantize(residual(), (image(example),), calibration=batches[:2])
-    assert activation_scales(graph_module)[0] > 1.2 * activation_scales(alone)[0]  # it was seen
-    assert graph_module(image(3)).shape == (3, 5)
-
-
-class FixedBatch(nn.Module):
-    """A model that is written for batches of four."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x.view(4, 2, 8)).sum(1)
-
-
-@pytest.mark.parametrize("size", [1, 3, 6])
-def test_other_batch_sizes_fit_a_model_of_one_batch_size(size: int) -> None:
-    model = FixedBatch().eval()
-    x = torch.randn(4, 16)
-    small = torch.randn(size, 16)
-    small[0, 0] = 50.0
-    graph_module = inductor_x86q.quantize(model, (x,), calibration=[x, small], reduce_range=True)
-    assert activation_scales(graph_module)[0] * 127 > 30
-    assert graph_module(x).shape == (4, 8)
-
-
-def test_no_progress_bar_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    quantized(residual(), (image(),))
-    assert capfd.readouterr() == ("", "")
-
-
 # --- exclude ----------------------------------------------------------------------------------------------------------
 
 
@@ -349,61 +270,6 @@ def test_exclude_takes_what_is_below_a_module() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8)).eval()
     graph_module = quantized(model, (torch.randn(2, 8),), exclude=["0"])
     assert [name.split(" ")[0] for name in left_out(graph_module)] == ["0.0", "0.2"]
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def message(model: Any, inputs: Any = None, **keywords: Any) -> str:
-    inputs = (image(),) if inputs is None else inputs
-    with pytest.raises(inductor_x86q.QuantizationError) as raised:
-        inductor_x86q.quantize(model, inputs, **{"calibration": [inputs], **keywords})
-    return str(raised.value)
-
-
-def test_train_mode_is_named_with_the_module() -> None:
-    assert "model.eval()" in message(Residual())
-    model = residual()
-    model.norm.train()
-    assert "'norm' is in train mode" in message(model)
-
-
-def test_example_inputs_must_be_a_tuple() -> None:
-    assert "Tensor: expected a tuple" in message(residual(), image())
-    assert "list: expected a tuple" in message(residual(), [image()])
-
-
-def test_calibration_data_must_be_there() -> None:
-    assert "no calibration data: pass calibration=" in message(residual(), calibration=None)
-    assert "no calibration data: the iterable was empty" in message(residual(), calibration=[])
-
-
-def test_model_must_be_a_module() -> None:
-    assert "function: expected a torch.nn.Module" in message(lambda x: x)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_named_with_the_layer(value: float) -> None:
-    x = image()
-    x[0, 0, 0, 0] = value
-    assert "NaN or infinity in input 'x'" in message(residual(), (image(),), calibration=[x])
-    model = residual()
-    with torch.no_grad():
-        assert model.second.bias is not None
-        model.second.bias[0] = value if value > 0 else float("nan")  # relu makes 0 of -infinity
-    text = message(model, (image(),))
-    assert "NaN or infinity" in text
-    assert "second" in text or "relu" in text
-
-
-def test_nothing_to_quantize() -> None:
-    assert "no convolution or linear" in message(nn.ReLU().eval())
-
-
-def test_everything_excluded() -> None:
-    text = message(residual(), exclude=[nn.Conv2d, nn.Linear])
-    assert "nothing to quantize" in text
-    assert all(name in text for name in ("first", "second", "head"))
 
 
 def test_the_float_weights_are_gone_with_the_model():

@@ -16,7 +16,8 @@ from inductor_x86q import cpu
 from inductor_x86q.inductor import uncompiled
 from tests.fuzz import campaign
 from tests.fuzz.check import Mismatch, check, check_together
-from tests.fuzz.graphs import Graph, graphs, written
+from tests.fuzz.drawing import graphs
+from tests.fuzz.graphs import Graph, written
 
 SEEDS, GRAPHS = range(5), 40
 

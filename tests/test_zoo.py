@@ -1,6 +1,6 @@
 """Every classification family of torchvision, two segmentation and three video networks: all in int8, and right.
 
-The fused graph is run eagerly here, which needs no C++ compiler; test_backend.py compiles networks whole.
+The fused graph is run eagerly here, which needs no C++ compiler; test_networks.py compiles networks whole.
 """
 
 import pytest

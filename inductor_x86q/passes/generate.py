@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +21,6 @@ from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
-
 
 # A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
 MACS_PER_THREAD = 100_000

@@ -11,7 +11,8 @@ from typing import Any
 
 from inductor_x86q.report import Report
 from tests.fuzz.check import Mismatch, Unexplained, check_together, own_kernels_of
-from tests.fuzz.graphs import Graph, random_graph
+from tests.fuzz.drawing import random_graph
+from tests.fuzz.graphs import Graph
 from tests.fuzz.reduction import reduced
 
 TOGETHER = 8

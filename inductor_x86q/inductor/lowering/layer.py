@@ -57,7 +57,9 @@ class LayerTemplate(Template):
         self.inputs, self.kernel, self.arguments = inputs, kernel, family.arguments(convolution)
 
     def shared(self) -> Sequence[str]:
-        parameters = "const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments"
+        parameters = (
+            "const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments"
+        )
         return family.STRUCT, f'{mark(self.kernel)}\nextern "C" void {self.kernel.name}({parameters});\n'
 
     def body(self, name: str) -> str:

@@ -44,7 +44,9 @@ def linked_objects() -> Iterator[None]:
         def __init__(self, name: str, sources: Any, BuildOption: Any, output_dir: str = "") -> None:
             given = [sources] if isinstance(sources, str) else list(sources)
             asked = [path for source in given for path in asked_for.get(source) or _marked(source)]
-            is_part = BuildOption.get_compile_only() or BuildOption.get_precompiling() or BuildOption.get_preprocessing()
+            is_part = (
+                BuildOption.get_compile_only() or BuildOption.get_precompiling() or BuildOption.get_preprocessing()
+            )
             self.linked = [] if is_part else list(dict.fromkeys(asked))
             super().__init__(name, [*given, *map(str, self.linked)], BuildOption, output_dir)
             if is_part:

@@ -1,0 +1,140 @@
+"""Which layers are computed by kernels of ours, how wide and in which blocks, and which stay calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import inductor_x86q
+from inductor_x86q import cpu, testing
+from inductor_x86q.kernels import cost, family
+from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.epilogue import Epilogue
+from inductor_x86q.passes import generate
+from inductor_x86q.testing import QConv2d, quantize_dequantize
+from tests.models import Quantized
+
+QD = quantize_dequantize
+MODE = "max-autotune"
+needs_avx2 = pytest.mark.skipif(not cpu.int8_lanes(), reason="kernels are generated for CPUs with AVX2")
+
+
+@pytest.mark.parametrize(
+    ("halves", "channels", "vectors", "expected"),
+    [
+        (False, 8, 1, 8), (False, 24, 1, 16), (False, 32, 4, 8), (False, 40, 4, 16),
+        (True, 8, 1, 8), (True, 24, 1, 8), (True, 48, 1, 16), (True, 72, 4, 8), (True, 144, 4, 8), (True, 384, 4, 16),
+    ],
+)  # fmt: skip
+def test_vectors_are_as_wide_as_channels_fill(
+    halves: bool, channels: int, vectors: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: 16)
+    monkeypatch.setattr(cpu, "halves_512", lambda: halves)
+    assert generate.lanes(channels, vectors) == expected
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: 8)
+    assert generate.lanes(channels, vectors) == 8
+
+
+def test_blocks_waste_little() -> None:
+    """Six vectors are two blocks of three columns, and 49 pixels seven of seven rows."""
+    conv = Convolution(1, 7, 7, 16, 96, (1, 1), (1, 1), (0, 0), (1, 1), 1, 16, False, False)
+    kernel = family.candidates(conv, Epilogue(torch.uint8), "avx512_vnni")[0]
+    assert (kernel.rows, kernel.columns) == (7, 3)
+
+
+@needs_avx2
+def test_an_output_scale_that_is_far_too_small() -> None:
+    """More steps than an integer holds would change their sign."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QConv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return QD(self.layer(QD(x)), 1e-12, 0)
+
+    q = testing.qdq_graph(Net(), (torch.randn(1, 8, 4, 4),))
+    report = inductor_x86q.explain(q, (torch.randn(1, 8, 4, 4),), mode=MODE)
+    assert any("an output scale so small" in note for note in report.notes)
+
+
+def test_constants_that_are_written_out_leave_the_calls() -> None:
+    """A layer's numbers are no tensors then, which the choice between kernels would read."""
+    x = torch.randn(1, 8, 4, 4)
+    options = {"always_keep_tensor_constants": False}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QConv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(QD(x))
+
+    q = testing.qdq_graph(Net(), (x,))
+    compiled = testing.assert_close_to_reference(q, (x,), mode=MODE, options=options)
+    assert compiled.calls["qconv"] == 1
+    assert any("always_keep_tensor_constants=False" in note for note in compiled.report.notes)
+
+
+def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the call measures faster it stays, and the weight packed for the kernel is gone."""
+    import torch._inductor.lowering
+
+    from inductor_x86q.inductor.lowering import tuning
+
+    monkeypatch.setattr(tuning.CallChoice, "benchmark", lambda self, *values, out: 0.0)
+    q = testing.qdq_graph(nn.Sequential(Quantized(QConv2d(8, 8, 3))), (torch.randn(1, 8, 6, 6),))
+    compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 6, 6),), mode=MODE)
+    assert sum(testing.int8_calls(compiled.code).values()) == 1
+    assert "X86qArguments" not in compiled.code
+
+
+@needs_avx2
+def test_the_default_mode_takes_what_the_cost_model_thinks_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 8, 6, 6)
+    q = testing.qdq_graph(Quantized(QConv2d(8, 8, 3)), (x,))
+    stock = cost.choose
+    monkeypatch.setattr(cost, "choose", lambda *layer: sorted(stock(*layer), key=lambda choice: choice == cost.ONEDNN))
+    compiled = testing.assert_close_to_reference(q, (x,))
+    assert compiled.calls["x86q.convolution"] == 1 and not testing.int8_calls(compiled.code)
+    assert (compiled.report.fused[0].kernel, compiled.report.notes) == ("onednn.qconv_pointwise.default", [])
+
+    monkeypatch.setattr(cost, "choose", lambda *layer: [cost.ONEDNN, *stock(*layer)])
+    report = inductor_x86q.explain(q, (x,))
+    assert report.notes == ["layer stays a call: the call is thought faster"]
+
+
+def test_calls_are_kept_where_they_are_asked_for() -> None:
+    x = torch.randn(1, 8, 6, 6)
+    q = testing.qdq_graph(Quantized(QConv2d(8, 8, 3)), (x,))
+    code = inductor_x86q.cpp_code(q, (x,), options={"kernels": "onednn"})
+    assert testing.int8_calls(code) == {"qconv": 1} and "X86qArguments" not in code
+    with pytest.raises(inductor_x86q.CompileError, match="option `kernels` is 'ours': expected 'auto' or 'onednn'"):
+        inductor_x86q.cpp_code(q, (x,), options={"kernels": "ours"})
+
+
+@needs_avx2
+def test_a_kernel_reads_just_what_was_packed_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes that pack and lowering that reads the same by two rules would compute from what lies behind."""
+    x = torch.randn(1, 8, 6, 6)
+    q = testing.qdq_graph(Quantized(QConv2d(8, 8, 3)), (x,))
+    pack = Convolution.pack
+    monkeypatch.setattr(Convolution, "pack", lambda self, weight: pack(self, weight)[:-4])
+    with pytest.raises(
+        Exception, match=r"layer layer: \d+ bytes of constants were packed for its kernel, which reads \d+"
+    ):
+        inductor_x86q.cpp_code(q, (x,))
+
+
+def test_what_is_not_generated_is_named() -> None:
+    """A layer of a kind for which there is no kernel keeps its call, and the report says so."""
+    q = testing.qdq_graph(Quantized(QConv2d(4, 8, 3, groups=4)), (torch.randn(1, 4, 6, 6),))
+    compiled = testing.assert_close_to_reference(q, (torch.randn(1, 4, 6, 6),), mode=MODE)
+    assert testing.int8_calls(compiled.code)
+    assert "layer stays a call: no kernel is generated for a depthwise convolution with more than one" in str(
+        compiled.report
+    )
