@@ -14,7 +14,7 @@ from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.inductor import compiling, configuration, dynamo, scopes
+from inductor_x86q.inductor import compiling, configuration, dynamo, patches, supported
 from inductor_x86q.report import Report, RuleCount, dump
 from inductor_x86q.report.collect import collect
 
@@ -65,6 +65,7 @@ class Settings:
 
 def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     """Checks and merges what `torch.compile` passed on; raises CompileError for what is not known."""
+    supported.require()
     if options is not None and not isinstance(options, Mapping):
         raise CompileError(f"options is a {type(options).__name__}: expected a dictionary of names and values")
     given = dict(options or {})
@@ -116,8 +117,8 @@ def compile_graph(
     kept = dynamo.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
     generating = "inner_compile" not in keywords
-    headers = scopes.headers_ahead(chosen.inductor) if generating else contextlib.nullcontext()
-    with scopes.pipeline_scope(pipeline), scopes.cacheable_constants(), headers:
+    headers = patches.headers_ahead(chosen.inductor) if generating else contextlib.nullcontext()
+    with patches.applied(pipeline), headers:
         compiled = compiling.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))
 

@@ -109,7 +109,7 @@ def test_folding_constants_leaves_weights_quantized_and_does_not_compute_their_f
     from torch import fx
     from torch._inductor.freezing import constant_fold
 
-    from inductor_x86q.inductor import fake_tensors, scopes
+    from inductor_x86q.inductor import fake_tensors, patches
 
     fake_tensors.register_quantized_decomposed()
     dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
@@ -119,7 +119,7 @@ def test_folding_constants_leaves_weights_quantized_and_does_not_compute_their_f
     graph.output(graph.call_function(dequantize, (weight, doubled, points, 0, 0, 255, torch.uint8)))
     values = {"weight": torch.ones(2, 3, dtype=torch.int8), "scales": torch.ones(2), "points": torch.zeros(2).long()}
     module = fx.GraphModule(values, graph)
-    with scopes.pipeline_scope(lambda graph: None):
+    with patches.applied(lambda graph: None):
         constant_fold(module)
     (left,) = (node for node in module.graph.nodes if node.op == "call_function")
     folded = left.args[1]

@@ -6,6 +6,26 @@ from typing import Any
 
 import torch
 
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "configuration.py",
+    "Inductor's options and modes, and the C++ compiler that they name.",
+    (
+        Needs("torch._inductor", "list_options"),
+        Needs("torch._inductor", "list_mode_options", parameters=("mode",)),
+        Needs("torch._inductor.config", "freezing"),
+        Needs("torch._inductor.config", "cpp_wrapper"),
+        Needs("torch._inductor.config", "cpp_wrapper_build_separate"),
+        Needs("torch._inductor.config", "always_keep_tensor_constants"),
+        Needs("torch._inductor.config", "max_autotune"),
+        Needs("torch._inductor.config", "pre_grad_custom_pass"),
+        Needs("torch._inductor.config", "cpp.cxx"),
+        Needs("torch._inductor.cpp_builder", "get_cpp_compiler"),
+    ),
+    "Options being patched when the passes run, in the thread that compiles; `get_cpp_compiler` searching `cpp.cxx`.",
+)
+
 
 def config_keys() -> set[str]:
     """The names of Inductor's options."""
@@ -18,7 +38,7 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 def is_autotuning() -> bool:
-    """Whether the compile at hand asks for max-autotune (relies on Inductor's configuration being patched by then)."""
+    """Whether the compile at hand asks for max-autotune."""
     from torch._inductor import config
 
     return bool(config.max_autotune)
@@ -40,10 +60,7 @@ def foreign_pre_grad_pass() -> bool:
 
 
 def cxx_compiler() -> str:
-    """The C++ compiler that Inductor will call; raises RuntimeError naming what was looked for when there is none.
-
-    Relies on `cpp_builder.get_cpp_compiler` searching `config.cpp.cxx`.
-    """
+    """The C++ compiler that Inductor will call; raises RuntimeError naming what was looked for when there is none."""
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -27,11 +27,11 @@ from torch._inductor.virtualized import V
 from inductor_x86q import cpu
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.library import STANDS_FOR
-from inductor_x86q.inductor import scopes
 from inductor_x86q.inductor.lowering import cat
 from inductor_x86q.inductor.lowering.layer import FEW_CHANNELS, describe, epilogue
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous, image, ints, pixels
 from inductor_x86q.inductor.lowering.template import Template, computed, threads
+from inductor_x86q.inductor.patches.constants_once import readers
 from inductor_x86q.kernels.convolution import Convolution, Epilogue, header, namespace
 
 # A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
@@ -233,9 +233,9 @@ def _lower(target: Any, constants: Any, kernel: list[int], *arguments: Any) -> A
 def _forget(*constants: Any) -> None:
     """Takes what was meant for the other choice out of the compiled code, where no other operator reads it."""
     for constant in filter(None, constants):  # there may be no bias
-        readers = scopes.readers(V.graph, constant.get_name())
-        readers.discard(V.graph.current_node)
-        if not readers:
+        others = readers(V.graph, constant.get_name())
+        others.discard(V.graph.current_node)
+        if not others:
             # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
             V.graph.constants.pop(constant.get_name(), None)
 
