@@ -22,15 +22,6 @@ log = logging.getLogger(__name__)
 
 # Options of ours; everything else in `options` is Inductor's.
 OWN_OPTIONS = ("strict",)
-# What is asked of Inductor where the user says nothing else.
-DEFAULTS = {
-    "freezing": True,
-    "cpp_wrapper": True,
-    # The function that calls the kernels is compiled by itself, hardly optimised: else it takes longer than they do.
-    "cpp_wrapper_build_separate": True,
-    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
-    "always_keep_tensor_constants": True,
-}
 
 
 def inductor_x86q(
@@ -79,15 +70,9 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     if not isinstance(own.get("strict", False), bool):
         raise CompileError(f"option `strict` is {own['strict']!r}: expected True or False")
     try:
-        chosen = configuration.mode_options(mode) if mode else {}
-        chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
+        inductor = configuration.merged(mode, given)
     except RuntimeError as error:
         raise CompileError(str(error)) from error
-    if not given.get("freezing", True):
-        raise CompileError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
-    inductor = {**DEFAULTS, **chosen, **given}
-    if configuration.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
-        inductor["pre_grad_custom_pass"] = None
     return Settings(inductor, own.get("strict", False))
 
 

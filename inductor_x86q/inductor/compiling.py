@@ -22,6 +22,7 @@ INTERFACE = Interface(
         ),
         Needs("torch._inductor.compile_fx", "compile_fx_inner"),
         Needs("torch._inductor", "aot_compile", parameters=("gm", "args", "kwargs", "options")),
+        Needs("torch._inductor", "aoti_load_package"),
         Needs("torch._inductor.config", "aot_inductor.package"),
         Needs("torch.export.pt2_archive._package", "package_pt2", parameters=("aoti_files", "extra_files")),
         Needs("torch.export.pt2_archive._package", "PT2ArchiveReader.get_file_names"),
@@ -68,6 +69,11 @@ def read_extra_file(path: str, name: str) -> str | None:
 
     with PT2ArchiveReader(path) as archive:
         return archive.read_string(EXTRA_DIR + name) if EXTRA_DIR + name in archive.get_file_names() else None
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """Loads the code of a package."""
+    return torch._inductor.aoti_load_package(path)
 
 
 def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:

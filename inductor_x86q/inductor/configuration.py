@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,9 +34,43 @@ def config_keys() -> set[str]:
     return set(torch._inductor.list_options())
 
 
-def mode_options(mode: str) -> dict[str, Any]:
-    """What a `torch.compile` mode stands for; raises RuntimeError that lists the modes when there is no such one."""
-    return dict(torch._inductor.list_mode_options(mode))
+# What is asked of Inductor where the user says nothing else.
+DEFAULTS = {
+    "freezing": True,
+    "cpp_wrapper": True,
+    # The function that calls the kernels is compiled by itself, hardly optimised: else it takes longer than they do.
+    "cpp_wrapper_build_separate": True,
+    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
+    "always_keep_tensor_constants": True,
+}
+
+
+def merged(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a compile for which the user gives these, and perhaps a `torch.compile` mode.
+
+    Raises RuntimeError where there is no such mode, with those that there are, and where freezing is switched off.
+    """
+    if not given.get("freezing", True):
+        raise RuntimeError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
+    chosen = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
+    foreign = {"pre_grad_custom_pass": None} if _foreign_pre_grad_pass() else {}
+    return {**DEFAULTS, **chosen, **foreign, **given}
+
+
+def _foreign_pre_grad_pass() -> bool:
+    """Whether some quantization library has set Inductor's pre-grad hook (torchao's x86 quantizer does on import)."""
+    from torch._inductor import config
+
+    hook = config.pre_grad_custom_pass
+    return hook is not None and type(hook).__module__.startswith("torchao.")
+
+
+def frozen() -> contextlib.AbstractContextManager[Any]:
+    """Within this context a plain torch.compile freezes and calls kernels from C++, as ours do; Dynamo reads the flag too."""
+    from torch._inductor import config
+
+    return config.patch(freezing=True, cpp_wrapper=True)
 
 
 def is_autotuning() -> bool:
@@ -49,14 +85,6 @@ def keeps_constants() -> bool:
     from torch._inductor import config
 
     return bool(config.always_keep_tensor_constants)
-
-
-def foreign_pre_grad_pass() -> bool:
-    """Whether some quantization library has set Inductor's pre-grad hook (torchao's x86 quantizer does on import)."""
-    from torch._inductor import config
-
-    hook = config.pre_grad_custom_pass
-    return hook is not None and type(hook).__module__.startswith("torchao.")
 
 
 def cxx_compiler() -> str:
