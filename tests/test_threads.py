@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
+import functools
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +18,8 @@ from torch._inductor.pattern_matcher import PatternMatcherPass
 from torch._inductor.utils import run_and_get_code
 
 from inductor_x86q import No, Rule, StrictError, backend, inspection, register_pass, testing
-from inductor_x86q.inductor import patches, wrapper_source
+from inductor_x86q.inductor import wrapper_source
+from inductor_x86q.inductor.patches.patch import Patch, Scope
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 SECONDS = 120  # after which a test fails that waits for the other thread
@@ -174,16 +177,72 @@ def test_two_of_ours_at_once(graph: fx.GraphModule) -> None:
         testing.assert_same(result, graph(X), min_snr=30)
 
 
-def test_a_replacement_that_overlaps_ours_leaves_nothing_in_force() -> None:
+# --- a patch by itself ------------------------------------------------------------------------------------------------
+
+
+class Torch:
+    """What is replaced."""
+
+    hook = None
+
+    def value(self) -> int:
+        return 1
+
+
+def patch(attribute: str, replacement: Callable[..., Any], static: bool = False) -> Patch:
+    words = dict.fromkeys(("why", "since", "until", "instead", "relies_on"), "")
+    return Patch(Scope("test"), __name__, f"Torch.{attribute}", replacement, **words, static=static)
+
+
+def test_a_patch_is_in_force_in_its_scope_alone() -> None:
+    stock, ten_more = Torch.value, patch("value", lambda stock, self: stock(self) + 10)
+    with ten_more.scope.entered(True, [ten_more]):
+        assert Torch().value() == 11
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(lambda: Torch().value()).result() == 1
+            assert pool.submit(contextvars.copy_context().run, lambda: Torch().value()).result() == 11
+            with ten_more.scope.entered(True, [ten_more]):
+                assert Torch().value() == 11
+        assert Torch().value() == 11
+    assert Torch.value is stock
+
+
+def test_a_hook_that_nobody_has_set() -> None:
+    found: list[Any] = []
+    hooked = patch("hook", lambda stock, value: found.append((stock(value), value)), static=True)
+    with hooked.scope.entered(True, [hooked]):
+        Torch.hook(3)  # type: ignore[misc]
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(Torch.hook, 4).result() is None  # type: ignore[arg-type]
+    assert found == [(None, 3)] and Torch.hook is None
+
+
+def test_who_overlaps_ours_and_puts_it_back_leaves_nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody takes ours for torch's own, and puts it back when we are gone."""
-    stock = PatternMatcherPass.apply
-    patcher = pytest.MonkeyPatch()
-    with patches.applied(lambda graph: None):
-        patcher.setattr(PatternMatcherPass, "apply", lambda self, graph: 7)
-    assert PatternMatcherPass("test").apply(fx.Graph()) == 7
-    patcher.undo()
-    assert PatternMatcherPass.apply is not stock
-    assert PatternMatcherPass("test").apply(fx.Graph()) == 0
-    with patches.applied(lambda graph: None):
-        pass
-    assert PatternMatcherPass.apply is stock
+    stock, ten_more = Torch.value, patch("value", lambda stock, self: stock(self) + 10)
+    with monkeypatch.context() as patcher:
+        with ten_more.scope.entered(True, [ten_more]):
+            patcher.setattr(Torch, "value", lambda self: 7)
+        assert Torch().value() == 7
+    assert Torch.value is not stock and Torch().value() == 1
+    with ten_more.scope.entered(True, [ten_more]):
+        assert Torch().value() == 11
+    assert Torch.value is stock
+
+
+def test_who_overlaps_ours_and_stays_is_called_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around what stood there when they came, which must not be in force once more."""
+    ten_more = patch("value", lambda stock, self: stock(self) + 10)
+    with ten_more.scope.entered(True, [ten_more]):
+        inner = Torch.value
+
+        @functools.wraps(inner)
+        def outer(self: Torch) -> int:
+            return inner(self) + 100
+
+        monkeypatch.setattr(Torch, "value", outer)
+        assert Torch().value() == 111
+    assert Torch().value() == 101
+    with ten_more.scope.entered(True, [ten_more]):
+        assert Torch().value() == 111
+    assert Torch.value is outer

@@ -106,7 +106,9 @@ def fingerprint() -> str:
     """Names the sources of this package and the rules as they stand; part of the key under which a graph is cached."""
     lines = [f"{stage.name}: {', '.join(rule.name for rule in stage.rules)}" for stage in STAGES]
     own = f"{__name__.partition('.')[0]}."
-    added = [rule for stage in STAGES for rule in stage.rules if not rule.find.__module__.startswith(own)]
+    added = [
+        rule for stage in STAGES for rule in stage.rules if not getattr(rule.find, "__module__", "").startswith(own)
+    ]
     sources = [_source(function) for rule in added for function in (rule.find, rule.rewrite)]
     return "\n".join([f"inductor_x86q {sources_digest()}", *lines, *sources])
 

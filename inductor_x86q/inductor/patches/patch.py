@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
@@ -60,7 +61,7 @@ class Patch:
         attribute: the name there; "Class.method" for a method.
         replacement: what is called instead.
         why: what is wrong or too slow in torch's own.
-        since: the first torch that it is needed for.
+        since: the first supported torch that needs it.
         until: when it can go: the issue or pull request upstream, or that there is none.
         instead: torch's sanctioned way, and why it is not taken.
         relies_on: what has to hold, in words.
@@ -80,39 +81,50 @@ class Patch:
     needs: tuple[Needs, ...] = ()
     static: bool = False
     _uses: int = dataclasses.field(default=0, init=False)
-    _stock: Any = dataclasses.field(default=None, init=False)
-    _stands_in: Any = dataclasses.field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        def stand_in(*arguments: Any, **keywords: Any) -> Any:
-            stock = self._stock or _nothing
-            if self.scope.value is None:
-                return stock(*arguments, **keywords)
-            return self.replacement(stock, *arguments, **keywords)
-
-        self._stands_in = staticmethod(stand_in) if self.static else stand_in
+    _in_place: Callable[..., Any] | None = dataclasses.field(default=None, init=False)
+    # Of what stood in place before and is still known to somebody: torch's own, or what that somebody had put there.
+    _gone: weakref.WeakKeyDictionary[Callable[..., Any], Any] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary, init=False
+    )
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Within this context the patch is where it belongs, for whoever else has entered it too.
 
-        Whoever replaces the attribute meanwhile, and puts back ours when we are gone, leaves behind what calls torch's own.
+        Somebody else may replace the attribute meanwhile, and keep what they found there or put it back when we are gone:
+        from then on it calls torch's own alone.
         """
         owner, name = self._owner()
         with _lock:
             self._uses += 1
-            if self._uses == 1 and vars(owner)[name] is not self._stands_in:
-                self._stock = vars(owner)[name]
-                if callable(self._stock):
-                    functools.update_wrapper(getattr(self._stands_in, "__func__", self._stands_in), self._stock)
-                setattr(owner, name, self._stands_in)
+            if self._uses == 1:
+                stored = vars(owner)[name]
+                stock = self._gone.get(_function(stored), stored) if stored is not None else None
+                self._in_place = stand_in = self._stand_in(stock)
+                self._gone[stand_in] = stock
+                setattr(owner, name, staticmethod(stand_in) if self.static else stand_in)
         try:
             yield
         finally:
             with _lock:
                 self._uses -= 1
-                if not self._uses and vars(owner)[name] is self._stands_in:
-                    setattr(owner, name, self._stock)
+                if not self._uses:
+                    assert self._in_place is not None
+                    if _function(vars(owner)[name]) is self._in_place:
+                        setattr(owner, name, self._gone[self._in_place])
+                    self._in_place = None
+
+    def _stand_in(self, stock: Any) -> Callable[..., Any]:
+        """What stands where `stock` stood."""
+        call = stock or _nothing
+
+        @functools.wraps(call)
+        def stand_in(*arguments: Any, **keywords: Any) -> Any:
+            if self.scope.value is None or self._in_place is not stand_in:
+                return call(*arguments, **keywords)
+            return self.replacement(call, *arguments, **keywords)
+
+        return stand_in
 
     def _owner(self) -> tuple[Any, str]:
         *path, name = self.attribute.split(".")
@@ -124,6 +136,11 @@ class Patch:
 
 
 _lock = threading.Lock()
+
+
+def _function(stored: Any) -> Any:
+    """The function of a static method, as it is stored in a class."""
+    return getattr(stored, "__func__", stored)
 
 
 def _nothing(*arguments: Any, **keywords: Any) -> None:
