@@ -36,6 +36,9 @@ FIELDS: dict[str, str] = {
     "group_vectors": "vectors of a group's output channels",
     "channels": "how many channels the layer's numbers are laid out for",
     "threads": "0: as many as there are",
+    "x_scales": "address of the input's scale as float, or of the scales of its pixels, where they are arguments",
+    "x_scales_step": "1: each pixel has a scale",
+    "x_zero_point": "where it is an argument",
 }
 
 _MEMBERS = "".join(
@@ -65,6 +68,7 @@ def arguments(convolution: Convolution, **open_: Size) -> tuple[Size, ...]:
         **dict(other_pixel=c.other_pixel, out_pixel=c.out_pixel or c.out_c, is_copied=int(c.copied)),
         **dict(kernel_rows=kernel_rows, row_runs=row_runs, run=run),
         **dict(group_vectors=c.group_vectors, channels=c.channel_count, threads=c.threads),
+        **dict(x_scales=0, x_scales_step=0, x_zero_point=0),
     }
     assert open_.keys() <= known.keys(), f"no arguments of a kernel: {open_.keys() - known.keys()}"
     return tuple((known | open_)[name] for name in FIELDS)

@@ -73,12 +73,12 @@ struct Product {
     }
 };
 
-// The sums of ROWS pixels by COLUMNS vectors. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
+// The sums of ROWS pixels by COLUMNS vectors. DYNAMIC: the zero point is not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
 // fours of a vector: whether four products may exceed 16 bits.
-template <class Kernel, int ROWS>
+template <class Kernel, bool DYNAMIC, int ROWS>
 X86Q_INLINE void multiply(
     const Shape& shape, const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows,
-    const int32_t* channels, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
+    const int32_t* channels, int32_t zero_point, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
     typedef Product<Kernel, ROWS> Product;
     constexpr int COLUMNS = Kernel::COLUMNS;
     constexpr int64_t FOUR = Product::FOUR;
@@ -88,7 +88,10 @@ X86Q_INLINE void multiply(
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-        for (int column = 0; column < COLUMNS; ++column) sums[row][column] = load<Ints>(channels + column * LANES);
+        for (int column = 0; column < COLUMNS; ++column) {
+            sums[row][column] = load<Ints>(channels + column * LANES);
+            if constexpr (DYNAMIC) sums[row][column] *= zero_point;
+        }
     const int8_t* here = weight;
     int64_t start_of_row = 0;
     for (int64_t kernel_row = 0; kernel_row < shape.kernel_rows; ++kernel_row) {
@@ -240,6 +243,7 @@ struct Blocks {
         const int64_t pairs = Kernel::FITS_16 ? local.run / 8 : 0;
         const int8_t* weight = packed_weight(channels, local.channels);
         const int8_t* overflows = weight + local.groups * local.group_vectors * bytes;
+        const int32_t zero_point = local.x_zero_point + (Kernel::SIGNED ? 128 : 0);  // if it is an argument
         const uint8_t* image = x + group * group_c;
         Walker walker(local, image, first * ROWS);
         for (int64_t block = first; block < stop; ++block) {
@@ -259,14 +263,15 @@ struct Blocks {
                 const int64_t column = panel * COLUMNS < last ? panel * COLUMNS : last;
                 const int64_t vector = group * local.group_vectors + column, c = column * LANES, rest = group_out - c;
                 Ints sums[ROWS][COLUMNS];
-                multiply<Kernel, ROWS>(
+                multiply<Kernel, Epilogue::DYNAMIC, ROWS>(
                     local, bases, weight + vector * bytes,
-                    overflows + vector * local.kernel_rows * local.row_runs * pairs, channels + vector * LANES, sums);
+                    overflows + vector * local.kernel_rows * local.row_runs * pairs, channels + vector * LANES, zero_point, sums);
                 const int64_t to_c = group * group_out + c;
                 const Target<Epilogue> target = {
                     channels + vector * LANES, local.channels,
                     other + pixel * local.other_pixel + to_c, local.other_pixel,
                     out + pixel * local.out_pixel + to_c, local.out_pixel,
+                    (const float*)local.x_scales + pixel * local.x_scales_step, local.x_scales_step,
                     rest < COLUMNS * LANES ? (int)rest : COLUMNS * LANES, valid};
                 finish_all<Epilogue, ROWS, COLUMNS, true>(sums, scalars, target);
             }
@@ -280,7 +285,7 @@ inline void convolution(
     const X86qArguments& arguments) {
     static_assert(1 <= Kernel::ROWS && 1 <= Kernel::COLUMNS && Kernel::COLUMNS <= 4, "no more columns are packed together");
     const Shape shape(arguments);
-    const Scalars numbers = scalars(channels, shape.channels);
+    const Scalars numbers = scalars<Epilogue>(channels, shape);
     const int64_t padded_rows = shape.n * shape.padded_h, pixels = shape.n * shape.out_h * shape.out_w;
     const Scratch padded(shape.is_copied ? padded_rows * shape.padded_w * shape.c : 0);
     on_threads(shape.threads, [&](const Worker& worker) {

@@ -155,10 +155,12 @@ class Convolution:
 
     def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue) -> torch.Tensor:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
-        zero_point = numbers.x_zero_point + (128 if self.x_signed else 0)
+        # Zero point and scale of the input are arguments of a dynamic kernel.
+        zero_point = 1 if epilogue.dynamic else numbers.x_zero_point + (128 if self.x_signed else 0)
+        x_scale = 1.0 if epilogue.dynamic else numbers.x_scale
         compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
         steps = numbers.steps if epilogue.in_steps else 1.0
-        scale = (numbers.weight_scale.double() * numbers.x_scale * steps).expand(self.out_c)
+        scale = (numbers.weight_scale.double() * x_scale * steps).expand(self.out_c)
         bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.double() * steps
         rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
         if self.depthwise:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -33,7 +34,7 @@ from inductor_x86q.kernels.family import Kernel, candidates
 HERE = Path(inductor_x86q.kernels.__file__).parent
 MEASUREMENTS, WEIGHTS = HERE / "measurements.json", HERE / "weights.json"
 EPILOGUE = Epilogue(torch.uint8)
-ROUNDS, SECONDS = 3, 0.008  # of a turn
+ROUNDS, SECONDS = 3, 0.005  # of a turn
 
 Layer = tuple[int, ...]  # n, h, w, c, out_c, kernel, stride, padding, dilation: two each, groups
 
@@ -102,49 +103,51 @@ class Runs:
     @staticmethod
     def of(layer: Layer, threads: int) -> Runs:
         runs = Runs({}, [])
-        for name in runnable(layer):
-            row = isa.ISAS[name]
-            convolution = describe(layer, row.lanes, threads)
-            for kernel in candidates(convolution, EPILOGUE, name):
-                runs.by_name[key(kernel)] = runs._kernel(kernel, convolution)
-        runs.by_name[cost.ONEDNN] = runs._call(describe(layer, 16, threads))
+        for name in runnable():
+            runs._kernels(name, describe(layer, isa.ISAS[name].lanes, threads))
+        runs.by_name[cost.ONEDNN] = _call(describe(layer, 16, threads))
         return runs
 
-    def _kernel(self, kernel: Kernel, convolution: Convolution) -> Callable[[], Any]:
-        from inductor_x86q.inductor import objects
-
-        weight = _weight(convolution)
-        numbers = Numbers(0.02, 7, torch.rand(convolution.out_c) * 0.01, torch.randn(convolution.out_c), 0.1, 64)
-        packed = convolution.constants(weight, numbers, EPILOGUE)
+    def _kernels(self, name: str, conv: Convolution) -> None:
+        numbers = Numbers(0.02, 7, torch.rand(conv.out_c) * 0.01, torch.randn(conv.out_c), 0.1, 64)
+        packed = conv.constants(_weight(conv), numbers, EPILOGUE)
         constants = _aligned(len(packed))
         constants.copy_(packed)
-        x, out = _image(convolution), torch.empty(math.prod(convolution.output_sizes), dtype=torch.uint8)
-        values = arguments(convolution)
+        x, out = _image(conv), torch.empty(math.prod(conv.output_sizes), dtype=torch.uint8)
+        values = arguments(conv)
         given = (ctypes.c_int64 * len(values))(*map(int, values))
         self.kept += [constants, x, out, given]
         pointers = [ctypes.c_void_p(address) for address in (x.data_ptr(), constants.data_ptr(), 0, out.data_ptr())]
-        function = objects.load(kernel)
-        return lambda: function(*pointers, given)
+        for kernel in candidates(conv, EPILOGUE, name):
+            self.by_name[key(kernel)] = functools.partial(_function(kernel), *pointers, given)
 
-    def _call(self, conv: Convolution) -> Callable[[], Any]:
-        weight, scale = _weight(conv), torch.rand(conv.out_c) * 0.01
-        bias, zero_points = torch.randn(conv.out_c), torch.zeros(conv.out_c, dtype=torch.int32)
-        x = _image(conv)
-        if (*conv.kernel, *conv.stride, *conv.padding, conv.groups) == (1, 1, 1, 1, 0, 0, 1):
-            rows = x.view(-1, conv.c)
-            packed = torch.ops.onednn.qlinear_prepack(weight.flatten(1), list(rows.shape))
-            return lambda: torch.ops.onednn.qlinear_pointwise(
-                *(rows, 0.02, 7, packed, scale, zero_points, bias, 0.1, 64, torch.uint8, "none", [], "")
-            )
-        image = x.permute(0, 3, 1, 2)
-        geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
-        packed = torch.ops.onednn.qconv_prepack(weight, scale, 0.02, 7, *geometry, list(image.shape))
-        return lambda: torch.ops.onednn.qconv_pointwise(
-            *(image, 0.02, 7, packed, scale, zero_points, bias, *geometry, 0.1, 64, torch.uint8, "none", [], "")
+
+@functools.cache
+def _function(kernel: Kernel) -> Any:
+    from inductor_x86q.inductor import objects
+
+    return objects.load(kernel)
+
+
+def _call(conv: Convolution) -> Callable[[], Any]:
+    weight, scale = _weight(conv), torch.rand(conv.out_c) * 0.01
+    bias, zero_points = torch.randn(conv.out_c), torch.zeros(conv.out_c, dtype=torch.int32)
+    x = _image(conv)
+    if (*conv.kernel, *conv.stride, *conv.padding, conv.groups) == (1, 1, 1, 1, 0, 0, 1):
+        rows = x.view(-1, conv.c)
+        packed = torch.ops.onednn.qlinear_prepack(weight.flatten(1), list(rows.shape))
+        return lambda: torch.ops.onednn.qlinear_pointwise(
+            *(rows, 0.02, 7, packed, scale, zero_points, bias, 0.1, 64, torch.uint8, "none", [], "")
         )
+    image = x.permute(0, 3, 1, 2)
+    geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 0.02, 7, *geometry, list(image.shape))
+    return lambda: torch.ops.onednn.qconv_pointwise(
+        *(image, 0.02, 7, packed, scale, zero_points, bias, *geometry, 0.1, 64, torch.uint8, "none", [], "")
+    )
 
 
-def runnable(layer: Layer) -> list[str]:
+def runnable() -> list[str]:
     """The instruction sets to measure a layer with: the best of each vector width."""
     flags = cpu.usable_flags()
     return [isa.best(flags, lanes) for lanes in (16, 8) if lanes <= cpu.int8_lanes()]
@@ -306,7 +309,7 @@ def main() -> None:
         kernels = dict.fromkeys(
             kernel
             for layer in layers
-            for name in runnable(layer)
+            for name in runnable()
             for kernel in candidates(describe(layer, isa.ISAS[name].lanes, 1), EPILOGUE, name)
         )
         print(f"{len(kernels)} kernels")
