@@ -19,9 +19,9 @@ from inductor_x86q import cpu
 from inductor_x86q.kernels import cost, family, isa
 from inductor_x86q.kernels.arguments import FIELDS, STRUCT, arguments
 from inductor_x86q.kernels.convolution import Convolution
-from inductor_x86q.kernels.epilogue import ACTIVATIONS, Epilogue, Numbers
+from inductor_x86q.kernels.epilogue import ACTIVATIONS, CLAMP, Epilogue, Numbers
 
-FLOAT, U8, S8 = torch.float32, torch.uint8, torch.int8
+FLOAT, BFLOAT, U8, S8 = torch.float32, torch.bfloat16, torch.uint8, torch.int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def compile_(kernels: list[family.Kernel], directory: Path, *flags: str) -> ctyp
 
 def run(
     library: ctypes.CDLL, kernel: family.Kernel, layer: Layer, conv: Convolution, x: torch.Tensor, weight: torch.Tensor,
-    given: Numbers, other: torch.Tensor | None = None,
+    given: Numbers, other: torch.Tensor | None = None, x_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """What a kernel makes of a layer, between guards that it must not touch."""
     constants = conv.constants(weight, given, kernel.epilogue)
@@ -126,7 +126,8 @@ def run(
     image = x.permute(0, 3, 1, 2).contiguous() if layer.planes else x
     count = math.prod(conv.output_sizes)
     out = torch.full((count + 128,), 77).to(kernel.epilogue.output_dtype)
-    sizes = (ctypes.c_int64 * len(FIELDS))(*map(int, arguments(conv)))
+    open_ = {} if x_scales is None else dict(x_scales=x_scales.data_ptr(), x_scales_step=int(len(x_scales) > 1), x_zero_point=3)
+    sizes = (ctypes.c_int64 * len(FIELDS))(*map(int, arguments(conv, **open_)))
     begin = out.data_ptr() + 64 * out.element_size()
     addresses = image.data_ptr(), constants.data_ptr(), 0 if other is None else other.data_ptr(), begin
     getattr(library, kernel.name)(*map(ctypes.c_void_p, addresses), sizes)
@@ -174,8 +175,11 @@ EPILOGUES = [
     *(Epilogue(dtype, activation) for dtype in (U8, FLOAT) for activation in sorted(ACTIVATIONS)),
     *(Epilogue(S8, "relu", other) for other in (U8, S8, FLOAT)),
     Epilogue(FLOAT, "none", FLOAT),
+    *(Epilogue(BFLOAT, "gelu_erf", other) for other in (None, BFLOAT)),
+    *(Epilogue(output, "relu", None, dynamic=True) for output in (FLOAT, U8)),
 ]
-LAYER = Layer(1, 5, 5, 12, 40)
+PLAIN = Layer(1, 5, 5, 12, 40)
+DEPTHWISE = Layer(1, 5, 5, 70, 70, (3, 3), (1, 1), (1, 1), groups=70)
 ACTIVATION = {
     "none": lambda v: v,
     "relu": torch.relu,
@@ -184,40 +188,61 @@ ACTIVATION = {
     "leaky_relu": lambda v: F.leaky_relu(v, 0.1),
     "swish": F.silu,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "gelu_erf": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
 }
 SCALARS = {"hardtanh": (-1.0, 4.0), "leaky_relu": (0.1,)}
 
 
 @pytest.mark.parametrize("name", ["avx512_vnni", "avx2"])
-def test_epilogues(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", [PLAIN, DEPTHWISE], ids=["plain", "depthwise"])
+def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
     """Integers are off by a step at most, where a value lies between two; floats by rounding."""
     row = isa.ISAS[name]
     if not row.cpu_flags <= cpu.flags():
         pytest.skip(f"this CPU has no {name}")
-    conv, (x, weight) = LAYER.convolution(row.lanes, False), tensors(LAYER, False)
-    kernels = [family.candidates(conv, epilogue, name)[-1] for epilogue in EPILOGUES]
+    epilogues = EPILOGUES if layer is PLAIN else [epilogue for epilogue in EPILOGUES if epilogue.code == CLAMP]
+    conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)
+    kernels = [family.candidates(conv, epilogue, name)[-1] for epilogue in epilogues]
     library = compile_(kernels, tmp_path, *kernels[0].flags)
     generator = torch.Generator().manual_seed(0)
-    scale = torch.rand(LAYER.out_c, generator=generator) * 1e-4 + 1e-5
-    bias = torch.randn(LAYER.out_c, generator=generator)
-    for epilogue, kernel in zip(EPILOGUES, kernels, strict=True):
+    scale = torch.rand(layer.out_c, generator=generator) * 1e-4 + 1e-5
+    bias = torch.randn(layer.out_c, generator=generator)
+    for epilogue, kernel in zip(epilogues, kernels, strict=True):
         other = torch.randint(0, 100, conv.output_sizes, generator=generator).to(epilogue.other_dtype or U8)
+        x_scale = torch.tensor([0.5]) if epilogue.dynamic else None
         given = numbers(
-            LAYER, weight_scale=scale, bias=bias, scale=0.03, zero_point=5, other_scale=0.01, other_zero_point=50,
+            layer, weight_scale=scale, bias=bias, scale=0.03, zero_point=5, other_scale=0.01, other_zero_point=50,
             activation=SCALARS.get(epilogue.activation, ()),
         )  # fmt: skip
-        result = run(library, kernel, LAYER, conv, x, weight, given, other)
-        value = sums(LAYER, x, weight) * scale.double() + bias
+        result = run(library, kernel, layer, conv, x, weight, given, other, x_scale)
+        value = sums(layer, x, weight) * scale.double() * (0.5 if epilogue.dynamic else 1.0) + bias
         if epilogue.other_dtype is not None:
             value = value + (other.double() - 50) * 0.01
         value = ACTIVATION[epilogue.activation](value.float())
-        if epilogue.output_dtype == FLOAT:
-            torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)
+        if not epilogue.is_integer:
+            tolerance = 1e-2 if epilogue.output_dtype == BFLOAT else 1e-5
+            torch.testing.assert_close(result.float(), value, rtol=tolerance, atol=1e-5, msg=lambda m, k=kernel: f"{k.name}: {m}")
             continue
         limits = torch.iinfo(epilogue.output_dtype)
         steps = (value / 0.03).round().add(5).clamp(limits.min, limits.max)
         off = (result.double() - steps).abs()
         assert off.max() <= 1 and (off > 0).float().mean() < 0.01, f"{kernel.name}: {off.max()}, {(off > 0).sum()}"
+
+
+def test_scales_of_rows(tmp_path: Path) -> None:
+    """Each row of a linear has a scale of its own, which is not known when compiling."""
+    row = isa.ISAS["avx2"]
+    if not row.cpu_flags <= cpu.flags():
+        pytest.skip("this CPU has no AVX2")
+    layer = Layer(1, 1, 7, 40, 20, signed=True)
+    conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)
+    kernel = family.candidates(conv, Epilogue(FLOAT, dynamic=True), "avx2")[0]
+    scales = torch.rand(7)
+    result = run(compile_([kernel], tmp_path, *kernel.flags), kernel, layer, conv, x, weight, numbers(layer), None, scales)
+    torch.testing.assert_close(result[0, 0], (sums(layer, x, weight)[0, 0] * scales[:, None]).float())
 
 
 def test_sums_of_16_bits_that_overflow(tmp_path: Path) -> None:
