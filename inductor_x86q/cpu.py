@@ -50,9 +50,7 @@ def usable_flags() -> frozenset[str]:
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     hidden = {"avx_vnni"} if limit == "AVX512_CORE" else set()
     usable = {
-        flag
-        for flag in flags()
-        if _allowed(_NEEDED.get(flag, "AVX512_CORE" if flag.startswith("avx512") else "SSE41"))
+        flag for flag in flags() if _allowed(_NEEDED.get(flag, "AVX512_CORE" if flag.startswith("avx512") else "SSE41"))
     }
     return frozenset(usable - hidden)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from inductor_x86q import cpu
 from inductor_x86q.kernels import cost, family, isa
 from inductor_x86q.kernels.arguments import FIELDS, STRUCT, arguments
-from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.convolution import Convolution, Depth
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CLAMP, Epilogue, Numbers
 
 FLOAT, BFLOAT, U8, S8 = torch.float32, torch.bfloat16, torch.uint8, torch.int8
@@ -41,15 +41,19 @@ class Layer:
     signed: bool = False
     planes: bool = False
     threads: int = 1
+    depth: Depth | None = None  # of 3-d ones
 
     def convolution(self, lanes: int, fits_16: bool) -> Convolution:
+        size = self.h * self.w * self.c  # of a plane
+        image = size * (self.depth.size if self.depth else 1)
         return Convolution(
             *(self.n, self.h, self.w, self.c, self.out_c, self.kernel, self.stride, self.padding, self.dilation),
             *(self.groups, lanes, self.signed, fits_16),
-            x_strides=(self.h * self.w * self.c, self.w, 1) if self.planes else (self.h * self.w * self.c, self.w * self.c, self.c),
+            x_strides=(image, self.w, 1) if self.planes else (image, self.w * self.c, self.c),
             x_channel=self.h * self.w if self.planes else 1,
             other_pixel=self.out_c,
             threads=self.threads,
+            depth=dataclasses.replace(self.depth, x_stride=size) if self.depth else Depth(),
         )
 
 
@@ -67,6 +71,9 @@ LAYERS = {
     "two channels": Layer(1, 4, 6, 2, 9, (2, 3), dilation=(1, 2)),
     "dilation": Layer(1, 9, 8, 6, 9, (3, 3), (1, 1), (2, 2), (2, 2)),
     "groups": Layer(1, 5, 6, 24, 36, (3, 3), (1, 1), (1, 1), groups=4),
+    "1-d": Layer(2, 1, 15, 10, 20, (1, 5), (1, 2), (0, 2)),
+    "3-d": Layer(2, 4, 5, 9, 40, (3, 2), (1, 2), (1, 0), (1, 2), depth=Depth(6, 3, 2, 1, 1)),
+    "3-d, few channels": Layer(1, 4, 5, 3, 20, (1, 3), depth=Depth(4, 2, 1, 0, 2)),
     "s8": Layer(1, 1, 7, 18, 150, signed=True),
     "wide": Layer(1, 3, 11, 70, 96, (1, 3), threads=3),
     "depthwise": Layer(1, 9, 9, 150, 150, (3, 3), (1, 1), (1, 1), groups=150, threads=2),
@@ -93,18 +100,24 @@ def tensors(layer: Layer, fits_16: bool) -> tuple[torch.Tensor, torch.Tensor]:
     largest = 128
     if fits_16:
         low, high, largest = low // 2, high // 2, 64 if layer.signed else 128
-    x = torch.randint(low, high, (layer.n, layer.h, layer.w, layer.c), generator=generator, dtype=S8 if layer.signed else U8)
-    shape = (layer.out_c, layer.c // layer.groups, *layer.kernel)
+    planes, kernel = ((layer.depth.size,), (layer.depth.kernel,)) if layer.depth else ((), ())
+    size = (layer.n, *planes, layer.h, layer.w, layer.c)
+    x = torch.randint(low, high, size, generator=generator, dtype=S8 if layer.signed else U8)
+    shape = (layer.out_c, layer.c // layer.groups, *kernel, *layer.kernel)
     return x, torch.randint(-largest, largest, shape, generator=generator, dtype=S8)
 
 
 def sums(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The convolution's result (n, h, w, c) in exact numbers."""
-    image = (x.double() - 3).permute(0, 3, 1, 2)
+    image = (x.double() - 3).movedim(-1, 1)
     if layer.n == 0:
         return image.new_zeros(0, 1)
-    result = F.conv2d(image, weight.double(), None, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return result.permute(0, 2, 3, 1).contiguous()
+    depth = layer.depth
+    stride, padding, dilation = (
+        ((getattr(depth, name),) if depth else ()) + getattr(layer, name) for name in ("stride", "padding", "dilation")
+    )
+    function = F.conv3d if depth else F.conv2d
+    return function(image, weight.double(), None, stride, padding, dilation, layer.groups).movedim(1, -1).contiguous()
 
 
 def compile_(kernels: list[family.Kernel], directory: Path, *flags: str) -> ctypes.CDLL:
@@ -123,16 +136,20 @@ def run(
     """What a kernel makes of a layer, between guards that it must not touch."""
     constants = conv.constants(weight, given, kernel.epilogue)
     assert len(constants) == conv.constants_size
-    image = x.permute(0, 3, 1, 2).contiguous() if layer.planes else x
-    count = math.prod(conv.output_sizes)
+    image = x.movedim(-1, 1).contiguous() if layer.planes else x
+    count = conv.pixels * conv.out_c
     out = torch.full((count + 128,), 77).to(kernel.epilogue.output_dtype)
-    open_ = {} if x_scales is None else dict(x_scales=x_scales.data_ptr(), x_scales_step=int(len(x_scales) > 1), x_zero_point=3)
+    open_ = (
+        {}
+        if x_scales is None
+        else dict(x_scales=x_scales.data_ptr(), x_scales_step=int(len(x_scales) > 1), x_zero_point=3)
+    )
     sizes = (ctypes.c_int64 * len(FIELDS))(*map(int, arguments(conv, **open_)))
     begin = out.data_ptr() + 64 * out.element_size()
     addresses = image.data_ptr(), constants.data_ptr(), 0 if other is None else other.data_ptr(), begin
     getattr(library, kernel.name)(*map(ctypes.c_void_p, addresses), sizes)
     assert (out[:64] == 77).all() and (out[-64:] == 77).all(), "it wrote beside its output"
-    return out[64:-64].view(conv.output_sizes)
+    return out[64:-64].view(conv.n, *(conv.out_d,) * bool(layer.depth), conv.out_h, conv.out_w, conv.out_c)
 
 
 @pytest.fixture(scope="module", params=MACHINES, ids=lambda machine: f"{machine[0]}{'-7bit' * machine[1]}")
@@ -211,7 +228,7 @@ def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
     scale = torch.rand(layer.out_c, generator=generator) * 1e-4 + 1e-5
     bias = torch.randn(layer.out_c, generator=generator)
     for epilogue, kernel in zip(epilogues, kernels, strict=True):
-        other = torch.randint(0, 100, conv.output_sizes, generator=generator).to(epilogue.other_dtype or U8)
+        other = torch.randint(0, 100, (1, 5, 5, layer.out_c), generator=generator).to(epilogue.other_dtype or U8)
         x_scale = torch.tensor([0.5]) if epilogue.dynamic else None
         given = numbers(
             layer, weight_scale=scale, bias=bias, scale=0.03, zero_point=5, other_scale=0.01, other_zero_point=50,
@@ -224,7 +241,9 @@ def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
         value = ACTIVATION[epilogue.activation](value.float())
         if not epilogue.is_integer:
             tolerance = 1e-2 if epilogue.output_dtype == BFLOAT else 1e-5
-            torch.testing.assert_close(result.float(), value, rtol=tolerance, atol=1e-5, msg=lambda m, k=kernel: f"{k.name}: {m}")
+            torch.testing.assert_close(
+                result.float(), value, rtol=tolerance, atol=1e-5, msg=lambda m, k=kernel: f"{k.name}: {m}"
+            )
             continue
         limits = torch.iinfo(epilogue.output_dtype)
         steps = (value / 0.03).round().add(5).clamp(limits.min, limits.max)
@@ -241,7 +260,9 @@ def test_scales_of_rows(tmp_path: Path) -> None:
     conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)
     kernel = family.candidates(conv, Epilogue(FLOAT, dynamic=True), "avx2")[0]
     scales = torch.rand(7)
-    result = run(compile_([kernel], tmp_path, *kernel.flags), kernel, layer, conv, x, weight, numbers(layer), None, scales)
+    result = run(
+        compile_([kernel], tmp_path, *kernel.flags), kernel, layer, conv, x, weight, numbers(layer), None, scales
+    )
     torch.testing.assert_close(result[0, 0], (sums(layer, x, weight)[0, 0] * scales[:, None]).float())
 
 

@@ -78,8 +78,8 @@ PASS_BYTES = 16384  # as in the C++
 
 def _by_runs(kernel: Kernel, conv: Convolution) -> Work:
     rows, columns = kernel.rows, kernel.columns
-    kernel_rows, row_runs, run = conv.runs
-    pixels, runs, fours = conv.n * conv.out_h * conv.out_w, kernel_rows * row_runs, math.ceil(run / 4)
+    pixels, runs, run = conv.pixels, conv.runs, conv.row_runs[1]
+    fours = math.ceil(run / 4)
     panels = math.ceil(conv.group_vectors / columns)
     panel_bytes = columns * runs * fours * 4 * conv.lanes
     together = min(max(PASS_BYTES // panel_bytes, 1), panels)
@@ -103,7 +103,7 @@ def _by_runs(kernel: Kernel, conv: Convolution) -> Work:
 
 def _copied(conv: Convolution) -> float:
     height, width = (size + 2 * padding for size, padding in zip((conv.h, conv.w), conv.padding, strict=True))
-    return conv.n * height * width * conv.c / threads(conv) * conv.copied
+    return conv.n * (conv.d + 2 * conv.depth.padding) * height * width * conv.c / threads(conv) * conv.copied
 
 
 def _depthwise(kernel: Kernel, conv: Convolution) -> Work:
@@ -125,21 +125,19 @@ def _depthwise(kernel: Kernel, conv: Convolution) -> Work:
 
 def call_work(conv: Convolution) -> tuple[str, Work]:
     """What kind of call computes a layer, and its work on one thread."""
-    kernel_rows, row_runs, run = conv.runs
     share = 1 / threads(conv)
-    outputs = conv.n * conv.out_h * conv.out_w * conv.out_c * share
-    pixels = conv.n * conv.out_h * conv.out_w * share
+    pixels = conv.pixels * share
     group_out = math.ceil(conv.out_c / conv.groups / 16) * 16 * conv.groups
-    steps = kernel_rows * conv.kernel[1] * math.ceil(conv.c / conv.groups / 4)
+    steps = conv.depth.kernel * math.prod(conv.kernel) * math.ceil(conv.c / conv.groups / 4)
     is_linear = (*conv.kernel, *conv.stride, *conv.padding, conv.groups) == (1, 1, 1, 1, 0, 0, 1)
     kind = "linear" if is_linear else "depthwise" if conv.depthwise else "grouped" if conv.groups > 1 else "convolution"
     return kind, {
         "calls": 1,
         "threads": float(threads(conv) > 1),
         "products": pixels * steps * group_out / 16,
-        "outputs": outputs,
+        "outputs": pixels * conv.out_c,
         "pixels": pixels,
-        "inputs": conv.n * conv.h * conv.w * conv.c * share,
-        "weights": conv.out_c * conv.c // conv.groups * math.prod(conv.kernel),
+        "inputs": conv.n * conv.d * conv.h * conv.w * conv.c * share,
+        "weights": conv.out_c * conv.c // conv.groups * math.prod(conv.kernel) * conv.depth.kernel,
         "narrow": pixels * steps * group_out / 16 * (steps < 16),
     }

@@ -119,9 +119,7 @@ def candidates(convolution: Convolution, epilogue: Epilogue, isa: str) -> list[K
     """The kernels that compute a layer on such a CPU."""
     row = ISAS[isa]
     assert row.lanes == convolution.lanes, f"the weight is packed for {convolution.lanes} lanes, {isa} has {row.lanes}"
-    make = functools.partial(
-        Kernel, isa, epilogue=epilogue, x_signed=convolution.x_signed, fits_16=convolution.fits_16
-    )
+    make = functools.partial(Kernel, isa, epilogue=epilogue, x_signed=convolution.x_signed, fits_16=convolution.fits_16)
     if convolution.depthwise:
         columns = 2 if row.registers == 16 else 4  # of four vectors each, which is half of the registers
         narrow = convolution.c < 4 * row.lanes

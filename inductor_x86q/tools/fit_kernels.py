@@ -113,7 +113,7 @@ class Runs:
         packed = conv.constants(_weight(conv), numbers, EPILOGUE)
         constants = _aligned(len(packed))
         constants.copy_(packed)
-        x, out = _image(conv), torch.empty(math.prod(conv.output_sizes), dtype=torch.uint8)
+        x, out = _image(conv), torch.empty(conv.pixels * conv.out_c, dtype=torch.uint8)
         values = arguments(conv)
         given = (ctypes.c_int64 * len(values))(*map(int, values))
         self.kept += [constants, x, out, given]
@@ -252,7 +252,10 @@ def _work(entry: Measured, name: str) -> tuple[str, str, dict[str, float]]:
     """The machine, the kind and the work of what was measured under that name."""
     machine = next(iter(entry.times)).split()[0]
     if name == cost.ONEDNN:
-        return (f"{cost.ONEDNN} {machine}", *cost.call_work(describe(entry.layer, isa.ISAS[machine].lanes, entry.threads)))
+        return (
+            f"{cost.ONEDNN} {machine}",
+            *cost.call_work(describe(entry.layer, isa.ISAS[machine].lanes, entry.threads)),
+        )
     machine = name.split()[0]
     convolution = describe(entry.layer, isa.ISAS[machine].lanes, entry.threads)
     kernel = next(kernel for kernel in candidates(convolution, EPILOGUE, machine) if key(kernel) == name)
