@@ -20,6 +20,7 @@ from inductor_x86q.kernels import cost, family, isa
 from inductor_x86q.kernels.arguments import FIELDS, STRUCT, arguments
 from inductor_x86q.kernels.convolution import Convolution, Depth
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CLAMP, Epilogue, Numbers
+from inductor_x86q.kernels.specification import Specification
 
 FLOAT, BFLOAT, U8, S8 = torch.float32, torch.bfloat16, torch.uint8, torch.int8
 
@@ -315,3 +316,11 @@ def test_the_model_ranks_all_candidates() -> None:
     conv = Layer(1, 7, 7, 16, 96).convolution(cpu.int8_lanes() or 8, not cpu.has_vnni())
     ranked = cost.choose(conv, Epilogue(U8))
     assert cost.ONEDNN in ranked and len(ranked) > 2
+
+
+def test_specifications_are_text() -> None:
+    for layer in LAYERS.values():
+        given = Specification(layer.convolution(16, False), Epilogue(S8, "swish", BFLOAT, dynamic=True))
+        places = {"x_strides": (0, 0, 0), "x_channel": 1, "other_pixel": 0, "out_pixel": 0}
+        assert Specification.read(given.text()).convolution == dataclasses.replace(given.convolution, **places)
+        assert Specification.read(given.text()).epilogue == given.epilogue

@@ -51,7 +51,7 @@ class Convolution:
     lanes: int  # 32-bit numbers of a vector, 8 or 16
     x_signed: bool
     fits_16: bool  # no sum of two products exceeds 16 bits
-    x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
+    x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel; 0: not known yet
     x_channel: int = 1  # from one channel to the next
     other_pixel: int = 0
     out_pixel: int = 0  # 0: no gaps between the output's pixels
@@ -94,7 +94,7 @@ class Convolution:
     @property
     def copied(self) -> bool:
         """Whether the input is first copied: with its padding, or without gaps between channels and pixels."""
-        gaps = self.x_channel != 1 or (self.kernel[1] > 1 and self.x_strides[2] != self.c)
+        gaps = self.x_channel != 1 or (self.kernel[1] > 1 and self.x_strides[2] not in (0, self.c))
         return not self.depthwise and (any(self.padding) or self.depth.padding > 0 or gaps)
 
     @property

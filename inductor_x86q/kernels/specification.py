@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from inductor_x86q.kernels import cost
-from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.convolution import Convolution, Depth
 from inductor_x86q.kernels.epilogue import Epilogue
 from inductor_x86q.kernels.family import Kernel
 
@@ -48,9 +48,11 @@ class Specification:
     @staticmethod
     def read(text: str) -> Specification:
         values: dict[str, Any] = json.loads(text)
-        output, activation, other = values.pop("epilogue")
+        output, activation, other, dynamic = values.pop("epilogue")
+        depth = Depth(**values.pop("depth"))
         kept = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return Specification(Convolution(**kept), Epilogue(_dtype(output), activation, _dtype(other)))
+        epilogue = Epilogue(_dtype(output), activation, _dtype(other), dynamic)
+        return Specification(Convolution(**kept, depth=depth), epilogue)
 
 
 def _name(value: Any) -> Any:
