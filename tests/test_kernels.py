@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import math
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path

@@ -7,6 +7,7 @@ of other CPUs scales it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -34,14 +35,23 @@ def choose(convolution: Convolution, epilogue: Epilogue) -> list[Choice]:
 
 def microseconds(choice: Choice, convolution: Convolution) -> float:
     """What a layer takes about."""
-    call = isinstance(choice, str)
-    costs = _costs(_best_isa() if call else choice.isa, call)
-    kind, work = call_work(convolution) if call else kernel_work(choice, convolution)
+    if isinstance(choice, Kernel):
+        costs, (kind, work) = _costs(choice.isa, call=False), kernel_work(choice, convolution)
+    else:
+        costs, (kind, work) = _costs(isa.best(cpu.usable_flags(), cpu.int8_lanes()), call=True), call_work(convolution)
     return sum(costs.get(f"{kind} {what}", 0.0) * count for what, count in work.items())
 
 
-def _best_isa() -> str:
-    return isa.best(cpu.usable_flags(), cpu.int8_lanes())
+def widest(convolution: Convolution, epilogue: Epilogue) -> Convolution:
+    """The layer with vectors as wide as is best for it, which its weight is then packed for."""
+    widths = [lanes for lanes in (16, 8) if lanes <= cpu.int8_lanes()]
+    choices = [dataclasses.replace(convolution, lanes=lanes) for lanes in widths]
+
+    def best(choice: Convolution) -> float:
+        found = candidates(choice, epilogue, isa.best(cpu.usable_flags(), choice.lanes))
+        return min(microseconds(kernel, choice) for kernel in found)
+
+    return min(choices, key=best)
 
 
 @functools.cache

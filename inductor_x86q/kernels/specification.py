@@ -42,7 +42,7 @@ class Specification:
     def text(self) -> str:
         """As an argument of an operator, without what lowering adds."""
         convolution = dataclasses.asdict(self.convolution)
-        kept = {name: value for name, value in convolution.items() if name not in _PLACES}
+        kept: dict[str, Any] = {name: value for name, value in convolution.items() if name not in _PLACES}
         return json.dumps({**kept, "epilogue": [_name(value) for value in dataclasses.astuple(self.epilogue)]})
 
     @staticmethod
@@ -50,9 +50,11 @@ class Specification:
         values: dict[str, Any] = json.loads(text)
         output, activation, other, dynamic = values.pop("epilogue")
         depth = Depth(**values.pop("depth"))
-        kept = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        kept: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         epilogue = Epilogue(_dtype(output), activation, _dtype(other), dynamic)
-        return Specification(Convolution(**kept, depth=depth), epilogue)
+        return Specification(Convolution(depth=depth, **kept), epilogue)
 
 
 def _name(value: Any) -> Any:
