@@ -1,6 +1,6 @@
 // Convolution as a matrix product over runs of contiguous bytes.
 //
-// A pixel's inputs are kernel_rows × row_runs runs of `run` bytes. Weights lie as [vector][run][four bytes of the run][lane][4],
+// A pixel's inputs are kernel_d × kernel_h × row_runs runs of `run` bytes. Weights lie as [vector][run][four bytes of the run][lane][4],
 // each run filled up to whole fours. A `Kernel` says what decides the machine code: ROWS output pixels by COLUMNS vectors
 // of output channels are summed up in registers, the input is SIGNED, and a sum of two products FITS_16 bits.
 
@@ -73,25 +73,28 @@ struct Product {
     }
 };
 
-// The sums of ROWS pixels by COLUMNS vectors. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
+// The sums of ROWS pixels by COLUMNS vectors. DYNAMIC: the zero point is not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
 // fours of a vector: whether four products may exceed 16 bits.
-template <class Kernel, int ROWS>
+template <class Kernel, bool DYNAMIC, int ROWS>
 X86Q_INLINE void multiply(
     const Shape& shape, const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows,
-    const int32_t* channels, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
+    const int32_t* channels, int32_t zero_point, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
     typedef Product<Kernel, ROWS> Product;
     constexpr int COLUMNS = Kernel::COLUMNS;
     constexpr int64_t FOUR = Product::FOUR;
-    const int64_t run = shape.run, rest = run % 4, whole = run - rest, runs = shape.kernel_rows * shape.row_runs;
+    const int64_t run = shape.run, rest = run % 4, whole = run - rest, runs = shape.kernel_d * shape.kernel_h * shape.row_runs;
     const int64_t pairs = Kernel::FITS_16 ? run / 8 : 0, paired = 8 * pairs;
     const int64_t column_bytes = runs * ((run + 3) / 4) * FOUR;
 #pragma GCC unroll 16
     for (int row = 0; row < ROWS; ++row)
 #pragma GCC unroll 16
-        for (int column = 0; column < COLUMNS; ++column) sums[row][column] = load<Ints>(channels + column * LANES);
+        for (int column = 0; column < COLUMNS; ++column) {
+            sums[row][column] = load<Ints>(channels + column * LANES);
+            if constexpr (DYNAMIC) sums[row][column] *= zero_point;
+        }
     const int8_t* here = weight;
     int64_t start_of_row = 0;
-    for (int64_t kernel_row = 0; kernel_row < shape.kernel_rows; ++kernel_row) {
+    for (int64_t kernel_row = 0, h = 0; kernel_row < shape.kernel_d * shape.kernel_h; ++kernel_row) {
         int64_t start = start_of_row;
         for (int64_t row_run = 0; row_run < shape.row_runs; ++row_run) {
             int64_t offset = start;
@@ -121,6 +124,10 @@ X86Q_INLINE void multiply(
             start += shape.dilation_w * shape.read_pixel;
         }
         start_of_row += shape.dilation_h * shape.read_row;
+        if (++h == shape.kernel_h) {
+            h = 0;
+            start_of_row += shape.dilation_d * shape.read_plane - shape.kernel_h * shape.dilation_h * shape.read_row;
+        }
     }
 }
 
@@ -138,13 +145,14 @@ inline void pad_row(const Shape& given, const uint8_t* x, uint8_t* padded, int64
     const Shape shape = given;  // what is stored may not lie in a local variable
     const int64_t width = shape.padded_w * shape.c;
     uint8_t* to = padded + row * width;
-    const int64_t image = row / shape.padded_h, h = row % shape.padded_h - shape.pad_h;
-    if (h < 0 || h >= shape.h) {
+    const int64_t plane = row / shape.padded_h, h = row % shape.padded_h - shape.pad_h;
+    const int64_t image = plane / shape.padded_d, d = plane % shape.padded_d - shape.pad_d;
+    if (h < 0 || h >= shape.h || d < 0 || d >= shape.d) {
         std::memset(to, zero_point, width);
         return;
     }
     std::memset(to, zero_point, shape.pad_w * shape.c);
-    const uint8_t* from = x + image * shape.x_image + h * shape.x_row;
+    const uint8_t* from = x + image * shape.x_image + d * shape.x_plane + h * shape.x_row;
     uint8_t* inner = to + shape.pad_w * shape.c;
     if (shape.x_channel != 1) {
         switch (shape.c) {  // what images have
@@ -164,20 +172,24 @@ inline void pad_row(const Shape& given, const uint8_t* x, uint8_t* padded, int64
 
 // Walks along the output's pixels, and says where in the input each begins.
 struct Walker {
-    int64_t step, line_step, image_step, width, height;
-    int64_t column, line;
-    const uint8_t *base, *line_base, *image_base;
+    int64_t step, line_step, plane_step, image_step, width, height, depth;
+    int64_t column, line, plane;
+    const uint8_t *base, *line_base, *plane_base, *image_base;
 
     X86Q_INLINE Walker(const Shape& shape, const uint8_t* x, int64_t pixel) {
         step = shape.stride_w * shape.read_pixel;
         line_step = shape.stride_h * shape.read_row;
+        plane_step = shape.stride_d * shape.read_plane;
         image_step = shape.read_image;
         width = shape.out_w;
         height = shape.out_h;
+        depth = shape.out_d;
         column = pixel % width;
         line = pixel / width % height;
-        image_base = x + pixel / width / height * image_step;
-        line_base = image_base + line * line_step;
+        plane = pixel / width / height % depth;
+        image_base = x + pixel / width / height / depth * image_step;
+        plane_base = image_base + plane * plane_step;
+        line_base = plane_base + line * line_step;
         base = line_base + column * step;
     }
 
@@ -188,7 +200,12 @@ struct Walker {
             line_base += line_step;
             if (++line == height) {
                 line = 0;
-                line_base = image_base += image_step;
+                plane_base += plane_step;
+                if (++plane == depth) {
+                    plane = 0;
+                    plane_base = image_base += image_step;
+                }
+                line_base = plane_base;
             }
             base = line_base;
         }
@@ -208,8 +225,9 @@ struct Blocks {
     const typename Epilogue::Other* other;
     typename Epilogue::Out* out;
 
-    int64_t vector_bytes() const { return shape.kernel_rows * shape.row_runs * ((shape.run + 3) / 4) * 4 * LANES; }
-    int64_t pixels() const { return shape.n * shape.out_h * shape.out_w; }
+    int64_t runs() const { return shape.kernel_d * shape.kernel_h * shape.row_runs; }
+    int64_t vector_bytes() const { return runs() * ((shape.run + 3) / 4) * 4 * LANES; }
+    int64_t pixels() const { return shape.n * shape.out_d * shape.out_h * shape.out_w; }
     int64_t blocks() const { return (pixels() + ROWS - 1) / ROWS; }
     int64_t panels() const { return (shape.group_vectors + COLUMNS - 1) / COLUMNS; }
     int64_t panels_together() const {
@@ -237,9 +255,10 @@ struct Blocks {
         const int64_t all = pixels(), together = panels_together(), last = local.group_vectors - COLUMNS, bytes = vector_bytes();
         const int64_t group_c = local.c / local.groups, group_out = local.out_c / local.groups;
         const int64_t first_panel = pass * together, end_panel = first_panel + together < panels() ? first_panel + together : panels();
-        const int64_t pairs = Kernel::FITS_16 ? local.run / 8 : 0;
+        const int64_t pairs = Kernel::FITS_16 ? runs() * (local.run / 8) : 0;  // of a vector
         const int8_t* weight = packed_weight(channels, local.channels);
         const int8_t* overflows = weight + local.groups * local.group_vectors * bytes;
+        const int32_t zero_point = local.x_zero_point + (Kernel::SIGNED ? 128 : 0);  // if it is an argument
         const uint8_t* image = x + group * group_c;
         Walker walker(local, image, first * ROWS);
         for (int64_t block = first; block < stop; ++block) {
@@ -259,14 +278,15 @@ struct Blocks {
                 const int64_t column = panel * COLUMNS < last ? panel * COLUMNS : last;
                 const int64_t vector = group * local.group_vectors + column, c = column * LANES, rest = group_out - c;
                 Ints sums[ROWS][COLUMNS];
-                multiply<Kernel, ROWS>(
+                multiply<Kernel, Epilogue::DYNAMIC, ROWS>(
                     local, bases, weight + vector * bytes,
-                    overflows + vector * local.kernel_rows * local.row_runs * pairs, channels + vector * LANES, sums);
+                    overflows + vector * pairs, channels + vector * LANES, zero_point, sums);
                 const int64_t to_c = group * group_out + c;
                 const Target<Epilogue> target = {
                     channels + vector * LANES, local.channels,
                     other + pixel * local.other_pixel + to_c, local.other_pixel,
                     out + pixel * local.out_pixel + to_c, local.out_pixel,
+                    (const float*)local.x_scales + pixel * local.x_scales_step, local.x_scales_step,
                     rest < COLUMNS * LANES ? (int)rest : COLUMNS * LANES, valid};
                 finish_all<Epilogue, ROWS, COLUMNS, true>(sums, scalars, target);
             }
@@ -280,8 +300,8 @@ inline void convolution(
     const X86qArguments& arguments) {
     static_assert(1 <= Kernel::ROWS && 1 <= Kernel::COLUMNS && Kernel::COLUMNS <= 4, "no more columns are packed together");
     const Shape shape(arguments);
-    const Scalars numbers = scalars(channels, shape.channels);
-    const int64_t padded_rows = shape.n * shape.padded_h, pixels = shape.n * shape.out_h * shape.out_w;
+    const Scalars numbers = scalars<Epilogue>(channels, shape);
+    const int64_t padded_rows = shape.n * shape.padded_d * shape.padded_h;
     const Scratch padded(shape.is_copied ? padded_rows * shape.padded_w * shape.c : 0);
     on_threads(shape.threads, [&](const Worker& worker) {
         const uint8_t* image = x;
@@ -292,7 +312,7 @@ inline void convolution(
             });
             worker.meet();
         }
-        if (pixels == 1)
+        if (shape.n * shape.out_d * shape.out_h * shape.out_w == 1)
             Blocks<Kernel, Epilogue, 1>{shape, numbers, image, channels, other, out}.run(worker);
         else
             Blocks<Kernel, Epilogue, Kernel::ROWS>{shape, numbers, image, channels, other, out}.run(worker);

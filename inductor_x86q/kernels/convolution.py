@@ -20,8 +20,20 @@ FEW_CHANNELS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Depth:
+    """The third dimension of a 3-d convolution, the outermost of an image: planes."""
+
+    size: int = 1
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    x_stride: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Convolution:
-    """A 2-d convolution of u8 (or a linear of s8 too, as one of 1×1 on its rows) with channels innermost.
+    """A 2-d or 3-d convolution of u8 (or a linear of s8 too, as one of 1×1 on its rows) with channels innermost.
 
     Strides are in elements. The input's channels may lie apart. Neither strides nor threads change how a weight is packed.
     """
@@ -39,11 +51,21 @@ class Convolution:
     lanes: int  # 32-bit numbers of a vector, 8 or 16
     x_signed: bool
     fits_16: bool  # no sum of two products exceeds 16 bits
-    x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel
+    x_strides: tuple[int, int, int] = (0, 0, 0)  # of an image, a row and a pixel; 0: not known yet
     x_channel: int = 1  # from one channel to the next
     other_pixel: int = 0
     out_pixel: int = 0  # 0: no gaps between the output's pixels
     threads: int = 1  # 0: as many as there are when it runs
+    depth: Depth = Depth()
+
+    @property
+    def d(self) -> int:
+        return self.depth.size
+
+    @property
+    def out_d(self) -> int:
+        depth = self.depth
+        return _outputs(depth.size, depth.kernel, depth.stride, depth.padding, depth.dilation)
 
     @property
     def out_h(self) -> int:
@@ -54,34 +76,38 @@ class Convolution:
         return self._outputs(self.w, 1)
 
     def _outputs(self, size: int, axis: int) -> int:
-        reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
-        return (size + 2 * self.padding[axis] - reach) // self.stride[axis] + 1
+        return _outputs(size, self.kernel[axis], self.stride[axis], self.padding[axis], self.dilation[axis])
 
     @property
-    def output_sizes(self) -> tuple[int, int, int, int]:
-        return self.n, self.out_h, self.out_w, self.out_c
+    def pixels(self) -> int:
+        """Of the output."""
+        return self.n * self.out_d * self.out_h * self.out_w
 
     @property
     def depthwise(self) -> bool:
-        return self.groups == self.c == self.out_c and self.groups > 1
+        return self.groups == self.c == self.out_c and self.groups > 1 and self.depth == Depth()
 
     @property
     def macs(self) -> int:
-        return self.n * self.out_h * self.out_w * self.out_c * (self.c // self.groups) * math.prod(self.kernel)
+        return self.pixels * self.out_c * (self.c // self.groups) * math.prod(self.kernel) * self.depth.kernel
 
     @property
     def copied(self) -> bool:
         """Whether the input is first copied: with its padding, or without gaps between channels and pixels."""
-        gaps = self.x_channel != 1 or (self.kernel[1] > 1 and self.x_strides[2] != self.c)
-        return not self.depthwise and (any(self.padding) or gaps)
+        gaps = self.x_channel != 1 or (self.kernel[1] > 1 and self.x_strides[2] not in (0, self.c))
+        return not self.depthwise and (any(self.padding) or self.depth.padding > 0 or gaps)
 
     @property
-    def runs(self) -> tuple[int, int, int]:
-        """The contiguous bytes that an output reads: in how many rows, how many runs of a row, how many bytes of a run."""
-        rows, columns = self.kernel
+    def row_runs(self) -> tuple[int, int]:
+        """The contiguous bytes that an output reads of a row of the kernel: how many runs of how many bytes."""
+        columns, bytes_ = self.kernel[1], self.c // self.groups
         whole = self.groups == 1 and (columns == 1 or self.dilation[1] == 1)
-        bytes_ = self.c // self.groups
-        return (rows, 1, columns * bytes_) if whole else (rows, columns, bytes_)
+        return (1, columns * bytes_) if whole else (columns, bytes_)
+
+    @property
+    def runs(self) -> int:
+        """How many runs an output reads."""
+        return self.depth.kernel * self.kernel[0] * self.row_runs[0]
 
     @property
     def group_vectors(self) -> int:
@@ -115,22 +141,21 @@ class Convolution:
     def constants_size(self) -> int:
         """How many bytes a kernel reads of what `constants` gives."""
         numbers = 4 * (3 * self.channel_count + SCALARS)
-        lanes, (rows, row_runs, run) = self.lanes, self.runs
         if self.depthwise:
             weight = self.channel_count * self.kernel[1] * math.ceil(self.kernel[0] / 4) * 4
         else:
-            vectors, runs = self.group_vectors * self.groups, rows * row_runs
-            weight = vectors * runs * (math.ceil(run / 4) * 4 * lanes + self.pairs)
+            fours = math.ceil(self.row_runs[1] / 4)
+            weight = self.group_vectors * self.groups * self.runs * (fours * 4 * self.lanes + self.pairs)
         return math.ceil(numbers / ALIGNMENT) * ALIGNMENT + weight
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """The int8 weight (out, in/groups, kh, kw) in the order in which the kernel reads it, one-dimensional."""
+        """The int8 weight (out, in/groups, (kd,) kh, kw) in the order in which the kernel reads it, one-dimensional."""
         if self.depthwise:
             taps = weight[self._depthwise_order(), 0].unflatten(0, (-1, 4 * self.lanes))  # block, channel, kh, kw
             taps = functional.pad(taps, (0, 0, 0, -taps.shape[2] % 4)).unflatten(2, (-1, 4))
             return taps.permute(0, 4, 2, 1, 3).contiguous().flatten()  # block, kw, four, channel, 4
-        rows, row_runs, size = self.runs
-        grouped = weight.permute(0, 2, 3, 1).reshape(self.groups, -1, rows * row_runs, size)
+        _, size = self.row_runs
+        grouped = weight.movedim(1, -1).reshape(self.groups, -1, self.runs, size)
         grouped = functional.pad(grouped, (0, -size % 4, 0, 0, 0, -grouped.shape[1] % self.lanes))
         vectors = grouped.unflatten(1, (-1, self.lanes)).unflatten(-1, (-1, 4))  # group, vector, lane, run, four, 4
         packed = vectors.permute(0, 1, 3, 4, 2, 5).contiguous()
@@ -139,7 +164,7 @@ class Convolution:
     @property
     def pairs(self) -> int:
         """How many pairs of four bytes of a run the kernel may add in 16 bits, before it widens them."""
-        return self.runs[2] // 8 if self.fits_16 and not self.depthwise else 0
+        return self.row_runs[1] // 8 if self.fits_16 and not self.depthwise else 0
 
     def _overflows(self, packed: torch.Tensor) -> torch.Tensor:
         """Whether four products may exceed 16 bits somewhere in a vector: for each group, vector, run and pair of fours.
@@ -155,10 +180,12 @@ class Convolution:
 
     def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue) -> torch.Tensor:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
-        zero_point = numbers.x_zero_point + (128 if self.x_signed else 0)
+        # Zero point and scale of the input are arguments of a dynamic kernel.
+        zero_point = 1 if epilogue.dynamic else numbers.x_zero_point + (128 if self.x_signed else 0)
+        x_scale = 1.0 if epilogue.dynamic else numbers.x_scale
         compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)
         steps = numbers.steps if epilogue.in_steps else 1.0
-        scale = (numbers.weight_scale.double() * numbers.x_scale * steps).expand(self.out_c)
+        scale = (numbers.weight_scale.double() * x_scale * steps).expand(self.out_c)
         bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.double() * steps
         rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
         if self.depthwise:
@@ -180,6 +207,10 @@ class Convolution:
         largest = (sums * numbers.weight_scale.double() * numbers.x_scale).max() + 255 * numbers.other_scale
         bias = 0.0 if numbers.bias is None else numbers.bias.abs().max()
         return float(largest + bias) * numbers.steps
+
+
+def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:

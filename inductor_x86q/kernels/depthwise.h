@@ -40,6 +40,12 @@ X86Q_INLINE void depthwise_block(
     for (int i = 0; i < COLUMNS; ++i)
 #pragma GCC unroll 4
         for (int vector = 0; vector < 4; ++vector) sums[i][vector] = load<Ints>(target.channels + vector * LANES);
+    if constexpr (Epilogue::DYNAMIC) {
+#pragma GCC unroll 16
+        for (int i = 0; i < COLUMNS; ++i)
+#pragma GCC unroll 4
+            for (int vector = 0; vector < 4; ++vector) sums[i][vector] *= numbers.x_zero_point;
+    }
     const auto add = [&](int position, int four, const Ints (&values)[4]) X86Q_LAMBDA {
 #pragma GCC unroll 16
         for (int i = 0; i < COLUMNS; ++i) {
@@ -78,7 +84,7 @@ X86Q_INLINE void depthwise_block(
 template <class Kernel, class Epilogue>
 inline void depthwise_row(
     const Shape& given, const uint8_t* x, const uint8_t* padding, const int8_t* weight, const int32_t* channels,
-    const Scalars& given_numbers, typename Epilogue::Out* out, int64_t row) {
+    const Scalars& given_numbers, const typename Epilogue::Other* other, typename Epilogue::Out* out, int64_t row) {
     const Shape shape = given;  // what is stored may not lie in a local variable
     const Scalars numbers = given_numbers;
     constexpr int COLUMNS = Kernel::COLUMNS, BLOCK = 4 * LANES, KERNEL_H = Kernel::KERNEL_H;
@@ -100,8 +106,10 @@ inline void depthwise_row(
             if (ow + COLUMNS > shape.out_w) ow = shape.out_w > COLUMNS ? shape.out_w - COLUMNS : 0;
             const int64_t column = ow * Kernel::STRIDE_W - shape.pad_w;
             const Target<Epilogue> target = {
-                channels + block * BLOCK, shape.channels, nullptr, 0,
-                to + ow * shape.out_pixel, shape.out_pixel, count, valid};
+                channels + block * BLOCK, shape.channels,
+                other + (row * shape.out_w + ow) * shape.other_pixel + c, shape.other_pixel,
+                to + ow * shape.out_pixel, shape.out_pixel,
+                (const float*)shape.x_scales, 0, count, valid};
             if (column < 0 || column + Taps<Kernel>::REACH > shape.w)
                 depthwise_block<Kernel, Epilogue, true>(shape, rows, padding + c, column, taps, numbers, target);
             else
@@ -112,12 +120,11 @@ inline void depthwise_row(
 
 template <class Kernel, class Epilogue>
 inline void depthwise(
-    const uint8_t* x, const int32_t* channels, const typename Epilogue::Other*, typename Epilogue::Out* out,
+    const uint8_t* x, const int32_t* channels, const typename Epilogue::Other* other, typename Epilogue::Out* out,
     const X86qArguments& arguments) {
     static_assert(Kernel::KERNEL_H <= 16 && Taps<Kernel>::REACH <= 64, "its loops are not unrolled further");
-    static_assert(!Epilogue::HAS_OTHER, "none adds");
     const Shape shape(arguments);
-    const Scalars numbers = scalars(channels, shape.channels);
+    const Scalars numbers = scalars<Epilogue>(channels, shape);
     const int8_t* weight = packed_weight(channels, shape.channels);
     // Read beside the image, which is also where there are fewer output pixels than COLUMNS.
     const bool is_read = shape.pad_h || shape.pad_w || shape.out_w < Kernel::COLUMNS;
@@ -127,7 +134,7 @@ inline void depthwise(
     on_threads(shape.threads, [&](const Worker& worker) {
         worker.share(shape.n * shape.out_h, [&](int64_t first, int64_t end) {
             for (int64_t row = first; row < end; ++row)
-                depthwise_row<Kernel, Epilogue>(shape, x, padding.bytes, weight, channels, numbers, out, row);
+                depthwise_row<Kernel, Epilogue>(shape, x, padding.bytes, weight, channels, numbers, other, out, row);
         });
     });
 }

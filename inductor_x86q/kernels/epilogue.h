@@ -11,7 +11,12 @@ struct Scalars {
 
 // A layer's constants: per output channel the compensation of the input's zero point (int32), the scale and the bias, each
 // `stride` apart, behind them the scalars, and at the next whole ALIGNMENT the packed weight.
-X86Q_INLINE Scalars scalars(const int32_t* channels, int64_t stride) { return load<Scalars>(channels + 3 * stride); }
+template <class Epilogue>
+X86Q_INLINE Scalars scalars(const int32_t* channels, const X86qArguments& arguments) {
+    Scalars found = load<Scalars>(channels + 3 * arguments.channels);
+    if constexpr (Epilogue::DYNAMIC) found.x_zero_point = arguments.x_zero_point;
+    return found;
+}
 
 X86Q_INLINE const int8_t* packed_weight(const int32_t* channels, int64_t stride) {
     constexpr int64_t ALIGNMENT = 64;
@@ -28,6 +33,8 @@ struct Target {
     int64_t other_pixel;
     typename Epilogue::Out* out;
     int64_t out_pixel;
+    const float* x_scales;  // of the first pixel, where they are arguments
+    int64_t x_scales_step;
     int count;   // how many channels are wanted
     int pixels;  // and pixels
 };
@@ -45,8 +52,21 @@ X86Q_INLINE Ints pack(const Ints* x, const Scalars& scalars) {
     return maximum_unsigned_8(minimum_unsigned_8(pack_unsigned_16(front, back), greatest), least);
 }
 
+// Vector i of a pixel's channels as floats: they lie one after the other; the vector takes them so if IN_A_ROW, else as
+// `interleave` gives them.
+template <bool IN_A_ROW, class T>
+X86Q_INLINE Floats widen(const T* address, int i) {
+    if constexpr (IN_A_ROW) {
+        return widen(address + i * LANES);
+    } else {
+        T some[LANES];
+        for (int part = 0; part < LANES / 4; ++part) std::memcpy(some + part * 4, address + part * 16 + i * 4, 4 * sizeof(T));
+        return widen(some);
+    }
+}
+
 // The values of a pixel's VECTORS vectors of channels: dequantized, biased, and with the other operand added.
-template <class Epilogue, int VECTORS>
+template <class Epilogue, int VECTORS, bool IN_A_ROW>
 X86Q_INLINE void dequantize(
     const Ints* sums, const Scalars& scalars, const Target<Epilogue>& to, int pixel, Floats* values) {
     const typename Epilogue::Other* other = to.other + pixel * to.other_pixel;
@@ -58,11 +78,13 @@ X86Q_INLINE void dequantize(
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; ++i) {
         const int32_t* here = to.channels + i * LANES;
+        Floats sum = __builtin_convertvector(sums[i], Floats);
+        if constexpr (Epilogue::DYNAMIC) sum *= to.x_scales[pixel * to.x_scales_step];
         values[i] = multiply_add(
-            __builtin_convertvector(sums[i], Floats), load<Floats>(here + to.channels_stride),
+            sum, load<Floats>(here + to.channels_stride),
             load<Floats>(here + 2 * to.channels_stride));
         if constexpr (Epilogue::HAS_OTHER) {
-            const Floats others = widen(other + i * LANES) - scalars.other_zero_point;
+            const Floats others = widen<IN_A_ROW>(other, i) - scalars.other_zero_point;
             values[i] = multiply_add(others, Floats{} + scalars.other_scale, values[i]);
         }
     }
@@ -74,7 +96,8 @@ template <class Epilogue, int VECTORS, bool IN_A_ROW>
 X86Q_INLINE void quantize(const Floats* values, const Scalars& scalars, const Target<Epilogue>& to, int pixel) {
     typedef typename Epilogue::Out Out;
     constexpr int FULL = VECTORS * LANES;
-    constexpr bool HAS_FLOATS = Epilogue::HAS_OTHER && std::is_same_v<typename Epilogue::Other, float>;
+    constexpr bool IS_INTEGER = std::is_integral_v<Out>;
+    constexpr bool IS_BOUNDED = !Epilogue::DYNAMIC && (!Epilogue::HAS_OTHER || std::is_integral_v<typename Epilogue::Other>);
     Out* const out = to.out + pixel * to.out_pixel;
     Out some[FULL];
     [[maybe_unused]] Out* place = to.count < FULL ? some : out;
@@ -82,19 +105,20 @@ X86Q_INLINE void quantize(const Floats* values, const Scalars& scalars, const Ta
 #pragma GCC unroll 4
     for (int i = 0; i < VECTORS; ++i) {
         Floats value = values[i];
-        if constexpr (!std::is_same_v<Out, float>) {
+        if constexpr (IS_INTEGER) {
             if constexpr (!Epilogue::IN_STEPS) value *= scalars.inverse_scale;
-            // What only this kernel has computed has less than 2^30 steps; converting more than 2^31 would change its sign.
-            if constexpr (HAS_FLOATS) value = minimum(value, Floats{} + 0x1p30f);
+            // What only known numbers give has less than 2^30 steps; converting more than 2^31 would change its sign.
+            if constexpr (!IS_BOUNDED) value = minimum(value, Floats{} + 0x1p30f);
             steps[i] = nearest(value);
         } else if constexpr (IN_A_ROW) {
-            store(place + i * LANES, value);
+            store_floats(place + i * LANES, value);
         } else {
-            struct Parts { __m128 part[LANES / 4]; } parts = load<Parts>(&value);
-            for (int part = 0; part < LANES / 4; ++part) store(place + part * 16 + i * 4, parts.part[part]);
+            Out row[LANES];
+            store_floats(row, value);
+            for (int part = 0; part < LANES / 4; ++part) std::memcpy(place + part * 16 + i * 4, row + part * 4, 4 * sizeof(Out));
         }
     }
-    if constexpr (!std::is_same_v<Out, float>) {
+    if constexpr (IS_INTEGER) {
         const Ints packed = pack<VECTORS, std::is_signed_v<Out>>(steps, scalars);
         const Ints bytes = IN_A_ROW ? (Ints)parts_in_a_row((Integers)packed) : packed;
         if (to.count < FULL) {
@@ -114,7 +138,7 @@ X86Q_INLINE void finish(
     Floats values[PIXELS * VECTORS];
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; ++i)
-        if (first + i < to.pixels) dequantize<Epilogue, VECTORS>(sums[i], scalars, to, first + i, values + i * VECTORS);
+        if (first + i < to.pixels) dequantize<Epilogue, VECTORS, IN_A_ROW>(sums[i], scalars, to, first + i, values + i * VECTORS);
     if constexpr (!Epilogue::IN_STEPS) Epilogue::activate(values, scalars);
 #pragma GCC unroll 8
     for (int i = 0; i < PIXELS; ++i)

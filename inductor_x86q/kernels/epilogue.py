@@ -7,8 +7,8 @@ import math
 
 import torch
 
-CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float"}
-SHORT_NAMES = {torch.uint8: "u8", torch.int8: "s8", torch.float32: "f32"}
+CPP_TYPES = {torch.uint8: "uint8_t", torch.int8: "int8_t", torch.float32: "float", torch.bfloat16: "Bfloat16"}
+SHORT_NAMES = {torch.uint8: "u8", torch.int8: "s8", torch.float32: "f32", torch.bfloat16: "bf16"}
 
 # Post-operations that only limit a value, which limits do to the quantized one as well; None: its scalars are the limits.
 # They are one in machine code.
@@ -18,10 +18,15 @@ CLAMP = "clamp"
 # what, and the result with that one as `e`.
 _CODE: dict[str, str | tuple[str, str]] = {
     CLAMP: "second < v ? Floats{} + second : first > v ? Floats{} + first : v",  # what is no number stays so
+    "hardsigmoid": "minimum(maximum(v + 3.0f, Floats{}), Floats{} + 6.0f) * (1.0f / 6.0f)",
     "hardswish": "v * minimum(maximum(v + 3.0f, Floats{}), Floats{} + 6.0f) * (1.0f / 6.0f)",
     "leaky_relu": "maximum(v, Floats{}) + minimum(v, Floats{}) * first",
+    "sigmoid": ("-v", "reciprocal(1.0f + e)"),
     "swish": ("-v", "v * reciprocal(1.0f + e)"),
     "tanh": ("v + v", "1.0f - 2.0f * reciprocal(e + 1.0f)"),
+    "gelu_tanh": ("v * (-1.5957691f - 0.07135481f * (v * v))", "v * reciprocal(1.0f + e)"),
+    # 1 - erf(|v| / sqrt(2)) is about e^(-v*v / 2) times a polynomial of 1 / (1 + p|v|): Abramowitz and Stegun, 7.1.26.
+    "gelu_erf": ("-0.5f * v * v", "gelu(v, e)"),
 }
 # What kernels take as a post-operation, as oneDNN names it.
 ACTIVATIONS = frozenset({*LIMITS, *_CODE} - {CLAMP})
@@ -34,6 +39,7 @@ class Epilogue:
     output_dtype: torch.dtype
     activation: str = "none"
     other_dtype: torch.dtype | None = None
+    dynamic: bool = False  # the input's scale and zero point are arguments
 
     @property
     def code(self) -> str:
@@ -43,17 +49,22 @@ class Epilogue:
     @property
     def name(self) -> str:
         """What is added, the activation and the output's type."""
+        dynamic = "dynamic_" if self.dynamic else ""
         added = f"add_{SHORT_NAMES[self.other_dtype]}_" if self.other_dtype is not None else ""
-        return f"{added}{self.code}_{SHORT_NAMES[self.output_dtype]}"
+        return f"{dynamic}{added}{self.code}_{SHORT_NAMES[self.output_dtype]}"
 
     @property
     def in_steps(self) -> bool:
         """Whether scales and bias count in steps of the output, so that nothing is left to do but to limit and round."""
-        return self.output_dtype != torch.float32 and self.activation in LIMITS
+        return self.is_integer and self.activation in LIMITS
+
+    @property
+    def is_integer(self) -> bool:
+        return not self.output_dtype.is_floating_point
 
     def limits(self, numbers: Numbers) -> tuple[int, int]:
         """The least and the greatest integer of the output."""
-        if self.output_dtype == torch.float32:
+        if not self.is_integer:
             return 0, 0  # not used
         type_ = torch.iinfo(self.output_dtype)
         bounds = self._bounds(numbers) if self.in_steps else LIMITS["none"]
@@ -75,7 +86,7 @@ struct Epilogue {{
     using Out = {CPP_TYPES[self.output_dtype]};
     using Other = {CPP_TYPES[self.other_dtype or torch.float32]};
     static constexpr bool HAS_OTHER = {flag(self.other_dtype is not None)}, IN_STEPS = {flag(self.in_steps)};
-    static constexpr bool EXPONENTIAL = {flag(not isinstance(_CODE[self.code], str))};
+    static constexpr bool EXPONENTIAL = {flag(not isinstance(_CODE[self.code], str))}, DYNAMIC = {flag(self.dynamic)};
     template <int N>
     static X86Q_INLINE void activate(Floats (&values)[N], const Scalars& scalars) {{
         [[maybe_unused]] const float first = scalars.first, second = scalars.second;

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from importlib import resources
 
 from inductor_x86q.kernels.arguments import STRUCT, arguments
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, flag
-from inductor_x86q.kernels.isa import ISAS, Isa
+from inductor_x86q.kernels.isa import ISAS
 
 __all__ = ["STRUCT", "Kernel", "Taps", "arguments", "candidates", "translation_unit"]
 
 # Rows by columns of the blocks of sums that the vector registers hold beside a vector of each column and one input, by the
 # number of registers. More than four columns are not rounded to bytes together.
 BLOCKS = {
-    16: ((6, 2), (4, 3), (3, 4)),
-    32: ((6, 4), (9, 3), (8, 3), (7, 3), (14, 2), (12, 2), (10, 2)),
+    16: ((3, 4), (4, 3), (6, 2), (12, 1)),
+    32: ((6, 4), (9, 3), (8, 3), (7, 3), (14, 2), (12, 2), (10, 2), (14, 1), (7, 1)),
 }
 
 
@@ -113,38 +112,21 @@ extern "C" void {self.name}(
 def translation_unit(kernels: Sequence[Kernel]) -> str:
     """One C++ file for several kernels."""
     shared = dict.fromkeys(kernel.shared() for kernel in kernels)
-    return "".join(shared) + "".join(kernel.definition() for kernel in dict.fromkeys(kernels))
+    return "".join([*shared, *dict.fromkeys(kernel.definition() for kernel in kernels)])
 
 
 def candidates(convolution: Convolution, epilogue: Epilogue, isa: str) -> list[Kernel]:
-    """The kernels worth trying for a layer, the best guess first."""
+    """The kernels that compute a layer on such a CPU."""
     row = ISAS[isa]
     assert row.lanes == convolution.lanes, f"the weight is packed for {convolution.lanes} lanes, {isa} has {row.lanes}"
-    make = functools.partial(
-        Kernel, isa, epilogue=epilogue, x_signed=convolution.x_signed, fits_16=convolution.fits_16
-    )
+    make = functools.partial(Kernel, isa, epilogue=epilogue, x_signed=convolution.x_signed, fits_16=convolution.fits_16)
     if convolution.depthwise:
         columns = 2 if row.registers == 16 else 4  # of four vectors each, which is half of the registers
         narrow = convolution.c < 4 * row.lanes
         taps = Taps(convolution.kernel, convolution.stride[1], convolution.dilation[1], narrow)
         return [make(kind="depthwise", rows=1, columns=columns, taps=taps)]
-    return [make(kind="convolution", rows=rows, columns=columns) for rows, columns in _blockings(convolution, row)]
-
-
-def _blockings(convolution: Convolution, isa: Isa) -> list[tuple[int, int]]:
-    """Rows and columns of the register blocks worth trying, the best guess first."""
-    vectors, pixels = convolution.group_vectors, convolution.n * convolution.out_h * convolution.out_w
-
-    def cost(block: tuple[int, int]) -> float:
-        """Products, and a load for each row and column; the last blocks overlap those before them."""
-        rows, columns = block
-        return math.ceil(pixels / rows) * math.ceil(vectors / columns) * (rows * columns + (rows + columns) / 2)
-
-    best: dict[int, tuple[int, int]] = {}  # of each number of columns
-    for rows, columns in BLOCKS[isa.registers]:
-        block = rows, min(columns, vectors)
-        best[block[1]] = min(best.get(block[1], block), block, key=cost)
-    return sorted(best.values(), key=cost)[:2]
+    blocks = [(rows, columns) for rows, columns in BLOCKS[row.registers] if columns <= convolution.group_vectors]
+    return [make(kind="convolution", rows=rows, columns=columns) for rows, columns in blocks]
 
 
 def _once(name: str, text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from inductor_x86q.kernels import cost
-from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.convolution import Convolution, Depth
 from inductor_x86q.kernels.epilogue import Epilogue
 from inductor_x86q.kernels.family import Kernel
 
@@ -42,15 +42,19 @@ class Specification:
     def text(self) -> str:
         """As an argument of an operator, without what lowering adds."""
         convolution = dataclasses.asdict(self.convolution)
-        kept = {name: value for name, value in convolution.items() if name not in _PLACES}
+        kept: dict[str, Any] = {name: value for name, value in convolution.items() if name not in _PLACES}
         return json.dumps({**kept, "epilogue": [_name(value) for value in dataclasses.astuple(self.epilogue)]})
 
     @staticmethod
     def read(text: str) -> Specification:
         values: dict[str, Any] = json.loads(text)
-        output, activation, other = values.pop("epilogue")
-        kept = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return Specification(Convolution(**kept), Epilogue(_dtype(output), activation, _dtype(other)))
+        output, activation, other, dynamic = values.pop("epilogue")
+        depth = Depth(**values.pop("depth"))
+        kept: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        epilogue = Epilogue(_dtype(output), activation, _dtype(other), dynamic)
+        return Specification(Convolution(depth=depth, **kept), epilogue)
 
 
 def _name(value: Any) -> Any:

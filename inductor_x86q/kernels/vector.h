@@ -108,6 +108,19 @@ X86Q_INLINE void exponentials(Floats (&x)[N]) {
     for (int i = 0; i < N; ++i) x[i] = (Floats)((Ints)p[i] + ((Ints)n[i] << 23));  // p is near 1: its exponent does not overflow
 }
 
+// v·Φ(v) from e^(-v²/2).
+X86Q_INLINE Floats gelu(Floats v, Floats e) {
+    constexpr float POLYNOMIAL[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
+    const Floats t = reciprocal(1.0f + 0.23164189f * maximum(v, -v));
+    Floats p = Floats{} + 1.061405429f;
+    for (const float factor : POLYNOMIAL) p = multiply_add(p, t, Floats{} + factor);
+    const Floats rest = 0.5f * v * p * t * e;  // v times what lies beyond |v|
+    return v > 0.0f ? v - rest : rest;
+}
+
+// The upper half of a float.
+struct Bfloat16 { uint16_t bits; };
+
 X86Q_INLINE Ints extend(const uint8_t* address) { return (Ints)extend_bytes(address); }
 X86Q_INLINE Ints extend(const int8_t* address) { return ((Ints)extend_bytes(address) ^ 128) - 128; }
 
@@ -115,7 +128,18 @@ template <class T>
 X86Q_INLINE Floats widen(const T* address) {
     if constexpr (std::is_same_v<T, float>) {
         return load<Floats>(address);
+    } else if constexpr (std::is_same_v<T, Bfloat16>) {
+        return (Floats)((Ints)extend_shorts(address) << 16);
     } else {
         return __builtin_convertvector(extend(address), Floats);
     }
+}
+
+X86Q_INLINE void store_floats(float* address, Floats value) { store(address, value); }
+
+// To the nearest, ties to even.
+X86Q_INLINE void store_floats(Bfloat16* address, Floats value) {
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+    const Words bits = (Words)value, rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    store_shorts(address, (Integers)(value == value ? rounded : Words{} + 0x7FC0));
 }

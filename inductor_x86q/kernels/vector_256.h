@@ -14,7 +14,17 @@ X86Q_INLINE Integers extend_bytes(const void* address) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)address));
 }
 
+// LANES shorts as integers.
+X86Q_INLINE Integers extend_shorts(const void* address) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)address));
+}
+
 #if X86Q_HAS_MASKS
+// The lower half of each number.
+X86Q_INLINE void store_shorts(void* address, Integers value) {
+    _mm_storeu_si128((__m128i*)address, _mm256_cvtepi32_epi16(value));
+}
+
 X86Q_INLINE Singles estimated_reciprocal(Singles x) { return _mm256_rcp14_ps(x); }
 
 X86Q_INLINE Integers load_first_bytes(const void* address, int bytes) {
@@ -25,6 +35,12 @@ X86Q_INLINE void store_first_bytes(void* address, Integers value, int bytes) {
     _mm256_mask_storeu_epi8(address, ~0u >> (32 - bytes), value);
 }
 #else
+// Of numbers below 2^16.
+X86Q_INLINE void store_shorts(void* address, Integers value) {
+    const Integers packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(value, value), 8);
+    _mm_storeu_si128((__m128i*)address, _mm256_castsi256_si128(packed));
+}
+
 // Of 12 bits, and made as good as one of 14 need be.
 X86Q_INLINE Singles estimated_reciprocal(Singles x) {
     const Singles estimate = _mm256_rcp_ps(x), one = _mm256_set1_ps(1.0f);

@@ -14,6 +14,16 @@ X86Q_INLINE Integers extend_bytes(const void* address) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)address));
 }
 
+// LANES shorts as integers.
+X86Q_INLINE Integers extend_shorts(const void* address) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)address));
+}
+
+// The lower half of each number.
+X86Q_INLINE void store_shorts(void* address, Integers value) {
+    _mm256_storeu_si256((__m256i*)address, _mm512_cvtepi32_epi16(value));
+}
+
 X86Q_INLINE Singles estimated_reciprocal(Singles x) { return _mm512_rcp14_ps(x); }
 
 X86Q_INLINE Integers load_first_bytes(const void* address, int bytes) {

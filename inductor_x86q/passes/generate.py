@@ -7,7 +7,6 @@ take. Lowering adds where tensors lie.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import fx
@@ -17,6 +16,7 @@ from inductor_x86q.graph import calls, qdq
 from inductor_x86q.graph.library import GENERATED
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import configuration, fake_tensors, objects
+from inductor_x86q.kernels import cost
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
@@ -47,13 +47,14 @@ def _find(node: fx.Node) -> _Layer | No:
     sizes = (*qdq.value(call.x).shape, *qdq.value(node).shape)
     if not all(isinstance(size, int) for size in sizes):
         return No("a size is not known when compiling")
-    convolution = _convolution(call, weight)
-    if why := _obstacle(call, convolution):
+    if why := _obstacle(call):
         return No(f"no kernel is generated for {why}")
+    epilogue = _epilogue(call)
+    convolution = cost.widest(_convolution(call, weight), epilogue)
     weight, numbers = weight.reshape(*weight.shape[:2], *convolution.kernel), _numbers(call)
-    if not (call.output_dtype == torch.float32 or convolution.largest_step(weight, numbers) < 2**30):
+    if epilogue.is_integer and not (convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
-    specification = Specification(convolution, _epilogue(call))
+    specification = Specification(convolution, epilogue)
     if specification.is_call and not configuration.is_autotuning():
         return No("the call is thought faster")
     return _Layer(weight, numbers, specification)
@@ -77,44 +78,33 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
         padding=tuple(padding),
         dilation=tuple(dilation),
         groups=groups,
-        lanes=lanes(c, vectors=4) if groups == c > 1 else lanes(out_c // groups),
+        lanes=8,
         x_signed=x.dtype == torch.int8,
         fits_16=not cpu.has_vnni(),
     )
     return dataclasses.replace(found, threads=configuration.threads(found.macs, MACS_PER_THREAD))
 
 
-def lanes(channels: int, vectors: int = 1) -> int:
-    """How wide vectors are best for so many neighbouring output channels, which a kernel takes in so many `vectors`.
-
-    The widest, unless narrow ones leave less of them empty at no more cost. Where a wide instruction is run as two halves
-    it costs as much as two narrow ones, but for what it saves in decoding.
-    """
-    widest = cpu.int8_lanes()
-    narrow, wide = (math.ceil(channels / (width * vectors)) for width in (8, 16))
-    return min(widest, 8) if narrow <= (1.7 if cpu.halves_512() else 1) * wide else widest
-
-
 def _epilogue(call: calls.Call) -> Epilogue:
-    return Epilogue(call.output_dtype, call.unary.name, _other_dtype(call))
+    return Epilogue(call.output_dtype, _activation(call), _other_dtype(call))
+
+
+def _activation(call: calls.Call) -> str:
+    """A call's activation as kernels name it."""
+    unary = call.unary
+    return f"gelu_{'tanh' if unary.algorithm == 'tanh' else 'erf'}" if unary.name == "gelu" else unary.name
 
 
 def _other_dtype(call: calls.Call) -> torch.dtype | None:
     return qdq.value(call.binary.other).dtype if call.binary else None
 
 
-def _obstacle(call: calls.Call, convolution: Convolution) -> str:
+def _obstacle(call: calls.Call) -> str:
     """Why no kernel of ours computes the layer; empty where one does."""
     for dtype, what in ((call.output_dtype, "an output"), (_other_dtype(call), "an addition")):
         if dtype is not None and dtype not in CPP_TYPES:
             return f"{what} of {dtype}"
-    if call.unary.name not in ACTIVATIONS:
-        return f"the activation {call.unary.name}"
-    if convolution.groups > 1 and convolution.c == convolution.groups and not convolution.depthwise:
-        return "a depthwise convolution with more than one output of a channel"
-    if convolution.depthwise and call.binary is not None:
-        return "a depthwise convolution with an addition"
-    return ""
+    return "" if _activation(call) in ACTIVATIONS else f"the activation {call.unary.name}"
 
 
 def _numbers(call: calls.Call) -> Numbers:
