@@ -79,8 +79,12 @@ def threads(convolution: Convolution) -> int:
 
 def kernel_work(kernel: Kernel, convolution: Convolution) -> tuple[str, Work]:
     """The kind of a kernel, and the work of the thread that has most."""
-    work = _depthwise(kernel, convolution) if kernel.taps else _by_runs(kernel, convolution)
-    return kernel.kind, {**work, "calls": 1, "threads": float(threads(convolution) > 1)}
+    if kernel.taps:
+        kind, work = kernel.kind, _depthwise(kernel, convolution)
+    else:
+        kind = "pixel" if convolution.pixels == 1 else kernel.kind  # which takes another loop
+        work = _by_runs(kernel, convolution)
+    return kind, {**work, "calls": 1, "threads": float(threads(convolution) > 1)}
 
 
 PASS_BYTES = 16384  # as in the C++
@@ -93,10 +97,11 @@ def _by_runs(kernel: Kernel, conv: Convolution) -> Work:
     panels = math.ceil(conv.group_vectors / columns)
     panel_bytes = columns * runs * fours * 4 * conv.lanes
     together = min(max(PASS_BYTES // panel_bytes, 1), panels)
-    tasks = math.ceil(pixels / rows) * math.ceil(panels / together) * conv.groups
-    blocks = math.ceil(tasks / threads(conv)) * together  # by panels
     if pixels == 1:
         rows = 1
+    count = math.ceil(pixels / rows) * conv.groups
+    tasks = count * math.ceil(panels / together)
+    blocks = count * panels * math.ceil(tasks / threads(conv)) / tasks  # by panels
     steps = blocks * runs * fours
     return {
         "products": steps * rows * columns,

@@ -235,7 +235,7 @@ def fit() -> None:
             rows.setdefault((machine, kind), []).append((work, taken))
     weights: dict[str, dict[str, float]] = {}
     for (machine, kind), times in rows.items():
-        names = list(times[0][0])
+        names = [name for name in times[0][0] if any(work[name] for work, _ in times)]
         matrix = torch.tensor([[work[name] / taken for name in names] for work, taken in times]).double()
         scale = matrix.abs().amax(0).clamp(min=1e-30)
         solution, _ = nnls((matrix / scale).numpy(), torch.ones(len(times)).double().numpy())
@@ -270,7 +270,7 @@ def judge(found: Sequence[Measured]) -> None:
         predicted = {}
         for name in entry.times:
             machine, kind, work = _work(entry, name)
-            predicted[name] = sum(weights[machine][f"{kind} {what}"] * count for what, count in work.items())
+            predicted[name] = sum(weights[machine].get(f"{kind} {what}", 0.0) * count for what, count in work.items())
         chosen = min(predicted, key=predicted.__getitem__)
         best = min(entry.times, key=entry.times.__getitem__)
         loss = entry.times[chosen] / entry.times[best]
