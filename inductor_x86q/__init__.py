@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from inductor_x86q.version import __version__
+
 if TYPE_CHECKING:
     from inductor_x86q.aot import package
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from inductor_x86q.quantization.pt2e import convert, prepare_qat, quantize
     from inductor_x86q.quantization.quantizer import X86Quantizer
     from inductor_x86q.report import Report
-
-__version__ = "0.1.0"
 
 # Imported when first used: torch.compile loads the backend alone, without torchao.
 _HOME = {
@@ -40,8 +40,22 @@ _HOME = {
 }
 
 __all__ = [
-    "CompileError", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer", "convert", "cpp_code",
-    "explain", "package", "prepare_qat", "quantize", "register_pass", "why",
+    "CompileError",
+    "No",
+    "QuantizationError",
+    "Report",
+    "Rule",
+    "StrictError",
+    "X86Quantizer",
+    "__version__",
+    "convert",
+    "cpp_code",
+    "explain",
+    "package",
+    "prepare_qat",
+    "quantize",
+    "register_pass",
+    "why",
 ]  # fmt: skip
 
 

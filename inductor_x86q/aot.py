@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-import inductor_x86q
 from inductor_x86q.backend import require_compilable, run_passes, settings
 from inductor_x86q.errors import CompileError
-from inductor_x86q.inductor import compiling, configuration, objects, scopes
+from inductor_x86q.inductor import compiling, configuration, objects, patches
 from inductor_x86q.report import Report
+from inductor_x86q.version import __version__
 
 REPORT_FILE = "inductor_x86q_report.json"
 
@@ -73,7 +73,7 @@ def package(
     def extra_files() -> dict[str, str]:
         return {REPORT_FILE: _to_json(report)}
 
-    with scopes.pipeline_scope(pipeline), objects.built_ahead():
+    with patches.applied(pipeline), objects.built_ahead():
         compiling.aot_package(exported, target, chosen.inductor, extra_files)
     return target
 
@@ -127,7 +127,7 @@ def _defaults() -> dict[str, Any]:
 
 def _to_json(report: Report) -> str:
     """The report in its own schema, and beside it what made the package."""
-    made_by = {"inductor_x86q": inductor_x86q.__version__, "torch": torch.__version__}
+    made_by = {"inductor_x86q": __version__, "torch": torch.__version__}
     return json.dumps({**made_by, "report": json.loads(report.to_json())}, indent=1)
 
 

@@ -15,7 +15,7 @@ from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.inductor import compiling, configuration, dynamo, objects, scopes
+from inductor_x86q.inductor import compiling, configuration, dynamo, objects, patches, supported
 from inductor_x86q.report import Report, RuleCount, dump
 from inductor_x86q.report.collect import collect
 
@@ -24,15 +24,6 @@ log = logging.getLogger(__name__)
 # Options of ours; everything else in `options` is Inductor's.
 OWN_OPTIONS = ("strict", "kernels")
 KERNELS = ("auto", "onednn")
-# What is asked of Inductor where the user says nothing else.
-DEFAULTS = {
-    "freezing": True,
-    "cpp_wrapper": True,
-    # The function that calls the kernels is compiled by itself, hardly optimised: else it takes longer than they do.
-    "cpp_wrapper_build_separate": True,
-    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
-    "always_keep_tensor_constants": True,
-}
 
 
 def inductor_x86q(
@@ -70,6 +61,7 @@ class Settings:
 
 def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     """Checks and merges what `torch.compile` passed on; raises CompileError for what is not known."""
+    supported.require()
     if options is not None and not isinstance(options, Mapping):
         raise CompileError(f"options is a {type(options).__name__}: expected a dictionary of names and values")
     given = dict(options or {})
@@ -86,15 +78,9 @@ def settings(mode: str | None, options: Mapping[str, Any] | None) -> Settings:
     if own.get("kernels", "auto") not in KERNELS:
         raise CompileError(f"option `kernels` is {own['kernels']!r}: expected {' or '.join(map(repr, KERNELS))}")
     try:
-        chosen = configuration.mode_options(mode) if mode else {}
-        chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
+        inductor = configuration.merged(mode, given)
     except RuntimeError as error:
         raise CompileError(str(error)) from error
-    if not given.get("freezing", True):
-        raise CompileError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
-    inductor = {**DEFAULTS, **chosen, **given}
-    if configuration.foreign_pre_grad_pass() and "pre_grad_custom_pass" not in given:
-        inductor["pre_grad_custom_pass"] = None
     return Settings(inductor, **own)
 
 
@@ -125,10 +111,9 @@ def compile_graph(
     remaining = [inputs[position] for position in kept]
     generating = "inner_compile" not in keywords
     with contextlib.ExitStack() as stack:
-        stack.enter_context(scopes.pipeline_scope(pipeline))
-        stack.enter_context(scopes.cacheable_constants())
+        stack.enter_context(patches.applied(pipeline))
         if generating:
-            stack.enter_context(scopes.headers_ahead(chosen.inductor))
+            stack.enter_context(patches.headers_ahead(chosen.inductor))
             stack.enter_context(objects.built_ahead())
         compiled = compiling.compile_fx(graph_module, remaining, chosen.inductor, **keywords)
     return _dropping(compiled, kept, len(inputs))

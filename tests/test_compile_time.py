@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from inductor_x86q import cpp_code, testing
-from inductor_x86q.inductor import caches, scopes
+from inductor_x86q.inductor import caches, patches
+from inductor_x86q.inductor.patches import constant_folding
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 
 
@@ -86,7 +88,7 @@ def test_a_mask_written_in_parts_is_stored() -> None:
 
 
 def test_what_is_large_and_constructed_is_computed_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scopes, "LARGEST_CONSTRUCTED", 5 * 16 - 1)
+    monkeypatch.setattr(constant_folding, "LARGEST_CONSTRUCTED", 5 * 16 - 1)
     inputs = (torch.randn(5, 16),)
     quantized = testing.qdq_graph(Masked(5), inputs)
     assert "-100" in cpp_code(quantized, inputs)
@@ -139,16 +141,18 @@ def test_a_fake_value_is_computed_anew_when_an_operand_changes() -> None:
     doubled = graph.call_function(torch.ops.aten.add.Tensor, (weight, weight))
     graph.output(doubled)
     module = fx.GraphModule({"weight": torch.ones(2, 3)}, graph)
-    from torch._inductor import compile_fx
-
-    with scopes.pipeline_scope(lambda graph: None):
-        compile_fx.fake_tensor_prop(module, [], True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with patches.applied(lambda graph: None):
+        FakeTensorProp(module, mode).propagate()
         first = doubled.meta["val"]
-        compile_fx.fake_tensor_prop(module, [], True)
+        FakeTensorProp(module, mode).propagate()
         assert doubled.meta["val"] is first
         module.weight = torch.ones(3, 2).t()
-        compile_fx.fake_tensor_prop(module, [], True)
-    assert doubled.meta["val"].stride() == (1, 2)
+        FakeTensorProp(module, mode).propagate()
+        assert doubled.meta["val"].stride() == (1, 2)
+        another = FakeTensorMode(allow_non_fake_inputs=True)
+        FakeTensorProp(module, another).propagate()
+    assert doubled.meta["val"].fake_mode is another
 
 
 def test_the_calling_function_is_compiled_beside_the_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -61,14 +61,14 @@ def test_cache_directory_is_full(run_python: Callable[..., Any], tmp_path: Path)
 
 def test_interrupted_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle of a pass leaves nothing replaced behind, and the next compile is right."""
-    from torch._inductor.fx_passes import freezing_patterns
+    from torch._inductor.pattern_matcher import PatternMatcherPass
 
     from inductor_x86q import passes
 
-    before = freezing_patterns.pass_patterns
+    before = PatternMatcherPass.apply
 
     def interrupt(graph: Any, between: Any = None) -> Any:
-        assert freezing_patterns.pass_patterns is not before
+        assert PatternMatcherPass.apply is not before
         raise KeyboardInterrupt
 
     module = Made(lambda m, x: torch.relu(m.fc(QD(x))))
@@ -76,7 +76,7 @@ def test_interrupted_compile(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(passes, "run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             inspection.run_fused(module, (X,))
-    assert freezing_patterns.pass_patterns is before
+    assert PatternMatcherPass.apply is before
     torch._dynamo.reset()
     result, report = inspection.run_fused(module, (X,))
     with torch.no_grad():

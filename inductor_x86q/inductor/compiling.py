@@ -8,28 +8,49 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q.inductor.decompositions import decompositions
+from inductor_x86q.inductor.requirements import Interface, Needs
 from inductor_x86q.inductor.uncompiled import run_uncompiled
 from inductor_x86q.inductor.wrapper_source import until_source
+
+INTERFACE = Interface(
+    "compiling.py",
+    "Inductor's entry points, for torch.compile and ahead of time.",
+    (
+        Needs(
+            "torch._inductor.compile_fx", "compile_fx", parameters=("inner_compile", "config_patches", "decompositions")
+        ),
+        Needs("torch._inductor.compile_fx", "compile_fx_inner"),
+        Needs("torch._inductor", "aot_compile", parameters=("gm", "args", "kwargs", "options")),
+        Needs("torch._inductor", "aoti_load_package"),
+        Needs("torch._inductor.config", "aot_inductor.package"),
+        Needs("torch.export.pt2_archive._package", "package_pt2", parameters=("aoti_files", "extra_files")),
+        Needs("torch.export.pt2_archive._package", "PT2ArchiveReader.get_file_names"),
+        Needs("torch.export.pt2_archive._package", "PT2ArchiveReader.read_string"),
+        Needs("torch.export.pt2_archive.constants", "EXTRA_DIR"),
+        Needs("torch.export", "ExportedProgram.module", parameters=("check_guards",)),
+    ),
+    "Grad mode being off having Inductor freeze; `aot_compile` returning the list of files under `aot_inductor.package`, and "
+    "taking no guards; `package_pt2` storing extra files where all loaders leave them alone.",
+)
 
 
 def compile_fx(
     graph_module: fx.GraphModule, example_inputs: list[Any], options: Mapping[str, Any], **keywords: Any
 ) -> Any:
-    """Inductor's entry point; grad mode must be off, else it does not freeze."""
+    """Inductor's entry point."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
     with torch.no_grad():
-        return inductor_compile_fx(graph_module, example_inputs, config_patches=dict(options), **keywords)
+        return inductor_compile_fx(graph_module, example_inputs, config_patches=dict(options),
+                                    decompositions=decompositions(), **keywords)  # fmt: skip
 
 
 def aot_package(exported: torch.export.ExportedProgram, path: str, options: Mapping[str, Any],
                 extra_files: Callable[[], dict[str, str]]) -> None:  # fmt: skip
     """Compiles an exported program with AOTInductor into a .pt2; `extra_files` is asked for once it is compiled.
 
-    Does what `torch._inductor.aoti_compile_and_package` does, which takes no extra files. Relies on
-    `torch._inductor.aot_compile` returning the list of files under `aot_inductor.package`, on it taking no guards
-    (`check_guards`), and on `package_pt2` storing extra files where all loaders leave them alone. Grad mode must be
-    off, else Inductor does not freeze.
+    Does what `torch._inductor.aoti_compile_and_package` does, which takes no extra files.
     """
     from torch.export.pt2_archive._package import package_pt2
 
@@ -48,6 +69,11 @@ def read_extra_file(path: str, name: str) -> str | None:
 
     with PT2ArchiveReader(path) as archive:
         return archive.read_string(EXTRA_DIR + name) if EXTRA_DIR + name in archive.get_file_names() else None
+
+
+def load_package(path: str) -> Callable[..., Any]:
+    """Loads the code of a package."""
+    return torch._inductor.aoti_load_package(path)
 
 
 def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "configuration.py",
+    "Inductor's options and modes, and the C++ compiler that they name.",
+    (
+        Needs("torch._inductor", "list_options"),
+        Needs("torch._inductor", "list_mode_options", parameters=("mode",)),
+        Needs("torch._inductor.config", "freezing"),
+        Needs("torch._inductor.config", "cpp_wrapper"),
+        Needs("torch._inductor.config", "cpp_wrapper_build_separate"),
+        Needs("torch._inductor.config", "always_keep_tensor_constants"),
+        Needs("torch._inductor.config", "max_autotune"),
+        Needs("torch._inductor.config", "pre_grad_custom_pass"),
+        Needs("torch._inductor.config", "cpp.cxx"),
+        Needs("torch._inductor.cpp_builder", "get_cpp_compiler"),
+    ),
+    "Options being patched when the passes run, in the thread that compiles; `get_cpp_compiler` searching `cpp.cxx`.",
+)
 
 
 def config_keys() -> set[str]:
@@ -12,13 +34,47 @@ def config_keys() -> set[str]:
     return set(torch._inductor.list_options())
 
 
-def mode_options(mode: str) -> dict[str, Any]:
-    """What a `torch.compile` mode stands for; raises RuntimeError that lists the modes when there is no such one."""
-    return dict(torch._inductor.list_mode_options(mode))
+# What is asked of Inductor where the user says nothing else.
+DEFAULTS = {
+    "freezing": True,
+    "cpp_wrapper": True,
+    # The function that calls the kernels is compiled by itself, hardly optimised: else it takes longer than they do.
+    "cpp_wrapper_build_separate": True,
+    # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
+    "always_keep_tensor_constants": True,
+}
+
+
+def merged(mode: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a compile for which the user gives these, and perhaps a `torch.compile` mode.
+
+    Raises RuntimeError where there is no such mode, with those that there are, and where freezing is switched off.
+    """
+    if not given.get("freezing", True):
+        raise RuntimeError("option `freezing` is False: the int8 passes run on frozen weights only; leave it out")
+    chosen = dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    chosen.pop("triton.cudagraphs", None)  # for a CPU it stands for a warning only
+    foreign = {"pre_grad_custom_pass": None} if _foreign_pre_grad_pass() else {}
+    return {**DEFAULTS, **chosen, **foreign, **given}
+
+
+def _foreign_pre_grad_pass() -> bool:
+    """Whether some quantization library has set Inductor's pre-grad hook (torchao's x86 quantizer does on import)."""
+    from torch._inductor import config
+
+    hook = config.pre_grad_custom_pass
+    return hook is not None and type(hook).__module__.startswith("torchao.")
+
+
+def frozen() -> contextlib.AbstractContextManager[Any]:
+    """Within this context a plain torch.compile freezes and calls kernels from C++, as ours do; Dynamo reads the flag too."""
+    from torch._inductor import config
+
+    return config.patch(freezing=True, cpp_wrapper=True)
 
 
 def is_autotuning() -> bool:
-    """Whether the compile at hand asks for max-autotune (relies on Inductor's configuration being patched by then)."""
+    """Whether the compile at hand asks for max-autotune."""
     from torch._inductor import config
 
     return bool(config.max_autotune)
@@ -41,19 +97,8 @@ def threads(work: int, per_thread: int) -> int:
     return min(parallel_num_threads(), max(1, work // per_thread))
 
 
-def foreign_pre_grad_pass() -> bool:
-    """Whether some quantization library has set Inductor's pre-grad hook (torchao's x86 quantizer does on import)."""
-    from torch._inductor import config
-
-    hook = config.pre_grad_custom_pass
-    return hook is not None and type(hook).__module__.startswith("torchao.")
-
-
 def cxx_compiler() -> str:
-    """The C++ compiler that Inductor will call; raises RuntimeError naming what was looked for when there is none.
-
-    Relies on `cpp_builder.get_cpp_compiler` searching `config.cpp.cxx`.
-    """
+    """The C++ compiler that Inductor will call; raises RuntimeError naming what was looked for when there is none."""
     from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
 

@@ -9,6 +9,17 @@ import torch
 from torch import fx
 
 from inductor_x86q.inductor.fake_tensors import register_quantized_decomposed
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "decompositions.py",
+    "The table that Inductor decomposes by, and tracing one decomposition.",
+    (
+        Needs("torch._inductor.decomposition", "select_decomp_table"),
+        Needs("torch.fx.experimental.proxy_tensor", "make_fx", parameters=("decomposition_table",)),
+    ),
+    "`select_decomp_table` giving the table that a compile would use; `meta['val']` of a node being its fake value.",
+)
 
 aten = torch.ops.aten
 
@@ -57,15 +68,18 @@ def _batch_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor
     return result.to(x.dtype), x.new_empty(0), x.new_empty(0)
 
 
-def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decomposition table without KEPT_WHOLE, with the operators that choose scales corrected.
+class _Table(dict[Any, Callable[..., Any]]):
+    """A decomposition table that is pickled by what makes it: it is part of the key under which Inductor caches a graph."""
 
-    Relies on `torch._inductor.decomposition.select_decomp_table()` returning the table that compile_fx would use.
-    Module level (no closure) because Inductor pickles a reference to it into its cache key.
-    """
+    def __reduce__(self) -> tuple[Any, ...]:
+        return decompositions, ()
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decomposition table without KEPT_WHOLE, with the operators that choose scales corrected."""
     from torch._inductor.decomposition import select_decomp_table
 
-    table = dict(select_decomp_table())
+    table = _Table(select_decomp_table())
     for target in KEPT_WHOLE:
         table.pop(target, None)
     register_quantized_decomposed()
@@ -76,10 +90,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def decompose_node(graph_module: fx.GraphModule, node: fx.Node, written_out: Mapping[Any, Callable[..., Any]]) -> None:
-    """Replaces `node` by what Inductor decomposes it into, or, if it is in `written_out`, by what is said there.
-
-    Relies on `make_fx` tracing a decomposition over fake tensors, and on `meta["val"]` of the arguments.
-    """
+    """Replaces `node` by what Inductor decomposes it into, or, if it is in `written_out`, by what is said there."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -8,6 +8,26 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "dynamo.py",
+    "To make constants of the parameters that Dynamo lifts to inputs, and have it compile again for other ones.",
+    (
+        Needs("torch._dynamo.guards", "GuardBuilder.ID_MATCH"),
+        Needs("torch._dynamo.guards", "GuardBuilder.TENSOR_MATCH"),
+        Needs("torch._guards", "TracingContext.try_get"),
+        Needs("torch._guards", "GuardsSet.add", parameters=("guard", "collect_debug_stack")),
+        Needs("torch._guards", "GuardsSet.clear"),
+        Needs("torch._guards", "Guard.create_fn_name"),
+        Needs("torch._guards", "Source.make_guard"),
+        Needs("torch._guards", "GuardSource"),
+    ),
+    "Dynamo marking what it lifts from a module by `_dynamo_static_input_type`, and its placeholders by `_dynamo_source`; the "
+    "example inputs of parameters being real tensors; AOTAutograd telling parameters by `_param_name_to_source`; guards being "
+    "made into a check after the backend is done; `TENSOR_MATCH` saying nothing that a tensor's identity does not say.",
+)
+
 
 def is_lifted_parameter(value: Any) -> bool:
     """Whether Dynamo lifted this example input from a module: it marks such tensors with this attribute."""

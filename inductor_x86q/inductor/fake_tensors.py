@@ -10,6 +10,25 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "fake_tensors.py",
+    "Fake values of new nodes, questions about sizes, operators that are registered on import, constants.",
+    (
+        Needs("torch.ao.quantization.fx._decomposed"),
+        Needs("torch._inductor.inductor_prims"),
+        Needs("torch._inductor.virtualized", "V.fake_mode"),
+        Needs("torch._subclasses", "FakeTensorMode", parameters=("allow_non_fake_inputs",)),
+        Needs("torch.fx.experimental.symbolic_shapes", "statically_known_true"),
+        Needs("torch.fx.experimental.symbolic_shapes", "guard_or_false"),
+        Needs("torch.utils._python_dispatch", "_disable_current_modes"),
+        Needs("torch._inductor.freezing_utils", "maybe_set_is_frozen_param"),
+    ),
+    "`V.fake_mode` being set while Inductor compiles; fake tensors carrying their mode; `statically_known_true` never adding a "
+    "guard; a constant's mark being an attribute of it, set within freezing alone.",
+)
+
 
 @functools.cache
 def register_quantized_decomposed() -> None:

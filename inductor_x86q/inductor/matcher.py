@@ -7,9 +7,23 @@ from typing import Any
 
 from torch import fx
 
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "matcher.py",
+    "Rules are found by Inductor's pattern matcher.",
+    (
+        Needs("torch._inductor.pattern_matcher", "PatternMatcherPass", parameters=("pass_name",)),
+        Needs("torch._inductor.pattern_matcher", "CallFunctionVarArgs"),
+        Needs("torch._inductor.pattern_matcher", "register_graph_pattern", parameters=("extra_check", "pass_dict")),
+        Needs("torch._inductor.pattern_matcher", "stable_topological_sort"),
+    ),
+    "A pattern of one operator matching all its calls; what the check sets on a match being there for the handler.",
+)
+
 
 def matcher_pass(name: str) -> Any:
-    """A new `PatternMatcherPass`; the keyword is the same in all supported versions."""
+    """A new `PatternMatcherPass`."""
     from torch._inductor.pattern_matcher import PatternMatcherPass
 
     return PatternMatcherPass(pass_name=name)

@@ -1,8 +1,7 @@
 """Machine code of ours, compiled apart from what Inductor generates: one object for each source, in Inductor's cache directory.
 
 Objects are named by what they are made of: source, command line, compiler, CPU. So whoever needs the same one, another
-layer, network or process, finds it. Relies on `codecache.write` naming a file by its contents, on `CppBuilder` reading
-Inductor's configuration when it is made and not when it builds, and on `get_lock_dir` and `FileLock` keeping processes apart.
+layer, network or process, finds it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,28 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inductor_x86q import cpu
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "objects.py",
+    "To compile kernels of ours as Inductor does its own, in its cache directory.",
+    (
+        Needs("torch._inductor.codecache", "write", parameters=("content", "extension", "extra")),
+        Needs("torch._inductor.codecache", "get_path", parameters=("basename", "extension")),
+        Needs("torch._inductor.codecache", "get_lock_dir"),
+        Needs("torch._inductor.codecache", "LOCK_TIMEOUT"),
+        Needs("torch._inductor.cpp_builder", "CppBuilder.get_command_line"),
+        Needs("torch._inductor.cpp_builder", "get_cpp_compiler"),
+        Needs("torch._inductor.cpp_builder", "get_compiler_version_info", parameters=("compiler",)),
+        Needs(
+            "torch._inductor.cpp_builder",
+            "CppTorchDeviceOptions",
+            parameters=("device_type", "include_pytorch", "compile_only", "extra_flags"),
+        ),
+        Needs("torch.utils._filelock", "FileLock"),
+    ),
+    "`write` naming a file by its contents; a `CppBuilder` reading the configuration when it is made, not when it builds.",
+)
 
 _SUFFIX = "x86q"  # of files: <hash>.x86q.cpp, and the same with .o and .so
 _FLAGS = "// flags: "

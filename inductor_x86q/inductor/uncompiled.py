@@ -8,6 +8,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "uncompiled.py",
+    "The frozen and fused graph is run eagerly.",
+    (Needs("torch.fx", "Interpreter.call_function", parameters=("target", "args", "kwargs")),),
+    "Every operator in such a graph, Inductor's prims included, having an eager kernel; a call that adds having what it adds as "
+    "its seventh argument; `inner_compile` giving what is called with a list of arguments, by `_boxed_call`.",
+)
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 

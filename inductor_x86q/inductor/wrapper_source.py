@@ -9,8 +9,23 @@ from typing import Any
 
 from torch import fx
 
-from inductor_x86q.inductor.caches import caches_off
-from inductor_x86q.inductor.scoping import replaced, scope_lock
+from inductor_x86q.inductor.caches import graph_caches_off
+from inductor_x86q.inductor.patches.generated_source import source_goes_to
+from inductor_x86q.inductor.patches.scopes import SOURCE
+from inductor_x86q.inductor.requirements import Interface, Needs
+
+INTERFACE = Interface(
+    "wrapper_source.py",
+    "Which nodes of the graph each buffer of generated code stands for.",
+    (
+        Needs("torch._inductor.virtualized", "V.graph"),
+        Needs("torch._inductor.scheduler", "BaseSchedulerNode.get_nodes"),
+        Needs("torch._inductor.scheduler", "BaseSchedulerNode.get_buffer_names"),
+        Needs("torch._inductor.scheduler", "BaseSchedulerNode.is_extern"),
+        Needs("torch._inductor.scheduler", "BaseSchedulerNode.is_template"),
+    ),
+    "`V.graph.scheduler.nodes` being the fused nodes, each with its nodes, their IR and its `origins`.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,25 +38,20 @@ class Generated:
 
 @contextlib.contextmanager
 def generated_code() -> Iterator[list[Generated]]:
-    """Collects every wrapper that Inductor generates within this context.
+    """Collects every wrapper that Inductor generates in this context, for this thread's compiles.
 
-    Relies on `GraphLowering.save_output_code` being called with the source while the graph's handler is active;
-    torch's own tests collect it the same way. Caches are bypassed, since a cache hit generates nothing.
+    Caches are bypassed, since a cache hit generates nothing.
     """
-    from torch._inductor import config
-    from torch._inductor.graph import GraphLowering
-
     found: list[Generated] = []
 
     def save(code: str) -> None:
         found.append(Generated(code, _buffer_origins()))
 
-    with scope_lock, caches_off(config), replaced(GraphLowering, "save_output_code", staticmethod(save)):
+    with graph_caches_off(), source_goes_to(save):
         yield found
 
 
 def _buffer_origins() -> dict[str, list[fx.Node]]:
-    """Relies on `V.graph.scheduler.nodes` being the fused nodes, each with its snodes, their IR and its `origins`."""
     from torch._inductor.virtualized import V
 
     scheduled = {fused: fused.get_nodes() for fused in V.graph.scheduler.nodes}
@@ -77,18 +87,13 @@ class _Enough(BaseException):
 
 @contextlib.contextmanager
 def until_source() -> Iterator[None]:
-    """Leaves this context, inside of `generated_code`, once Inductor has the source of a graph.
-
-    Relies on `save_output_code` being called before anything of the source is compiled.
-    """
-    from torch._inductor.graph import GraphLowering
-
-    collect = GraphLowering.save_output_code
+    """Leaves this context, inside of `generated_code`, once Inductor has the source of a graph."""
+    collect = SOURCE.value
     assert collect is not None, "until_source is entered outside of generated_code"
 
     def save(code: str) -> None:
         collect(code)
         raise _Enough
 
-    with contextlib.suppress(_Enough), replaced(GraphLowering, "save_output_code", staticmethod(save)):
+    with contextlib.suppress(_Enough), source_goes_to(save):
         yield

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import logging
+import marshal
 import os
 from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
 from torch import fx
 
-import inductor_x86q
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
-from inductor_x86q.kernels import family
 from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate
 from inductor_x86q.passes.stage import Rule, Stage, StageResult
+from inductor_x86q.version import sources_digest
 
 __all__ = ["FUSED", "STAGES", "No", "Rule", "Stage", "register_pass", "run"]
 
@@ -104,6 +108,20 @@ def run(
 
 
 def fingerprint() -> str:
-    """Names this version of the package and the passes as they stand; part of the key under which a graph is cached."""
+    """Names the sources of this package and the rules as they stand; part of the key under which a graph is cached."""
     lines = [f"{stage.name}: {', '.join(rule.name for rule in stage.rules)}" for stage in STAGES]
-    return "\n".join([f"inductor_x86q {inductor_x86q.__version__}", *lines, family.templates()])
+    own = f"{__name__.partition('.')[0]}."
+    added = [
+        rule for stage in STAGES for rule in stage.rules if not getattr(rule.find, "__module__", "").startswith(own)
+    ]
+    sources = [_source(function) for rule in added for function in (rule.find, rule.rewrite)]
+    return "\n".join([f"inductor_x86q {sources_digest()}", *lines, *sources])
+
+
+def _source(function: Any) -> str:
+    """What a function of somebody else's does: a hash of the file that it is in, or of its code where there is none."""
+    try:
+        contents = Path(inspect.getfile(function)).read_bytes()
+    except (OSError, TypeError):  # from standard input, or no function
+        contents = marshal.dumps(function.__code__) if hasattr(function, "__code__") else repr(function).encode()
+    return hashlib.blake2b(contents, digest_size=16).hexdigest()

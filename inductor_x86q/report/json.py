@@ -29,7 +29,7 @@ import math
 from typing import Any
 
 from inductor_x86q.graph.reasons import Obstacle, Reason
-from inductor_x86q.report.model import KINDS, Content, Drift
+from inductor_x86q.report.model import KINDS, Content, Drift, LayerDrift
 
 SCHEMA, VERSION = "inductor_x86q.report", 1
 
@@ -79,8 +79,6 @@ def _read(kind: Any, item: Any) -> Any:
 
 
 def _read_drift(content: Any) -> Drift | None:
-    from inductor_x86q.accuracy.drift import Drift, LayerDrift
-
     if content is None:
         return None
     found = _read(Drift, content)

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from inductor_x86q.inductor import compiling, configuration
+
 BASELINE = "inductor-fp32"
 
 
@@ -31,7 +33,7 @@ def _inductor(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Ten
     compiled = torch.compile(model)
 
     def start() -> Callable[[], torch.Tensor]:
-        with torch._inductor.config.patch(freezing=True, cpp_wrapper=True):  # Dynamo reads it too: no option would do
+        with configuration.frozen():
             compiled(x)
         return lambda: compiled(x)
 
@@ -92,7 +94,7 @@ def _package(options: dict[str, Any]) -> Callable[[torch.nn.Module, torch.Tensor
         def start() -> Callable[[], torch.Tensor]:
             if quantized is not None:
                 inductor_x86q.package(quantized, (x,), path, options=options)
-            loaded = torch._inductor.aoti_load_package(str(path))
+            loaded = compiling.load_package(str(path))
             return lambda: loaded(x)
 
         return _at_first_call(start)

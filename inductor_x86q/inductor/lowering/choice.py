@@ -15,10 +15,11 @@ from torch._inductor.virtualized import V
 
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.library import STANDS_FOR
-from inductor_x86q.inductor import configuration, scopes
+from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering import cat, tuning
 from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, specified
 from inductor_x86q.inductor.lowering.template import computed
+from inductor_x86q.inductor.patches.constants_once import readers
 from inductor_x86q.kernels.specification import Specification
 
 
@@ -46,9 +47,9 @@ def decide(inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Speci
 def _forget(*constants: Any) -> None:
     """Takes what was meant for the other choice out of the compiled code, where no other operator reads it."""
     for constant in filter(None, constants):  # there may be no bias
-        readers = scopes.readers(V.graph, constant.get_name())
-        readers.discard(V.graph.current_node)
-        if not readers:
+        others = readers(V.graph, constant.get_name())
+        others.discard(V.graph.current_node)
+        if not others:
             # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
             V.graph.constants.pop(constant.get_name(), None)
 

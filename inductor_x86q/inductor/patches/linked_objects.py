@@ -1,27 +1,24 @@
-"""Generated code is linked with the objects of ours that it calls.
-
-Replaces `codecache.CppBuilder`, which builds shared objects for the C++ wrapper, for the Python wrapper and for packages.
-Inductor knows of no objects but its own; a way to name others would make this unnecessary. Relies on a shared object being
-made from C++ files, or from objects whose own builders are made before, and on `codecache` looking the class up in its own
-module.
-"""
+"""Generated code is linked with the objects of ours that it calls."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from inductor_x86q.inductor import objects
-from inductor_x86q.inductor.scoping import replaced
+from inductor_x86q.inductor.patches.patch import Patch
+from inductor_x86q.inductor.patches.scopes import COMPILE
+from inductor_x86q.inductor.requirements import Needs
 
 _MARK = "// linked with "
 
+_asked_for: dict[str, list[Path]] = {}  # by what an object of Inductor's is compiled from
+
 
 def mark(kernel: objects.Kernel) -> str:
-    """The line of generated C++ by which a kernel's object is linked with it; another object, another line."""
+    """The line of generated C++ by which the kernel's object is linked with it; another object, another line."""
     return f"{_MARK}{objects.file(kernel).name}"
 
 
@@ -33,28 +30,47 @@ def _marked(source: str) -> list[Path]:
     return [objects.file_of(name) for name in re.findall(rf"^{_MARK}(\S+)", path.read_text(), re.MULTILINE)]
 
 
-@contextlib.contextmanager
-def linked_objects() -> Iterator[None]:
-    """Within this context Inductor's shared objects hold those of ours that they call."""
-    from torch._inductor import codecache
+def _init(
+    stock: Callable[..., None], builder: Any, name: str, sources: Any, BuildOption: Any, output_dir: str = ""
+) -> None:
+    given = [sources] if isinstance(sources, str) else list(sources)
+    asked = list(dict.fromkeys(path for source in given for path in _asked_for.get(source) or _marked(source)))
+    if BuildOption.get_compile_only() or BuildOption.get_precompiling() or BuildOption.get_preprocessing():
+        stock(builder, name, sources, BuildOption, output_dir)
+        _asked_for[builder.get_target_file_path()] = asked
+        return
+    stock(builder, name, [*given, *map(str, asked)], BuildOption, output_dir)
+    build = builder.build
 
-    asked_for: dict[str, list[Path]] = {}  # by an object of Inductor's
+    def with_objects() -> None:  # in whatever thread
+        objects.build(asked)
+        build()
 
-    class Linking(codecache.CppBuilder):
-        def __init__(self, name: str, sources: Any, BuildOption: Any, output_dir: str = "") -> None:
-            given = [sources] if isinstance(sources, str) else list(sources)
-            asked = [path for source in given for path in asked_for.get(source) or _marked(source)]
-            is_part = (
-                BuildOption.get_compile_only() or BuildOption.get_precompiling() or BuildOption.get_preprocessing()
-            )
-            self.linked = [] if is_part else list(dict.fromkeys(asked))
-            super().__init__(name, [*given, *map(str, self.linked)], BuildOption, output_dir)
-            if is_part:
-                asked_for[self.get_target_file_path()] = asked
+    builder.build = with_objects
 
-        def build(self) -> None:
-            objects.build(self.linked)
-            super().build()
 
-    with replaced(codecache, "CppBuilder", Linking):
-        yield
+PATCHES = (
+    Patch(
+        scope=COMPILE,
+        module="torch._inductor.cpp_builder",
+        attribute="CppBuilder.__init__",
+        replacement=_init,
+        why="Kernels of ours are compiled once for all graphs; what is compiled for one graph, with the C++ wrapper, with the "
+        "Python wrapper or for a package, is linked with them.",
+        since="2.13",
+        until="Inductor takes names of objects to link, as it does for other devices' kernels. None filed.",
+        instead="`aot_inductor.custom_ops_to_c_shims` and `extra_flags` reach some of these builds only.",
+        relies_on="A shared object being made from C++ files, or from objects whose own builders are made before it.",
+        needs=(
+            Needs(
+                "torch._inductor.cpp_builder",
+                "CppBuilder.__init__",
+                parameters=("name", "sources", "BuildOption", "output_dir"),
+            ),
+            Needs("torch._inductor.cpp_builder", "CppBuilder.build"),
+            Needs("torch._inductor.cpp_builder", "CppBuilder.get_target_file_path"),
+            Needs("torch._inductor.cpp_builder", "BuildOptionsBase.get_precompiling"),
+            Needs("torch._inductor.cpp_builder", "BuildOptionsBase.get_preprocessing"),
+        ),
+    ),
+)
