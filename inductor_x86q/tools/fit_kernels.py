@@ -4,7 +4,8 @@
     python -m inductor_x86q.tools.fit_kernels fit
 
 `measure` adds to `measurements.json` beside the kernels what it does not hold yet, for as long as it is told; `fit` writes
-`weights.json`, which the cost model reads, and says how good its choices are on all that was measured.
+`weights.json`, which the cost model reads, and says how good its choices are on all that was measured. With ONEDNN_MAX_CPU_ISA both oneDNN and the kernels do without
+what it hides: so smaller CPUs are measured on larger ones.
 """
 
 from __future__ import annotations
@@ -197,6 +198,11 @@ class Measured:
     threads: int
     times: dict[str, float]
 
+    @property
+    def machine(self) -> str:
+        """The best instruction set that was measured, which is what the call had as well."""
+        return next(iter(self.times)).split()[0]
+
 
 def load() -> list[Measured]:
     if not MEASUREMENTS.exists():
@@ -212,7 +218,7 @@ def store(found: Sequence[Measured]) -> None:
 def take(layers: Sequence[Layer], threads: Sequence[int], seconds: float) -> None:
     """Measures what is not measured yet, for so long."""
     found = load()
-    known = {(entry.layer, entry.threads) for entry in found}
+    known = {(entry.layer, entry.threads) for entry in found if entry.machine == runnable()[0]}
     wanted = [(layer, count) for layer in layers for count in threads if (layer, count) not in known]
     end = time.monotonic() + seconds
     for done, (layer, count) in enumerate(wanted):
@@ -250,8 +256,8 @@ def fit() -> None:
 
 def _work(entry: Measured, name: str) -> tuple[str, str, dict[str, float]]:
     """The machine, the kind and the work of what was measured under that name."""
-    machine = next(iter(entry.times)).split()[0]
     if name == cost.ONEDNN:
+        machine = entry.machine
         return (
             f"{cost.ONEDNN} {machine}",
             *cost.call_work(describe(entry.layer, isa.ISAS[machine].lanes, entry.threads)),
@@ -274,8 +280,7 @@ def judge(found: Sequence[Measured]) -> None:
         chosen = min(predicted, key=predicted.__getitem__)
         best = min(entry.times, key=entry.times.__getitem__)
         loss = entry.times[chosen] / entry.times[best]
-        machine = next(iter(entry.times)).split()[0]
-        groups.setdefault(f"{machine}, {entry.threads} threads", []).append((loss, entry, chosen, best))
+        groups.setdefault(f"{entry.machine}, {entry.threads} threads", []).append((loss, entry, chosen, best))
     for name, choices in groups.items():
         losses = torch.tensor([loss for loss, *_ in choices])
         print(
