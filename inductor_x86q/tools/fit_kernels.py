@@ -221,12 +221,14 @@ def take(layers: Sequence[Layer], threads: Sequence[int], seconds: float) -> Non
     known = {(entry.layer, entry.threads) for entry in found if entry.machine == runnable()[0]}
     wanted = [(layer, count) for layer in layers for count in threads if (layer, count) not in known]
     end = time.monotonic() + seconds
-    for done, (layer, count) in enumerate(wanted):
-        if time.monotonic() > end:
-            print(f"{len(wanted) - done} of {len(wanted)} left")
-            break
-        found.append(Measured(layer, count, measure(layer, count)))
-    store(found)
+    try:
+        for done, (layer, count) in enumerate(wanted):
+            if time.monotonic() > end:
+                print(f"{len(wanted) - done} of {len(wanted)} left")
+                break
+            found.append(Measured(layer, count, measure(layer, count)))
+    finally:
+        store(found)
 
 
 def fit() -> None:
