@@ -61,8 +61,8 @@ def has_vnni() -> bool:
 
 
 def int8_lanes() -> int:
-    """How many 32-bit sums the widest integer dot product of this CPU makes at once; 0 without AVX2."""
-    if {"avx512_vnni", "avx512bw", "avx512vl"} <= usable_flags():
+    """How many 32-bit numbers the widest vectors of integers of this CPU hold; 0 without AVX2."""
+    if {"avx512bw", "avx512vl"} <= usable_flags():
         return 16
     return 8 if {"avx2", "fma"} <= usable_flags() else 0
 

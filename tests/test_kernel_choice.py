@@ -8,11 +8,10 @@ from torch import nn
 
 import inductor_x86q
 from inductor_x86q import cpu, testing
-from inductor_x86q.kernels import cost, family
+from inductor_x86q.kernels import cost, family, isa
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue
-from inductor_x86q.passes import generate
-from inductor_x86q.testing import QConv2d, quantize_dequantize
+from inductor_x86q.testing import QConv2d, QConv3d, quantize_dequantize
 from tests.models import Quantized
 
 QD = quantize_dequantize
@@ -21,27 +20,32 @@ needs_avx2 = pytest.mark.skipif(not cpu.int8_lanes(), reason="kernels are genera
 
 
 @pytest.mark.parametrize(
-    ("halves", "channels", "vectors", "expected"),
+    ("halves", "channels", "depthwise", "expected"),
     [
-        (False, 8, 1, 8), (False, 24, 1, 16), (False, 32, 4, 8), (False, 40, 4, 16),
-        (True, 8, 1, 8), (True, 24, 1, 8), (True, 48, 1, 16), (True, 72, 4, 8), (True, 144, 4, 8), (True, 384, 4, 16),
+        (False, 8, False, 8), (False, 24, False, 16), (False, 32, True, 8), (False, 40, True, 16),
+        (True, 8, False, 8), (True, 24, False, 8), (True, 48, False, 16), (True, 72, True, 8), (True, 384, True, 16),
     ],
 )  # fmt: skip
 def test_vectors_are_as_wide_as_channels_fill(
-    halves: bool, channels: int, vectors: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    halves: bool, channels: int, depthwise: bool, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "int8_lanes", lambda: 16)
+    monkeypatch.setattr(cpu, "usable_flags", lambda: isa.ISAS["avx512_vnni"].cpu_flags)
     monkeypatch.setattr(cpu, "halves_512", lambda: halves)
-    assert generate.lanes(channels, vectors) == expected
-    monkeypatch.setattr(cpu, "int8_lanes", lambda: 8)
-    assert generate.lanes(channels, vectors) == 8
+    given = layer(channels if depthwise else 64, channels, (3, 3) if depthwise else (1, 1), channels if depthwise else 1)
+    assert cost.widest(given, Epilogue(torch.uint8)).lanes == expected
+    monkeypatch.setattr(cpu, "usable_flags", lambda: isa.ISAS["avx2"].cpu_flags)
+    assert cost.widest(given, Epilogue(torch.uint8)).lanes == 8
 
 
-def test_blocks_waste_little() -> None:
+def layer(c: int, out_c: int, kernel: tuple[int, int] = (1, 1), groups: int = 1, *, size: int = 14) -> Convolution:
+    return Convolution(1, size, size, c, out_c, kernel, (1, 1), (0, 0), (1, 1), groups, 16, False, False)
+
+
+def test_blocks_waste_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six vectors are two blocks of three columns, and 49 pixels seven of seven rows."""
-    conv = Convolution(1, 7, 7, 16, 96, (1, 1), (1, 1), (0, 0), (1, 1), 1, 16, False, False)
-    kernel = family.candidates(conv, Epilogue(torch.uint8), "avx512_vnni")[0]
-    assert (kernel.rows, kernel.columns) == (7, 3)
+    monkeypatch.setattr(cpu, "usable_flags", lambda: isa.ISAS["avx512_vnni"].cpu_flags)
+    kernel = cost.choose(layer(64, 96, size=7), Epilogue(torch.uint8))[0]
+    assert isinstance(kernel, family.Kernel) and (kernel.rows, kernel.columns) == (7, 3)
 
 
 @needs_avx2
@@ -132,9 +136,7 @@ def test_a_kernel_reads_just_what_was_packed_for_it(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_not_generated_is_named() -> None:
     """A layer of a kind for which there is no kernel keeps its call, and the report says so."""
-    q = testing.qdq_graph(Quantized(QConv2d(4, 8, 3, groups=4)), (torch.randn(1, 4, 6, 6),))
-    compiled = testing.assert_close_to_reference(q, (torch.randn(1, 4, 6, 6),), mode=MODE)
+    x = torch.randn(1, 4, 3, 6, 6)
+    compiled = testing.assert_close_to_reference(testing.qdq_graph(Quantized(QConv3d(4, 8, 3)), (x,)), (x,), mode=MODE)
     assert testing.int8_calls(compiled.code)
-    assert "layer stays a call: no kernel is generated for a depthwise convolution with more than one" in str(
-        compiled.report
-    )
+    assert "layer stays a call: no kernel is generated for a conv3d" in str(compiled.report)

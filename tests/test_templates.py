@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 import inductor_x86q
 from inductor_x86q import cpu, testing
-from inductor_x86q.kernels import isa
+from inductor_x86q.kernels import cost, isa
 from inductor_x86q.kernels.arguments import FIELDS
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, Numbers
-from inductor_x86q.passes import generate
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
 from tests.models import Quantized
 
@@ -110,9 +109,9 @@ def choose_width(width: str, monkeypatch: pytest.MonkeyPatch, *, vnni: bool = Tr
         pytest.skip(f"this CPU has no {width}")
     flags = wanted if vnni else wanted - {"avx512_vnni"}
     monkeypatch.setattr(cpu, "usable_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(cpu, "int8_lanes", lambda: 8 if width == "AVX2" else 16)
+    monkeypatch.setattr(cpu, "int8_lanes", lambda: 8 if width == "AVX2" else 16)  # also where VNNI is hidden
     if width == "wide":
-        monkeypatch.setattr(generate, "lanes", lambda channels, vectors=1: 16)
+        monkeypatch.setattr(cost, "widest", lambda layer, epilogue: dataclasses.replace(layer, lanes=16))
 
 
 @needs_avx2

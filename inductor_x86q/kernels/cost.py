@@ -60,13 +60,17 @@ def _fitted() -> dict[str, dict[str, float]]:
     return json.loads(resources.files(__package__).joinpath("weights.json").read_text())
 
 
-# The instruction set whose costs stand in for those of one that could not be measured.
-_STANDS_IN = {"avx_vnni": "avx512_vnni_256", "onednn avx_vnni": "onednn avx512_vnni"}
+# The instruction set whose costs stand in for those of one that is not measured.
+_STANDS_IN = {
+    **{"avx_vnni": "avx512_vnni_256", "avx2": "avx512_vnni_256", "avx512_256": "avx512_vnni_256", "avx512": "avx512_vnni"},
+    **{f"{ONEDNN} {name}": f"{ONEDNN} avx512_vnni" for name in ("avx_vnni", "avx2", "avx512")},
+}
 
 
 def _costs(name: str, call: bool) -> dict[str, float]:
     name = f"{ONEDNN} {name}" if call else name
-    costs = dict(_fitted()[_STANDS_IN.get(name, name)])
+    fitted = _fitted()
+    costs = fitted[name] if name in fitted else fitted[_STANDS_IN[name]]
     # Measured where 512 bits are run as two halves.
     whole = isa.ISAS[name.removeprefix(f"{ONEDNN} ")].lanes == 16 and not cpu.halves_512()
     faster = 16 if call and cpu.has_amx() else 2 if whole else 1
@@ -79,8 +83,12 @@ def threads(convolution: Convolution) -> int:
 
 def kernel_work(kernel: Kernel, convolution: Convolution) -> tuple[str, Work]:
     """The kind of a kernel, and the work of the thread that has most."""
-    work = _depthwise(kernel, convolution) if kernel.taps else _by_runs(kernel, convolution)
-    return kernel.kind, {**work, "calls": 1, "threads": float(threads(convolution) > 1)}
+    if kernel.taps:
+        kind, work = kernel.kind, _depthwise(kernel, convolution)
+    else:
+        kind = "pixel" if convolution.pixels == 1 else kernel.kind  # which takes another loop
+        work = _by_runs(kernel, convolution)
+    return kind, {**work, "calls": 1, "threads": float(threads(convolution) > 1)}
 
 
 PASS_BYTES = 16384  # as in the C++
@@ -93,10 +101,11 @@ def _by_runs(kernel: Kernel, conv: Convolution) -> Work:
     panels = math.ceil(conv.group_vectors / columns)
     panel_bytes = columns * runs * fours * 4 * conv.lanes
     together = min(max(PASS_BYTES // panel_bytes, 1), panels)
-    tasks = math.ceil(pixels / rows) * math.ceil(panels / together) * conv.groups
-    blocks = math.ceil(tasks / threads(conv)) * together  # by panels
     if pixels == 1:
         rows = 1
+    count = math.ceil(pixels / rows) * conv.groups
+    tasks = count * math.ceil(panels / together)
+    blocks = count * panels * math.ceil(tasks / threads(conv)) / tasks  # by panels
     steps = blocks * runs * fours
     return {
         "products": steps * rows * columns,

@@ -57,4 +57,6 @@ ISAS: dict[str, Isa] = {
 
 def best(cpu_flags: Collection[str], lanes: int) -> str:
     """The best instruction set with such vectors on a CPU with these flags."""
-    return next(name for name, isa in ISAS.items() if isa.lanes == lanes and isa.cpu_flags <= set(cpu_flags))
+    found = [name for name, isa in ISAS.items() if isa.lanes == lanes and isa.cpu_flags <= set(cpu_flags)]
+    assert found, f"no kernels of {lanes} lanes for a CPU with {', '.join(sorted(cpu_flags))}"
+    return found[0]

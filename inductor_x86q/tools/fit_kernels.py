@@ -4,7 +4,8 @@
     python -m inductor_x86q.tools.fit_kernels fit
 
 `measure` adds to `measurements.json` beside the kernels what it does not hold yet, for as long as it is told; `fit` writes
-`weights.json`, which the cost model reads, and says how good its choices are on all that was measured.
+`weights.json`, which the cost model reads, and says how good its choices are on all that was measured. With ONEDNN_MAX_CPU_ISA both oneDNN and the kernels do without
+what it hides: so smaller CPUs are measured on larger ones.
 """
 
 from __future__ import annotations
@@ -197,6 +198,11 @@ class Measured:
     threads: int
     times: dict[str, float]
 
+    @property
+    def machine(self) -> str:
+        """The best instruction set that was measured, which is what the call had as well."""
+        return next(iter(self.times)).split()[0]
+
 
 def load() -> list[Measured]:
     if not MEASUREMENTS.exists():
@@ -212,15 +218,17 @@ def store(found: Sequence[Measured]) -> None:
 def take(layers: Sequence[Layer], threads: Sequence[int], seconds: float) -> None:
     """Measures what is not measured yet, for so long."""
     found = load()
-    known = {(entry.layer, entry.threads) for entry in found}
+    known = {(entry.layer, entry.threads) for entry in found if entry.machine == runnable()[0]}
     wanted = [(layer, count) for layer in layers for count in threads if (layer, count) not in known]
     end = time.monotonic() + seconds
-    for done, (layer, count) in enumerate(wanted):
-        if time.monotonic() > end:
-            print(f"{len(wanted) - done} of {len(wanted)} left")
-            break
-        found.append(Measured(layer, count, measure(layer, count)))
-    store(found)
+    try:
+        for done, (layer, count) in enumerate(wanted):
+            if time.monotonic() > end:
+                print(f"{len(wanted) - done} of {len(wanted)} left")
+                break
+            found.append(Measured(layer, count, measure(layer, count)))
+    finally:
+        store(found)
 
 
 def fit() -> None:
@@ -235,7 +243,7 @@ def fit() -> None:
             rows.setdefault((machine, kind), []).append((work, taken))
     weights: dict[str, dict[str, float]] = {}
     for (machine, kind), times in rows.items():
-        names = list(times[0][0])
+        names = [name for name in times[0][0] if any(work[name] for work, _ in times)]
         matrix = torch.tensor([[work[name] / taken for name in names] for work, taken in times]).double()
         scale = matrix.abs().amax(0).clamp(min=1e-30)
         solution, _ = nnls((matrix / scale).numpy(), torch.ones(len(times)).double().numpy())
@@ -250,8 +258,8 @@ def fit() -> None:
 
 def _work(entry: Measured, name: str) -> tuple[str, str, dict[str, float]]:
     """The machine, the kind and the work of what was measured under that name."""
-    machine = next(iter(entry.times)).split()[0]
     if name == cost.ONEDNN:
+        machine = entry.machine
         return (
             f"{cost.ONEDNN} {machine}",
             *cost.call_work(describe(entry.layer, isa.ISAS[machine].lanes, entry.threads)),
@@ -270,12 +278,11 @@ def judge(found: Sequence[Measured]) -> None:
         predicted = {}
         for name in entry.times:
             machine, kind, work = _work(entry, name)
-            predicted[name] = sum(weights[machine][f"{kind} {what}"] * count for what, count in work.items())
+            predicted[name] = sum(weights[machine].get(f"{kind} {what}", 0.0) * count for what, count in work.items())
         chosen = min(predicted, key=predicted.__getitem__)
         best = min(entry.times, key=entry.times.__getitem__)
         loss = entry.times[chosen] / entry.times[best]
-        machine = next(iter(entry.times)).split()[0]
-        groups.setdefault(f"{machine}, {entry.threads} threads", []).append((loss, entry, chosen, best))
+        groups.setdefault(f"{entry.machine}, {entry.threads} threads", []).append((loss, entry, chosen, best))
     for name, choices in groups.items():
         losses = torch.tensor([loss for loss, *_ in choices])
         print(
