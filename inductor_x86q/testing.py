@@ -38,7 +38,7 @@ from inductor_x86q.report import Report
 __all__ = [
     "PINNED", "Compiled", "QConv1d", "QConv2d", "QConv3d", "QLinear", "assert_close_to_reference",
     "assert_expected_cpp", "assert_fused", "assert_same", "compile_once", "float_calls", "int8_calls", "kernel_calls",
-    "qdq_graph", "quantize_dequantize", "snr", "stable",
+    "own_calls", "qdq_graph", "quantize_dequantize", "snr", "stable",
 ]  # fmt: skip
 
 fake_tensors.register_quantized_decomposed()
@@ -204,6 +204,11 @@ def compile_once(
 def int8_calls(code: str) -> dict[str, int]:
     """The onednn int8 calls among `kernel_calls`."""
     return {name: count for name, count in kernel_calls(code).items() if name in INT8_KERNELS}
+
+
+def own_calls(code: str) -> dict[str, int]:
+    """The layers in kernels of ours among `kernel_calls`."""
+    return {name: count for name, count in kernel_calls(code).items() if name.startswith("x86q.")}
 
 
 def float_calls(code: str) -> dict[str, int]:

@@ -97,11 +97,6 @@ def arguments(code: str) -> dict[str, list[int]]:
     return {name: [int(call.split(", ")[i]) for call in calls] for i, name in enumerate(FIELDS)}
 
 
-def own_kernels(code: str) -> int:
-    """How many layers kernels of ours compute."""
-    return sum(count for name, count in testing.kernel_calls(code).items() if name.startswith("x86q."))
-
-
 def choose_width(width: str, monkeypatch: pytest.MonkeyPatch, *, vnni: bool = True) -> None:
     """Vectors as on that CPU; "wide" for all layers. What this CPU does not have is left to the tests elsewhere."""
     wanted = isa.ISAS["avx2" if width == "AVX2" else "avx512_vnni"].cpu_flags
@@ -128,7 +123,7 @@ def test_numbers(
         reference = q(*inputs)
     compiled = testing.compile_once(q, inputs, mode=MODE)
     second = compiled.run(*inputs)
-    assert own_kernels(compiled.code) == len(CASES)
+    assert sum(testing.own_calls(compiled.code).values()) == len(CASES)
     assert not testing.int8_calls(compiled.code), "an onednn call is left"
     for case, mine, again, theirs in zip(CASES, compiled.outputs, second, reference, strict=True):
         testing.assert_same(mine, theirs, where=f"{case.name}, ")
@@ -249,7 +244,7 @@ def test_layers_of_one_shape_share_a_kernel(only_generated: None, one_blocking: 
 
     q = testing.qdq_graph(Net(), (torch.randn(1, 8, 4, 4),))
     compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 4, 4),), mode=MODE, step=0.03)
-    assert own_kernels(compiled.code) == 2
+    assert sum(testing.own_calls(compiled.code).values()) == 2
     assert len(set(re.findall(r"void (x86q_convolution_\w+)\(", compiled.code))) == 1
 
 
@@ -274,7 +269,7 @@ def test_gaps(only_generated: None, one_blocking: Any) -> None:
     x = torch.randn(1, 4, 6, 5) * 0.5
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Gaps(), (x,)), (x,), mode=MODE, step=0.05)
     assert not testing.int8_calls(compiled.code)
-    assert own_kernels(compiled.code) == 3
+    assert sum(testing.own_calls(compiled.code).values()) == 3
     assert arguments(compiled.code)["other_pixel"].count(12) == 1
 
 
@@ -349,7 +344,7 @@ def test_shared_code_is_shown_once(apart: bool, only_generated: None, one_blocki
     q = testing.qdq_graph(Gaps(), (x,))
     options = {"max_autotune": True, "cpp_wrapper_build_separate": apart}
     compiled = testing.assert_close_to_reference(q, (x,), options=options, step=0.05)
-    assert own_kernels(compiled.code) == 3
+    assert sum(testing.own_calls(compiled.code).values()) == 3
     for code in (compiled.code, inductor_x86q.cpp_code(q, (x,), options=options)):
         assert code.count("struct X86qArguments {") == 1
 

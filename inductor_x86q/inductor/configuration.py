@@ -87,6 +87,10 @@ def keeps_constants() -> bool:
     return bool(config.always_keep_tensor_constants)
 
 
+# Of a layer, a thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
+MACS_PER_THREAD = 100_000
+
+
 def threads(work: int, per_thread: int) -> int:
     """How many threads share so much work; 0 for as many as there are when it runs, where Inductor is told so."""
     from torch._inductor import config
@@ -95,6 +99,17 @@ def threads(work: int, per_thread: int) -> int:
     if config.cpp.dynamic_threads:
         return 0 if work >= 2 * per_thread else 1
     return min(parallel_num_threads(), max(1, work // per_thread))
+
+
+def threads_cpp(work: str, per_thread: int) -> str:
+    """The same as C++, of so much work as C++."""
+    from torch._inductor import config
+    from torch._inductor.utils import parallel_num_threads
+
+    share, most = f"({work}) / {per_thread}", parallel_num_threads()
+    if config.cpp.dynamic_threads:
+        return f"({share} >= 2 ? 0 : 1)"
+    return f"({share} < 2 ? 1 : {share} < {most} ? {share} : {most})"
 
 
 def cxx_compiler() -> str:

@@ -84,6 +84,13 @@ def guarded(condition: Any) -> bool:
     return guard_or_false(condition)
 
 
+def example(size: Any, otherwise: int) -> int:
+    """A size, or that of the example at hand where it is open, without a guard; `otherwise` where there is no example."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else otherwise
+
+
 def same_shape(first: Iterable[Any], second: Iterable[Any]) -> bool:
     """Whether two shapes are known to be equal."""
     left, right = list(first), list(second)

@@ -7,6 +7,9 @@ take. Lowering adds where tensors lie.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,9 +24,6 @@ from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
-
-# A thread more pays where it saves more than waking it costs, which is about this many multiply-accumulates.
-MACS_PER_THREAD = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,8 @@ def _find(node: fx.Node) -> _Layer | No:
     weight = qdq.constant(call.weight.args[0])  # type: ignore[arg-type]
     if weight is None or (call.family == "conv" and weight.dim() != 4):
         return No(f"no kernel is generated for a {call.kernel}")
-    sizes = (*qdq.value(call.x).shape, *qdq.value(node).shape)
-    if not all(isinstance(size, int) for size in sizes):
-        return No("a size is not known when compiling")
+    if not isinstance(qdq.value(call.x).shape[1 if call.family == "conv" else -1], int):
+        return No("its number of channels is not known when compiling")
     if why := _obstacle(call):
         return No(f"no kernel is generated for {why}")
     epilogue = _epilogue(call)
@@ -55,7 +54,8 @@ def _find(node: fx.Node) -> _Layer | No:
     if epilogue.is_integer and not (convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
     specification = Specification(convolution, epilogue)
-    if specification.is_call and not configuration.is_autotuning():
+    is_timed = configuration.is_autotuning() and all(isinstance(size, int) for size in qdq.value(call.x).shape)
+    if specification.is_call and not is_timed:
         return No("the call is thought faster")
     return _Layer(weight, numbers, specification)
 
@@ -64,7 +64,7 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
     """The convolution that a call is; a linear is one of 1×1 on its rows."""
     x = qdq.value(call.x)
     is_conv = call.family == "conv"
-    n, c, h, w = x.shape if is_conv else (1, x.shape[-1], 1, x.shape[:-1].numel())
+    n, c, h, w = map(_example, x.shape if is_conv else (1, x.shape[-1], 1, math.prod(x.shape[:-1])))
     stride, padding, dilation, groups = call.geometry if is_conv else ((1, 1), (0, 0), (1, 1), 1)
     out_c = weight.shape[0]
     found = Convolution(
@@ -73,20 +73,33 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
         w=w,
         c=c,
         out_c=out_c,
-        kernel=tuple(weight.shape[2:]) if is_conv else (1, 1),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
+        kernel=_pair(weight.shape[2:]) if is_conv else (1, 1),
+        stride=_pair(stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
         groups=groups,
         lanes=8,
         x_signed=x.dtype == torch.int8,
         fits_16=not cpu.has_vnni(),
     )
-    return dataclasses.replace(found, threads=configuration.threads(found.macs, MACS_PER_THREAD))
+    return dataclasses.replace(found, threads=configuration.threads(found.macs, configuration.MACS_PER_THREAD))
+
+
+# What an open size is taken for where there is no example of it.
+TYPICAL_SIZE = 8
+
+
+def _example(size: Any) -> int:
+    return fake_tensors.example(size, TYPICAL_SIZE)
 
 
 def _epilogue(call: calls.Call) -> Epilogue:
     return Epilogue(call.output_dtype, _activation(call), _other_dtype(call))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    vertical, horizontal = values
+    return int(vertical), int(horizontal)
 
 
 def _activation(call: calls.Call) -> str:

@@ -8,6 +8,7 @@ whose layout is still open, and `Buffer.decide_layout` laying a result out as wh
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch._inductor.lowering import lowerings, register_lowering
@@ -17,7 +18,7 @@ from inductor_x86q.graph import calls
 from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering import cat, tuning
-from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, specified
+from inductor_x86q.inductor.lowering.layer import LayerTemplate, specified
 from inductor_x86q.inductor.lowering.template import computed
 from inductor_x86q.inductor.patches.constants_once import readers
 from inductor_x86q.kernels.specification import Specification
@@ -26,9 +27,10 @@ from inductor_x86q.kernels.specification import Specification
 def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> Any:
     call = calls.parse(target, arguments)
     part = cat.place(V.graph.current_node) if call.family == "conv" else None
-    inputs, given = specified(call, constants, specification, part)
+    inputs, given, convolution = specified(call, constants, specification, part)
     arguments = inputs.realized(arguments)
-    chosen = decide(inputs, target, arguments, given)
+    templates = [LayerTemplate(inputs, convolution, kernel) for kernel in given.kernels]
+    chosen = decide(target, arguments, given, templates)
     if chosen is None:
         _forget(constants)
         return lowerings[target](*arguments)
@@ -36,11 +38,15 @@ def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> 
     return computed(chosen.generate().output_node(), part)
 
 
-def decide(inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Specification) -> LayerTemplate | None:
-    """The kernel that computes a layer; None for the call."""
-    templates = [LayerTemplate(inputs, given.convolution, kernel) for kernel in given.kernels]
-    if configuration.is_autotuning():
-        return tuning.fastest(inputs, target, arguments, given, templates)
+def decide(
+    target: Any, arguments: tuple[Any, ...], given: Specification, templates: Sequence[LayerTemplate]
+) -> LayerTemplate | None:
+    """The kernel that computes a layer, of some, the best guess first; None for the call.
+
+    Nothing is timed where a size is open: what is best for one is not for another.
+    """
+    if configuration.is_autotuning() and not templates[0].inputs.open_sizes():
+        return tuning.fastest(target, arguments, given, templates)
     return templates[0]
 
 

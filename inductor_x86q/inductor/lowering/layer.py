@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch._inductor import ir
+from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
 from inductor_x86q.errors import CompileError
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.origin import layer as layer_of
+from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous, image, ints, pixels
 from inductor_x86q.inductor.lowering.template import Template
 from inductor_x86q.inductor.patches.linked_objects import mark
@@ -28,6 +30,15 @@ class Inputs:
     constants: Any
     other: Pixels | None
     layout: Any  # of the output
+
+    def open_sizes(self) -> dict[str, Any]:
+        """The kernel's arguments that are not known when compiling, as Inductor's expressions."""
+        names = ("n", "h", "w", "x_image", "x_row", "x_pixel")
+        return {
+            name: value
+            for name, value in zip(names, (*self.x.sizes[:3], *self.x.strides), strict=True)
+            if not isinstance(value, int)
+        }
 
     def realized(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The call's arguments, with the tensors as the kernels read them: the first, and a binary call's seventh."""
@@ -54,7 +65,7 @@ class LayerTemplate(Template):
 
     def __init__(self, inputs: Inputs, convolution: Convolution, kernel: family.Kernel) -> None:
         super().__init__("x86q", inputs.by_name(), inputs.layout, convolution.threads)
-        self.inputs, self.kernel, self.arguments = inputs, kernel, family.arguments(convolution)
+        self.inputs, self.convolution, self.kernel = inputs, convolution, kernel
 
     def shared(self) -> Sequence[str]:
         parameters = (
@@ -65,15 +76,34 @@ class LayerTemplate(Template):
     def body(self, name: str) -> str:
         x, other = self.inputs.x, self.inputs.other
         addend = self.address(other) if other is not None else "nullptr"
+        open_ = self._open()
+        values = family.arguments(self.convolution, **open_)
         return f"""\
-static const X86qArguments arguments = {{{", ".join(map(str, self.arguments))}}};
+{"" if open_ else "static "}const X86qArguments arguments = {{{", ".join(map(str, values))}}};
 {self.kernel.name}({self.address(x)}, constants, {addend}, out, &arguments);"""
+
+    def _open(self) -> dict[str, str]:
+        """The C++ of the arguments that are not known when compiling."""
+        open_ = {name: self.cpp(value) for name, value in self.inputs.open_sizes().items()}
+        if not open_:
+            return {}
+        given = self.convolution
+        of_pixel = given.macs // given.pixels
+        channel = 1 if len(self.inputs.layout.size) == 4 else -1
+        sizes = list(self.inputs.layout.size)
+        sizes.pop(channel)
+        pixels_ = self.cpp(sympy_product(sizes))
+        return {**open_, "threads": configuration.threads_cpp(f"{pixels_} * {of_pixel}", configuration.MACS_PER_THREAD)}
 
 
 def specified(
     call: calls.Call, constants: Any, text: str, part: ir.ReinterpretView | None
-) -> tuple[Inputs, Specification]:
-    """What a kernel reads, and computes as `part` of a larger image where there is one: as specified, and where all lies."""
+) -> tuple[Inputs, Specification, Convolution]:
+    """What a kernel reads, what is specified of it, and that with where all lies.
+
+    Args:
+        part: of a larger image that the result is, if any.
+    """
     x = _input(call)
     other = pixels(call.binary.other, call.family, even=True) if call.binary is not None else None
     size = ints(V.graph.current_node.meta["val"].shape)
@@ -81,22 +111,26 @@ def specified(
     given = Specification.read(text)
     convolution = dataclasses.replace(
         given.convolution,
-        x_strides=x.strides,
+        x_strides=(_number(x.strides[0]), _number(x.strides[1]), _number(x.strides[2])),
         x_channel=x.channel,
         other_pixel=0 if other is None else other.strides[2],
         out_pixel=0 if part is None else layout.stride[3],
     )
-    found = dataclasses.replace(given, convolution=convolution)
-    _check(call, found, int(constants.get_size()[0]))
-    return Inputs(x, buffer(constants), other, layout), found
+    _check(convolution, int(constants.get_size()[0]))
+    return Inputs(x, buffer(constants), other, layout), given, convolution
 
 
-def _check(call: calls.Call, found: Specification, size: int) -> None:
+def _number(size: Any) -> int:
+    """A size, 0 where it is not known when compiling."""
+    return size if isinstance(size, int) else 0
+
+
+def _check(found: Convolution, size: int) -> None:
     """Raises CompileError where the kernel would not read just what was packed for it."""
-    if found.convolution.constants_size != size:
+    if found.constants_size != size:
         raise CompileError(
             f"layer {layer_of(V.graph.current_node)}: {size} bytes of constants were packed for its kernel, which reads "
-            f"{found.convolution.constants_size}: an error of inductor_x86q, whose passes and lowering differ on {found.convolution}"
+            f"{found.constants_size}: an error of inductor_x86q, whose passes and lowering differ on {found}"
         )
 
 

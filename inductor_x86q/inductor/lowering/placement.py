@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from torch._inductor import ir
+from torch._inductor.virtualized import V
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row, a pixel and a channel."""
+    """A tensor as images of pixels: its sizes n, h, w, c and the strides of an image, a row, a pixel and a channel.
+
+    What is not known when compiling is Inductor's expression of it.
+    """
 
     box: Any
-    sizes: tuple[int, ...]
-    strides: tuple[int, int, int]
+    sizes: tuple[Any, ...]
+    strides: tuple[Any, Any, Any]
     channel: int = 1
 
     @property
@@ -33,7 +37,7 @@ class Pixels:
         """Whether all pixels lie at one distance from each other."""
         _, h, w, _ = self.sizes
         image, row, pixel = self.strides
-        return row == w * pixel and image == h * row
+        return _equal(row, w * pixel) and _equal(image, h * row)
 
 
 def pixels(box: Any, family: str, *, even: bool = False) -> Pixels:
@@ -63,9 +67,14 @@ def image(box: Any) -> Pixels:
     (n, c, h, w), stride = ints(box.get_size()), ints(box.get_stride())
     # A stride along one single element means nothing, whatever it says.
     channel = stride[1] if c > 1 else 1
-    pixel = stride[3] if w > 1 else c
-    row = stride[2] if h > 1 else w * pixel
-    return Pixels(box, (n, h, w, c), (stride[0] if n > 1 else h * row, row, pixel), channel)
+    pixel = c if _equal(w, 1) else stride[3]
+    row = w * pixel if _equal(h, 1) else stride[2]
+    return Pixels(box, (n, h, w, c), (h * row if _equal(n, 1) else stride[0], row, pixel), channel)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are, whatever those are that are not known when compiling."""
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else V.graph.sizevars.statically_known_equals(a, b)
 
 
 def contiguous(
@@ -85,5 +94,6 @@ def buffer(box: Any) -> Any:
     return node
 
 
-def ints(values: Any) -> list[int]:
-    return [int(value) for value in values]
+def ints(values: Any) -> list[Any]:
+    """Sizes or strides: numbers, but for what is not known when compiling, which is Inductor's expression of it."""
+    return [int(value) if value.is_number else value for value in ir.convert_shape_to_inductor(values)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch._inductor import config, ir
 from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.virtualized import V
 
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer
@@ -40,6 +41,11 @@ class Template(CppTemplate):
         """The C++ inside of the function of that name."""
         raise NotImplementedError
 
+    def cpp(self, size: Any) -> str:
+        """The C++ of a size that is not known when compiling, inside of the function."""
+        text: str = cexpr_index(self._kernel.rename_indexing(size))
+        return text
+
     def address(self, image: Pixels) -> str:
         """The C++ of where an image begins."""
         name = next(name for name, node in self._named.items() if node.get_name() == image.buffer.get_name())
@@ -53,6 +59,7 @@ class Template(CppTemplate):
         is_final = template_buffer_node is not None
         if is_final:
             self.output_node = template_buffer_node
+        self._kernel = kernel
         definition = kernel.def_kernel(inputs=self._named, outputs={"out": self.output_node})
         name = kernel.kernel_name
         return f"""\

@@ -22,14 +22,16 @@ from inductor_x86q import cpu
 from inductor_x86q.inductor import objects
 from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate
 from inductor_x86q.inductor.lowering.placement import Pixels, ints
+from inductor_x86q.kernels import family
 from inductor_x86q.kernels.specification import Specification
 
 
 def fastest(
-    inputs: Inputs, target: Any, arguments: tuple[Any, ...], given: Specification, templates: Sequence[LayerTemplate]
+    target: Any, arguments: tuple[Any, ...], given: Specification, templates: Sequence[LayerTemplate]
 ) -> LayerTemplate | None:
     """The fastest of these kernels; None where the call is faster still."""
-    layer = f"{cpu.identity()} {given!r}"
+    inputs, convolution = templates[0].inputs, templates[0].convolution
+    layer = f"{cpu.identity()} {convolution} {given.epilogue}"
     call = CallChoice(inputs, target, arguments, layer)
     kernels = [KernelChoice(template, layer) for template in templates]
     contest = Contest(call, kernels)
@@ -91,10 +93,11 @@ class KernelChoice(Choice):
         x, other = self.inputs.x, self.inputs.other
         constants = given[self.inputs.constants.get_name()].data_ptr()
         addresses = [_address(x, given), constants, _address(other, given) if other else 0, out.data_ptr()]
-        numbers = (ctypes.c_int64 * len(self.template.arguments))(*map(int, self.template.arguments))
+        numbers = [int(value) for value in family.arguments(self.template.convolution)]
+        arguments = (ctypes.c_int64 * len(numbers))(*numbers)
         function = objects.load(self.template.kernel)
         pointers = [ctypes.c_void_p(address) for address in addresses]
-        return lambda: function(*pointers, numbers)
+        return lambda: function(*pointers, arguments)
 
 
 def _address(image: Pixels, given: dict[str, torch.Tensor]) -> int:
