@@ -43,16 +43,16 @@ _NEEDED = {"avx2": "AVX2", "fma": "AVX2", "avx_vnni": "AVX2_VNNI", "avx512_vnni"
 
 
 def usable_flags() -> frozenset[str]:
-    """The CPU's feature flags for vectors, without those that ONEDNN_MAX_CPU_ISA hides: so ours run as oneDNN's do.
+    """The CPU's feature flags for vectors, without those that ONEDNN_MAX_CPU_ISA hides: so ours run as oneDNN's do."""
+    return _usable_flags(flags(), os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper())
 
-    AVX512_CORE hides AVX-VNNI too: oneDNN then really runs without it.
-    """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+
+@functools.cache
+def _usable_flags(flags: frozenset[str], limit: str) -> frozenset[str]:
+    """AVX512_CORE hides AVX-VNNI too: oneDNN then really runs without it."""
     hidden = {"avx_vnni"} if limit == "AVX512_CORE" else set()
-    usable = {
-        flag for flag in flags() if _allowed(_NEEDED.get(flag, "AVX512_CORE" if flag.startswith("avx512") else "SSE41"))
-    }
-    return frozenset(usable - hidden)
+    needed = {flag: _NEEDED.get(flag, "AVX512_CORE" if flag.startswith("avx512") else "SSE41") for flag in flags}
+    return frozenset({flag for flag in flags if _allowed(needed[flag])} - hidden)
 
 
 def has_vnni() -> bool:

@@ -31,7 +31,9 @@ def test_vectors_are_as_wide_as_channels_fill(
 ) -> None:
     monkeypatch.setattr(cpu, "usable_flags", lambda: isa.ISAS["avx512_vnni"].cpu_flags)
     monkeypatch.setattr(cpu, "halves_512", lambda: halves)
-    given = layer(channels if depthwise else 64, channels, (3, 3) if depthwise else (1, 1), channels if depthwise else 1)
+    given = layer(
+        channels if depthwise else 64, channels, (3, 3) if depthwise else (1, 1), channels if depthwise else 1
+    )
     assert cost.widest(given, Epilogue(torch.uint8)).lanes == expected
     monkeypatch.setattr(cpu, "usable_flags", lambda: isa.ISAS["avx2"].cpu_flags)
     assert cost.widest(given, Epilogue(torch.uint8)).lanes == 8

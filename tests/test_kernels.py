@@ -64,6 +64,9 @@ LAYERS = {
     "no pixel": Layer(0, 5, 5, 16, 16),
     "odd channels": Layer(2, 5, 3, 13, 11),
     "3x3, stride": Layer(2, 7, 9, 19, 40, (3, 3), (2, 2), (1, 1), threads=2),
+    "3x3 of three rows": Layer(3, 3, 7, 16, 64, (3, 3), (1, 1), (1, 1)),
+    "5x3 of one row": Layer(2, 1, 9, 16, 64, (5, 3), (1, 1), (2, 1)),
+    "7x1, dilation": Layer(2, 4, 14, 8, 48, (5, 1), (2, 1), (6, 0), (3, 1)),
     "1x1, stride": Layer(1, 9, 9, 12, 24, (1, 1), (2, 2)),
     "planes of 3": Layer(1, 11, 12, 3, 20, (3, 3), (2, 2), (1, 1), planes=True),
     "planes of 5": Layer(1, 6, 5, 5, 8, (2, 2), planes=True),
@@ -107,9 +110,9 @@ def tensors(layer: Layer, fits_16: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(-largest, largest, shape, generator=generator, dtype=S8)
 
 
-def sums(layer: Layer, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def sums(layer: Layer, x: torch.Tensor, weight: torch.Tensor, zero_point: int = 3) -> torch.Tensor:
     """The convolution's result (n, h, w, c) in exact numbers."""
-    image = (x.double() - 3).movedim(-1, 1)
+    image = (x.double() - zero_point).movedim(-1, 1)
     if layer.n == 0:
         return image.new_zeros(0, 1)
     depth = layer.depth
@@ -178,13 +181,15 @@ def cases(name: str, fits_16: bool) -> Iterator[tuple[str, Layer, family.Kernel]
         yield title, layer, found[number % len(found)]
 
 
-def test_sums_are_exact(machine: tuple[str, bool, ctypes.CDLL]) -> None:
+@pytest.mark.parametrize("zero_point", [3, 0])
+def test_sums_are_exact(machine: tuple[str, bool, ctypes.CDLL], zero_point: int) -> None:
+    """Padding of 0 is left out by whole rows of the kernel, any other is not."""
     name, fits_16, library = machine
     for title, layer, kernel in cases(name, fits_16):
         x, weight = tensors(layer, fits_16)
         conv = layer.convolution(isa.ISAS[name].lanes, fits_16)
-        result = run(library, kernel, layer, conv, x, weight, numbers(layer))
-        expected = sums(layer, x, weight).float()
+        result = run(library, kernel, layer, conv, x, weight, numbers(layer, x_zero_point=zero_point))
+        expected = sums(layer, x, weight, zero_point).float()
         assert torch.equal(result, expected.view(result.shape)), f"{title}, {kernel.name}"
 
 

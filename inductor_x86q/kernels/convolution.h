@@ -73,12 +73,17 @@ struct Product {
     }
 };
 
-// The sums of ROWS pixels by COLUMNS vectors. DYNAMIC: the zero point is not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
+// Rows of the kernel.
+struct KernelRows {
+    int64_t first, end;
+};
+
+// The sums of ROWS pixels by COLUMNS vectors over some rows of the kernel. DYNAMIC: the zero point is not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
 // fours of a vector: whether four products may exceed 16 bits.
 template <class Kernel, bool DYNAMIC, int ROWS>
 X86Q_INLINE void multiply(
     const Shape& shape, const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows,
-    const int32_t* channels, int32_t zero_point, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
+    const int32_t* channels, int32_t zero_point, const KernelRows& kernel_rows, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
     typedef Product<Kernel, ROWS> Product;
     constexpr int COLUMNS = Kernel::COLUMNS;
     constexpr int64_t FOUR = Product::FOUR;
@@ -92,9 +97,10 @@ X86Q_INLINE void multiply(
             sums[row][column] = load<Ints>(channels + column * LANES);
             if constexpr (DYNAMIC) sums[row][column] *= zero_point;
         }
-    const int8_t* here = weight;
-    int64_t start_of_row = 0;
-    for (int64_t kernel_row = 0, h = 0; kernel_row < shape.kernel_d * shape.kernel_h; ++kernel_row) {
+    const int8_t* here = weight + kernel_rows.first * shape.row_runs * ((run + 3) / 4) * FOUR;
+    overflows += kernel_rows.first * shape.row_runs * pairs;
+    int64_t start_of_row = kernel_rows.first * shape.dilation_h * shape.read_row;
+    for (int64_t kernel_row = kernel_rows.first, h = kernel_row; kernel_row < kernel_rows.end; ++kernel_row) {
         int64_t start = start_of_row;
         for (int64_t row_run = 0; row_run < shape.row_runs; ++row_run) {
             int64_t offset = start;
@@ -193,6 +199,10 @@ struct Walker {
         base = line_base + column * step;
     }
 
+    // The line and the image of the pixel before this one; there is one plane.
+    X86Q_INLINE int64_t last_line() const { return column ? line : line ? line - 1 : height - 1; }
+    X86Q_INLINE const uint8_t* last_image() const { return column || line ? image_base : image_base - image_step; }
+
     X86Q_INLINE void next() {
         base += step;
         if (__builtin_expect(++column == width, 0)) {
@@ -211,6 +221,15 @@ struct Walker {
         }
     }
 };
+
+// The rows of the kernel that lie in the image for any output row from `first` to `last`.
+X86Q_INLINE KernelRows rows_inside(const Shape& shape, int64_t first, int64_t last) {
+    const int64_t above = shape.pad_h - last * shape.stride_h, down_to = shape.h + shape.pad_h - first * shape.stride_h;
+    KernelRows found = {0, shape.kernel_h};
+    if (above > 0) found.first = (above + shape.dilation_h - 1) / shape.dilation_h;
+    if (down_to < shape.dilation_h * shape.kernel_h) found.end = (down_to + shape.dilation_h - 1) / shape.dilation_h;
+    return found;
+}
 
 // Blocks of ROWS pixels by panels of COLUMNS vectors; a pass over the pixels takes as many panels as stay in the L1 cache.
 template <class Kernel, class Epilogue, int ROWS>
@@ -260,6 +279,9 @@ struct Blocks {
         const int8_t* overflows = weight + local.groups * local.group_vectors * bytes;
         const int32_t zero_point = local.x_zero_point + (Kernel::SIGNED ? 128 : 0);  // if it is an argument
         const uint8_t* image = x + group * group_c;
+        // Rows of the kernel outside of the image are left out where they add nothing, because what they read is 0.
+        const bool reads_0 = scalars.x_zero_point + (Kernel::SIGNED ? 128 : 0) == 0;
+        const bool skips = reads_0 && local.pad_h && local.padded_d == 1 && all >= ROWS;
         Walker walker(local, image, first * ROWS);
         for (int64_t block = first; block < stop; ++block) {
             int64_t pixel = block * ROWS;
@@ -269,18 +291,22 @@ struct Blocks {
             }
             const int valid = all < ROWS ? all : ROWS;
             const uint8_t* bases[ROWS];
+            const int64_t first_line = walker.line;
+            const uint8_t* const first_image = walker.image_base;
 #pragma GCC unroll 16
             for (int row = 0; row < ROWS; ++row) {
                 bases[row] = row < valid ? walker.base : bases[0];
                 walker.next();
             }
+            KernelRows kernel_rows = {0, local.kernel_d * local.kernel_h};
+            if (skips && walker.last_image() == first_image) kernel_rows = rows_inside(local, first_line, walker.last_line());
             for (int64_t panel = first_panel; panel < end_panel; ++panel) {
                 const int64_t column = panel * COLUMNS < last ? panel * COLUMNS : last;
                 const int64_t vector = group * local.group_vectors + column, c = column * LANES, rest = group_out - c;
                 Ints sums[ROWS][COLUMNS];
                 multiply<Kernel, Epilogue::DYNAMIC, ROWS>(
                     local, bases, weight + vector * bytes,
-                    overflows + vector * pairs, channels + vector * LANES, zero_point, sums);
+                    overflows + vector * pairs, channels + vector * LANES, zero_point, kernel_rows, sums);
                 const int64_t to_c = group * group_out + c;
                 const Target<Epilogue> target = {
                     channels + vector * LANES, local.channels,

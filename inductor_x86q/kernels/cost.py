@@ -60,17 +60,13 @@ def _fitted() -> dict[str, dict[str, float]]:
     return json.loads(resources.files(__package__).joinpath("weights.json").read_text())
 
 
-# The instruction set whose costs stand in for those of one that is not measured.
-_STANDS_IN = {
-    **{"avx_vnni": "avx512_vnni_256", "avx2": "avx512_vnni_256", "avx512_256": "avx512_vnni_256", "avx512": "avx512_vnni"},
-    **{f"{ONEDNN} {name}": f"{ONEDNN} avx512_vnni" for name in ("avx_vnni", "avx2", "avx512")},
-}
+# The instruction set whose costs stand in for those of one that could not be measured.
+_STANDS_IN = {"avx_vnni": "avx512_vnni_256", f"{ONEDNN} avx_vnni": f"{ONEDNN} avx512_vnni"}
 
 
 def _costs(name: str, call: bool) -> dict[str, float]:
     name = f"{ONEDNN} {name}" if call else name
-    fitted = _fitted()
-    costs = fitted[name] if name in fitted else fitted[_STANDS_IN[name]]
+    costs = _fitted()[_STANDS_IN.get(name, name)]
     # Measured where 512 bits are run as two halves.
     whole = isa.ISAS[name.removeprefix(f"{ONEDNN} ")].lanes == 16 and not cpu.halves_512()
     faster = 16 if call and cpu.has_amx() else 2 if whole else 1

@@ -180,7 +180,7 @@ def measure(layer: Layer, threads: int) -> dict[str, float]:
         for _ in range(ROUNDS):
             for name, run in runs.by_name.items():
                 best[name] = min(_fastest(run), best.get(name, math.inf))
-    return {name: round(seconds * 1e6, 2) for name, seconds in best.items()}
+    return {name: float(f"{seconds * 1e6:.3g}") for name, seconds in best.items()}
 
 
 def _fastest(run: Callable[[], Any]) -> float:
@@ -207,12 +207,22 @@ class Measured:
 def load() -> list[Measured]:
     if not MEASUREMENTS.exists():
         return []
-    return [Measured(tuple(layer), threads, times) for layer, threads, times in json.loads(MEASUREMENTS.read_text())]
+    names, *rows = json.loads(MEASUREMENTS.read_text())
+    return [
+        Measured(tuple(layer), threads, {names[number]: taken for number, taken in zip(numbers, times, strict=True)})
+        for layer, threads, numbers, times in rows
+    ]
 
 
 def store(found: Sequence[Measured]) -> None:
-    lines = [json.dumps([entry.layer, entry.threads, entry.times]) for entry in found]
-    MEASUREMENTS.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    """Names once, then a line for each layer: its sizes, the threads, which names, microseconds."""
+    names = list(dict.fromkeys(name for entry in found for name in entry.times))
+    rows = [
+        [entry.layer, entry.threads, [names.index(name) for name in entry.times], list(entry.times.values())]
+        for entry in found
+    ]
+    lines = [json.dumps(row, separators=(",", ":")) for row in (names, *rows)]
+    MEASUREMENTS.write_text("[" + ",\n".join(lines) + "]\n")
 
 
 def take(layers: Sequence[Layer], threads: Sequence[int], seconds: float) -> None:
