@@ -15,9 +15,8 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import qdq, weights
-from inductor_x86q.graph.movement import RESHAPES, SPLITS, is_item
+from inductor_x86q.graph.operators import RESHAPES, SPLITS, UNARIES, is_item
 from inductor_x86q.graph.reasons import No
-from inductor_x86q.passes.fuse.post_ops import UNARIES
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
