@@ -91,7 +91,7 @@ BROKEN = {
                "qdq.value(node).dtype != qdq.value(layer).dtype", "False", "wider factor"),
     ],
     "channels": [
-        Broken("take a shuffle for none", channels._origins, ".view(shuffled[1], -1).t()", ".view(shuffled[1], -1)",
+        Broken("take a shuffle for none", channels._ordered_from, ".view(shuffled[1], -1).t()", ".view(shuffled[1], -1)",
                "shuffled channels"),
         Broken("leave the order of inputs", channels._rewrite_shuffled_input, "x, order, 0 if", "x, sorted(order), 0 if",
                "shuffled channels"),

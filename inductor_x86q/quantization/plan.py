@@ -173,7 +173,8 @@ class Plan:
         if self.dynamic:
             return False
         if shares(user):
-            return self._results_wanted(user)
+            moves = role(user) is Role.JOIN or user.args[0] is value  # and does not look at its shape only
+            return moves and self._results_wanted(user)
         if user in self._claimed:
             return self.ends[user] in self.wanted
         if value not in self._int8_sources:
