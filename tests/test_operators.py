@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
-from inductor_x86q.graph import operators
+import inductor_x86q
+from inductor_x86q import inspection
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import OPERATORS, Role, targets
 from inductor_x86q.inductor import decompositions
@@ -118,3 +122,71 @@ def test_disjoint_sets() -> None:
     for item in range(5000):
         long.join(item, item + 1)
     assert long.root(0) == 5000 and "recurs" not in inspect.getsource(DisjointSets)
+
+
+# --- what a row does --------------------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """Two convolutions, a max pool behind the first, and something between them."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.pool, self.second = nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Conv2d(8, 8, 1)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.function(self.pool(self.first(x))))
+
+
+def scales(quantized: fx.GraphModule) -> list[float]:
+    """Of each quantize, in the order of the graph."""
+    return [qdq.qparams(node).scale for node in quantized.graph.nodes if qdq.is_quantize(node)]
+
+
+def between(function: Callable[[torch.Tensor], torch.Tensor]) -> tuple[fx.GraphModule, tuple[torch.Tensor]]:
+    x = torch.randn(2, 3, 10, 10)
+    return inductor_x86q.quantize(Between(function).eval(), (x,), calibration=[x], reduce_range=True), (x,)
+
+
+MOVEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "transpose": lambda x: x.transpose(2, 3),
+    "index": lambda x: x[:, [3, 0, 2, 1, 7, 6, 5, 4]],
+    "index_select": lambda x: x.index_select(1, torch.arange(7, -1, -1)),
+    "unfold": lambda x: x.unfold(2, 2, 2).flatten(3),
+    "tensor_split": lambda x: torch.cat(x.tensor_split(3, 1), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [pytest.param(f, id=name) for name, f in MOVEMENTS.items()])
+def test_what_moves_between_int8_layers_moves_int8(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    quantized, inputs = between(function)
+    first, *others = scales(quantized)
+    assert len(others) >= 3 and len(set(others)) == 1 and first != others[0]  # conv, pool and what moves share it
+    result, report = inspection.run_fused(quantized, inputs)
+    assert report.float_islands == 0 and report.quantizes_left == ["quantize_per_tensor"] and not report.missed
+    with torch.no_grad():
+        torch.testing.assert_close(result, quantized(*inputs), atol=1e-4, rtol=1e-4)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "elu": lambda x: F.elu(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [pytest.param(f, id=name) for name, f in ACTIVATIONS.items()])
+def test_an_activation_between_int8_reads_and_writes_int8(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    quantized, inputs = between(function)
+    _, convolved, pooled, activated = scales(quantized)
+    assert convolved == pooled != activated
+    result, report = inspection.run_fused(quantized, inputs)
+    assert not report.missed and len(report.fused) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(result, quantized(*inputs), atol=0.02, rtol=0.02)
+
+
+def test_what_gives_its_shape_only_is_no_part_of_what_moves() -> None:
+    quantized, _ = between(lambda x: x.mean((2, 3), keepdim=True).expand_as(x))
+    _, convolved, pooled, mean, expanded = scales(quantized)
+    assert convolved == pooled != mean == expanded
