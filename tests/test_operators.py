@@ -152,6 +152,11 @@ def between(function: Callable[[torch.Tensor], torch.Tensor]) -> tuple[fx.GraphM
 
 MOVEMENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transpose": lambda x: x.transpose(2, 3),
+    "movedim": lambda x: x.movedim((2, 3), (3, 2)),
+    "moveaxis": lambda x: torch.moveaxis(x, 2, 3),
+    "swapdims": lambda x: torch.swapdims(x, 2, 3),
+    "tile": lambda x: x.tile((1, 1, 2, 1)),
+    "reshape_as": lambda x: x.flatten(2).reshape_as(x),
     "index": lambda x: x[:, [3, 0, 2, 1, 7, 6, 5, 4]],
     "index_select": lambda x: x.index_select(1, torch.arange(7, -1, -1)),
     "unfold": lambda x: x.unfold(2, 2, 2).flatten(3),
@@ -172,6 +177,9 @@ def test_what_moves_between_int8_layers_moves_int8(function: Callable[[torch.Ten
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "elu": lambda x: F.elu(x),
+    "celu": lambda x: F.celu(x, 0.7),
+    "selu": lambda x: F.selu(x),
+    "softplus": lambda x: F.softplus(x),
 }  # fmt: skip
 
 

@@ -136,6 +136,9 @@ _COMPUTED = (
     _activation("sigmoid sigmoid_"),
     _activation("hardsigmoid hardsigmoid_"),
     _activation("elu elu_"),
+    _activation("celu celu_"),
+    _activation("selu selu_"),
+    _activation("softplus"),
     _activation("mish"),
     _row(Role.ADDITION, "add.Tensor add_.Tensor", post_operations=(
         *_post("sum", "conv2d linear"),  # into the memory of what is added
@@ -164,9 +167,9 @@ _COMPUTED = (
 # Quantize and dequantize pass through these exactly: the result shares scale and zero point with its tensors.
 _MOVED = (
     _row(Role.VIEW, "view reshape", keeps_rows=True),
-    _row(Role.VIEW, "flatten.using_ints unflatten.int"),
+    _row(Role.VIEW, "flatten.using_ints unflatten.int view_as reshape_as"),
     _row(Role.VIEW, "permute", keeps_rows=True),
-    _row(Role.VIEW, "transpose.int t movedim.int swapaxes"),
+    _row(Role.VIEW, "transpose.int t swapaxes swapdims movedim.int movedim.intlist moveaxis.int moveaxis.intlist"),
     _row(Role.VIEW, "squeeze squeeze.dim squeeze.dims unsqueeze"),
     _row(Role.VIEW, "expand expand_as"),
     _row(Role.VIEW, "slice.Tensor", keeps_rows=True),
@@ -175,7 +178,7 @@ _MOVED = (
     _row(Role.MOVEMENT, "clone", keeps_rows=True, shares_memory=True),  # a clone is Inductor's to drop
     _row(Role.MOVEMENT, "contiguous", shares_memory=True),
     _row(Role.MOVEMENT, "detach detach_", shares_memory=True),
-    _row(Role.MOVEMENT, "flip prims::rev roll repeat"),
+    _row(Role.MOVEMENT, "flip prims::rev roll repeat tile"),
     _row(Role.MOVEMENT, "index.Tensor _unsafe_index.Tensor index_select"),
     _row(Role.MOVEMENT, "pixel_shuffle pixel_unshuffle channel_shuffle"),
     _row(Role.MOVEMENT, "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest1d.vec "
