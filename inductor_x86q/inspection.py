@@ -16,7 +16,7 @@ from torch import fx
 from inductor_x86q.accuracy import drift as drift_module
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.errors import CompileError
-from inductor_x86q.graph.movement import VIEWS
+from inductor_x86q.graph import operators
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor import compiling, cpp_text, dynamo, profiling, uncompiled, wrapper_source
 from inductor_x86q.report import Kernel, Report, dump
@@ -121,7 +121,7 @@ def measured(generated: Sequence[wrapper_source.Generated], events: Sequence[tup
 
 def _reported_name(node: fx.Node) -> str:
     """What the report calls a node; a view around what a call became in a later stage is not that call."""
-    name: str = node.name if node.target in VIEWS else node.meta.get("x86q_reported", node.name)
+    name: str = node.name if operators.role(node) is operators.Role.VIEW else node.meta.get("x86q_reported", node.name)
     return name
 
 

@@ -37,7 +37,7 @@ _BODY_END = "} // inductor_entry_impl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class KernelCall:
     """A kernel call in the wrapper."""
 
     name: str  # as `kernel_calls` counts it
@@ -45,12 +45,12 @@ class Call:
     results: tuple[str, ...]  # the buffers that it writes
 
 
-def calls(code: str) -> Iterator[Call]:
+def calls(code: str) -> Iterator[KernelCall]:
     """The wrapper's kernel calls in their order."""
     for line in _body(code):
         if name := _called(line):
             shim = _SHIM.search(line)
-            yield Call(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)))
+            yield KernelCall(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)))
 
 
 def kernel_calls(code: str) -> Counter[str]:

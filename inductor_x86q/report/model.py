@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.reasons import Obstacle, Reason
 
 
@@ -243,25 +244,19 @@ def _total(items: Iterable[Fusion | Miss]) -> int:
 
 
 def _count_islands(nodes: Sequence[Node]) -> int:
-    """Groups of float operations that read from int8 and write to int8, by union of neighbours."""
+    """Groups of float operations that read from int8 and write to int8."""
     by_name = {node.name: node for node in nodes}
     inside = {
         n.name for n in nodes if n.kind in ("generated", "missed", "kept_float") and n.dtype.startswith(("float", "bf"))
     }
-    root = {name: name for name in inside}
-
-    def find(name: str) -> str:
-        while root[name] != name:
-            name = root[name]
-        return name
-
+    islands: DisjointSets[str] = DisjointSets()
     reads, writes = set(), set()
     for node in nodes:
         for source in node.inputs:
             if node.name in inside and source in inside:
-                root[find(node.name)] = find(source)
+                islands.join(source, node.name)
             elif node.name in inside and by_name[source].kind in ("dequantize", "fused"):
                 reads.add(node.name)
             elif source in inside and node.kind == "quantize":
                 writes.add(source)
-    return len({find(name) for name in reads} & {find(name) for name in writes})
+    return len({islands.root(name) for name in reads} & {islands.root(name) for name in writes})
