@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# OpenMP reads it when torch is loaded. Threads that wait for each other in a loop keep the cores from what runs beside
+# them: tiny convolutions in two processes with two threads each took 0.4 s on two cores, and 120 s without this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch._inductor.config
 
