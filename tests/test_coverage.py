@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -38,13 +39,16 @@ def test_text() -> None:
     ]
 
 
+once_in_process = functools.cache(coverage._in_process)
+
+
 @pytest.mark.parametrize(
     "program, stock",
     [("(3, 4)", "3 + 4"), ("1 // 0", "crashes: ZeroDivisionError"), ("os._exit(3)", "crashes: exit code 3")],
 )
 def test_a_crash_is_a_row(program: str, stock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each path runs in a process of its own; here a process runs these expressions instead."""
-    in_process = coverage._in_process
+    in_process = once_in_process
     expressions = {"row": "inductor_x86q.tools.coverage.Row('net', 2, 2, 1.0)", "stock_kernels": program}
 
     def replaced(expression: str) -> object:
