@@ -201,7 +201,10 @@ def test_zoom_and_pan(page: Page, deep: Report) -> None:
     seen.append(page.transform())
     page.browser.wheel(1000, 500, 120, control=True)
     seen.append(page.transform())
-    page.browser.drag((760, 600), (800, 560))
+    x, y = page.browser.run(
+        "(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector('.block:not(.open)').getBoundingClientRect())"
+    )
+    page.browser.drag((x, y), (x + 40, y + 8))
     seen.append(page.transform())
     page.browser.click("document.getElementById('larger')")
     seen.append(page.transform())

@@ -122,9 +122,9 @@ def _row(item: Item, kind: str, slowest: float, change: Change | None) -> str:
     return (
         f'<tr class="{kind}" data-node="{_e(item.node)}" data-layer="{_e(item.layer)}"{changed} '
         + f'title="{_e(item.source)}" tabindex=-1>'
-        + f"<td><bdi>{_e(item.layer)}</bdi></td>"
+        + f"<td><bdi>{_e(item.layer)}</bdi></td>{before}"
         + _computed_by(item)
-        + f"<td>{macs}</td><td class=time>{time}</td>{before}<td class=note>{_e(_parameters(item))}</td></tr>"
+        + f"<td>{macs}</td><td class=time>{time}</td><td class=note>{_e(_parameters(item))}</td></tr>"
     )
 
 

@@ -177,11 +177,11 @@ function drawFolded(block) {
 
 function drawLeaf(leaf) {
   const { box: data } = leaf;
-  const local = localName(leaf), name = data.layer !== leaf.path ? "" : /^\d*$/.test(local) ? leaf.path : local, corner = data.corner;
+  const local = localName(leaf), name = data.layer !== leaf.path ? "" : /^\d+$/.test(local) ? leaf.path : local, corner = data.corner;
   const box = boxElement(leaf, data.kind, `${data.kind.replace("_", " ")}: ${data.title}, ${data.layer}, ${corner}`);
   box.append(element("rect", { width: WIDTH, height: HEIGHT, rx: 6 }));
   if (data.region) box.append(element("rect", { class: "region", x: -4, y: -4, width: WIDTH + 8, height: HEIGHT + 8, rx: 9 }));
-  box.append(label(10, 18, cut(data.title, 32)), label(10, 36, cut(name, Math.max(8, 31 - corner.length)), "l"));
+  box.append(label(10, 18, cut(data.title, leaf.change ? 31 - leaf.change.length : 32)), label(10, 36, cut(name, Math.max(8, 31 - corner.length)), "l"));
   box.append(label(WIDTH - 8, 36, corner, "s", true));
   if (leaf.change) markChange(box, leaf.change);
   return box;
