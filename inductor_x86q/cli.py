@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--drift", action="store_true", help="measure how far each layer is from float32")
     explain.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON ('-': to standard output)")
     explain.add_argument("--html", metavar="FILE", type=Path, help="write the report as one self-contained page")
+    explain.add_argument(
+        "--model-explorer", metavar="FILE", type=Path, help="write the graph as JSON for model-explorer"
+    )
     explain.add_argument("--code", action="store_true", help="put the generated C++ of each layer into both files")
     explain.add_argument(
         "--compare",
@@ -156,6 +159,8 @@ def _explain(parsed: Any) -> int:
         print(report)
     if parsed.json is not None:
         _write(parsed.json, report.to_json() + "\n")
+    if parsed.model_explorer is not None:
+        _write(parsed.model_explorer, report.to_model_explorer(parsed.model) + "\n")
     if parsed.html is not None:
         _write(parsed.html, report.to_html(parsed.model, compare=before) + "\n")
     return FAILED if parsed.strict and report.missed else DONE

@@ -192,6 +192,19 @@ def test_the_page_says_what_has_changed(report: Report) -> None:
     assert "class=was" not in report.to_html("net")
 
 
+# --- other viewers ---------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_for_model_explorer(report: Report) -> None:
+    graph = json.loads(report.to_model_explorer("net"))["graphs"][0]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert list(nodes) == [node.name for node in report.nodes]
+    assert all(edge["sourceNodeId"] in nodes for node in nodes.values() for edge in node["incomingEdges"])
+    assert (nodes["a"]["label"], nodes["a"]["namespace"]) == ("qconv +relu", "block/conv1")
+    assert nodes["c"]["style"]["backgroundColor"] == "#d11a2a"
+    assert "reduce_range=True" in dict((a["key"], a["value"]) for a in nodes["c"]["attrs"])["why not int8"]
+
+
 # --- notebooks --------------------------------------------------------------------------------------------------------
 
 

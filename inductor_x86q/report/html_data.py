@@ -103,7 +103,7 @@ def boxes(nodes: Sequence[Node]) -> list[Box]:
         for name in node.inputs:
             users[name].append(node)
     by_name = {node.name: node for node in nodes}
-    paths = _paths(nodes)
+    paths = modules(nodes)
     owner: dict[str, int] = {}
     found: list[Box] = []
     for node in nodes:
@@ -123,7 +123,7 @@ def _is_chain(source: Node, node: Node, paths: Mapping[str, str]) -> bool:
     return node.kind == source.kind == "generated" and paths[source.name] == paths[node.name]
 
 
-def _paths(nodes: Sequence[Node]) -> dict[str, str]:
+def modules(nodes: Sequence[Node]) -> dict[str, str]:
     """The module of each node, by its name.
 
     Of what the passes made and what stands in no module, the layer is the node's own name; it belongs to the module
@@ -186,7 +186,7 @@ def _item(item: Item, kind: str, calls: list[int], change: Change | None) -> dic
     return {
         "title": item.layer,
         "kind": kind,
-        "facts": [[label, text] for label, text in _facts(item) if text],
+        "facts": [[label, text] for label, text in facts(item) if text],
         "reason": str(item.obstacle) if isinstance(item, Miss) else "",
         "code": calls,
         "change": [change.kind, before_text(change)] if change is not None and change.kind != "same" else None,
@@ -202,7 +202,7 @@ def before_text(change: Change) -> str:
     return ", ".join(time if change.kind == "same" else [described(before), *time])
 
 
-def _facts(item: Item) -> list[tuple[str, str]]:
+def facts(item: Item) -> list[tuple[str, str]]:
     time = "" if item.microseconds is None else f"{item.microseconds:.1f} µs"
     if isinstance(item, Operation):
         types = f"{', '.join(item.input_dtypes)} → {item.output_dtype}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-from inductor_x86q.report import html, json, text
+from inductor_x86q.report import html, json, model_explorer, text
 from inductor_x86q.report.model import Content
 
 
@@ -47,6 +47,10 @@ class Report(Content):
             compare: the report of before, of the same model: the page says layer by layer what has changed since.
         """
         return html.page(self, title, compare)
+
+    def to_model_explorer(self, title: str = "int8 report") -> str:
+        """The graph as JSON that model-explorer opens."""
+        return model_explorer.write(self, title)
 
     def _repr_html_(self) -> str:
         """The page inside a frame: what Jupyter shows of a report."""
