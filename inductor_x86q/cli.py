@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import logging
 import os
 import platform
@@ -79,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--drift", action="store_true", help="measure how far each layer is from float32")
     explain.add_argument("--json", metavar="FILE", type=Path, help="write the report as JSON ('-': to standard output)")
     explain.add_argument("--html", metavar="FILE", type=Path, help="write the report as one self-contained page")
+    explain.add_argument(
+        "--model-explorer", metavar="FILE", type=Path, help="write the graph as JSON for model-explorer"
+    )
+    explain.add_argument("--code", action="store_true", help="put the generated C++ of each layer into both files")
+    explain.add_argument(
+        "--compare",
+        metavar="FILE",
+        type=Path,
+        help="a report written by --json before: the page shows what has changed",
+    )
 
     code = _on_model(commands, "code", _code, "the generated C++, with a comment at each call that names its layers")
     code.add_argument("--layer", metavar="PATH", help="only what serves this layer, e.g. layer1.0.conv1")
@@ -142,13 +153,28 @@ def _quiet() -> Iterator[None]:
 
 
 def _explain(parsed: Any) -> int:
+    before = _read_report(parsed.compare) if parsed.compare else None
     report = _stored_report(parsed) or _computed_report(parsed)
     if parsed.json != Path("-"):
         print(report)
-    for path, content in ((parsed.json, report.to_json), (parsed.html, lambda: report.to_html(parsed.model))):
-        if path is not None:
-            _write(path, content() + "\n")
+    if parsed.json is not None:
+        _write(parsed.json, report.to_json() + "\n")
+    if parsed.model_explorer is not None:
+        _write(parsed.model_explorer, report.to_model_explorer(parsed.model) + "\n")
+    if parsed.html is not None:
+        _write(parsed.html, report.to_html(parsed.model, compare=before) + "\n")
     return FAILED if parsed.strict and report.missed else DONE
+
+
+def _read_report(path: Path) -> Report:
+    from inductor_x86q.report import Report
+
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Unusable(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise Unusable(f"{path} cannot be compared with: {error}") from error
 
 
 def _stored_report(parsed: Any) -> Report | None:
@@ -157,7 +183,7 @@ def _stored_report(parsed: Any) -> Report | None:
 
     if not parsed.model.endswith(".pt2") or not aot.is_package(parsed.model):
         return None
-    given = [name for name in ("input", "mode", "option", "timing") if getattr(parsed, name)]
+    given = [name for name in ("input", "mode", "option", "timing", "code") if getattr(parsed, name)]
     if given:
         raise Unusable(f"{parsed.model!r} is a package, compiled already: --{given[0]} needs the model it was made of")
     with _step("reading the package"):
@@ -170,7 +196,9 @@ def _computed_report(parsed: Any) -> Report:
     model, inputs, original = _loaded(parsed)
     drift = parsed.drift and (original or True)
     with _step("compiling and measuring" if parsed.timing else "running the passes"):
-        return inspection.explain(model, inputs, timing=parsed.timing, drift=drift, **_compile_arguments(parsed))
+        return inspection.explain(
+            model, inputs, timing=parsed.timing, drift=drift, code=parsed.code, **_compile_arguments(parsed)
+        )
 
 
 def _code(parsed: Any) -> int:
@@ -344,7 +372,9 @@ def _torchvision(name: str) -> Any:
             f"torchvision cannot be imported ({_first_line(error)}): pip install inductor-x86q[models]"
         ) from error
     try:
-        return models.get_model(name, weights=None)
+        builder = models.get_model_builder(name)
+        backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+        return builder(weights=None, **backbone)
     except ValueError as error:
         raise Unusable(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them") from error
 

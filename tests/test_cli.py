@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from torch import nn
 
 from inductor_x86q import cli, testing
-from inductor_x86q.report import Report
+from inductor_x86q.graph.reasons import Obstacle, Reason
+from inductor_x86q.report import Miss, Report
 
 FACTORY = """
 import torch
@@ -64,6 +66,23 @@ def test_explain_writes_text_json_and_html(models: Path, capsys: pytest.CaptureF
     assert "quantized here with random calibration data" in err
     assert [f.layer for f in Report.from_json((models / "r.json").read_text()).fused] == ["conv", "fc"]
     assert (models / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_html_with_code_and_what_has_changed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *NET, "--json", "before.json", "--code"]) == cli.DONE
+    before = Report.from_json((models / "before.json").read_text())
+    assert [call.name for call in before.code if call.nodes == (before.fused[0].node,)] == ["qconv"]
+    before.missed = [Miss("conv", "conv", Obstacle(Reason.SATURATES), (2, 16), 100)]
+    (models / "before.json").write_text(dataclasses.replace(before, fused=before.fused[1:]).to_json())
+    assert cli.main(["explain", *NET, "--html", "r.html", "--compare", "before.json"]) == cli.DONE
+    page = (models / "r.html").read_text()
+    assert "was 1 / 2" in page
+    assert "gained: conv in float" in page
+    (models / "other.json").write_text("{}")
+    for file, message in (("none.json", "cannot read none.json"), ("other.json", "other.json cannot be compared with")):
+        capsys.readouterr()
+        assert cli.main(["explain", *NET, "--html", "r.html", "--compare", file]) == cli.UNUSABLE
+        assert message in capsys.readouterr().err
 
 
 def test_json_on_standard_output_is_all_of_it(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

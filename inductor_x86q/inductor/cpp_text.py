@@ -43,6 +43,7 @@ class KernelCall:
     name: str  # as `kernel_calls` counts it
     symbol: str  # the function's own name
     results: tuple[str, ...]  # the buffers that it writes
+    line: str
 
 
 def calls(code: str) -> Iterator[KernelCall]:
@@ -50,7 +51,12 @@ def calls(code: str) -> Iterator[KernelCall]:
     for line in _body(code):
         if name := _called(line):
             shim = _SHIM.search(line)
-            yield KernelCall(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)))
+            yield KernelCall(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)), line.strip())
+
+
+def kernels(code: str) -> dict[str, str]:
+    """The generated kernels by their names."""
+    return {match.group(1): match.group() for match in _KERNEL_DEFINITION.finditer(code)}
 
 
 def kernel_calls(code: str) -> Counter[str]:
@@ -226,5 +232,5 @@ def only_layer(code: str, layer: str) -> str:
             f"no kernel call serves layer {layer!r}; those that are served: {', '.join(sorted(seen)) or 'none'}"
         )
     wanted = set(_KERNEL_NAME.findall("\n".join(calls)))
-    kernels = [m.group() for m in _KERNEL_DEFINITION.finditer(code) if m.group(1) in wanted]
-    return "\n\n".join(["\n".join(calls), *kernels]) + "\n"
+    called = [text for name, text in kernels(code).items() if name in wanted]
+    return "\n\n".join(["\n".join(calls), *called]) + "\n"

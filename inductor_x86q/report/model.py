@@ -91,6 +91,16 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Code:
+    """A call in the generated code, and the kernel that it calls."""
+
+    name: str
+    nodes: tuple[str, ...]
+    call: str
+    kernel: str  # its C++; empty where the call is of a library's operator
+
+
+@dataclasses.dataclass(frozen=True)
 class RuleCount:
     """How often a rule of a stage matched; seconds are those of its whole stage."""
 
@@ -155,6 +165,7 @@ class Content:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    code: list[Code] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     drift: Drift | None = None  # where it was asked for
 
@@ -211,7 +222,7 @@ class Content:
 
 KINDS: dict[str, Any] = {
     "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
-    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "notes": str,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "code": Code, "notes": str,
 }  # fmt: skip
 
 
@@ -231,7 +242,7 @@ def _renamed(report: Content, taken: set[str]) -> Content:
             return name(item)
         if isinstance(item, Node):
             return dataclasses.replace(item, name=name(item.name), inputs=tuple(map(name, item.inputs)))
-        if isinstance(item, Kernel):
+        if isinstance(item, (Kernel, Code)):
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-from inductor_x86q.report import html, json, text
+from inductor_x86q.report import html, json, model_explorer, text
 from inductor_x86q.report.model import Content
 
 
@@ -40,6 +40,18 @@ class Report(Content):
         """
         return cls(**json.read(content))
 
-    def to_html(self, title: str = "int8 report") -> str:
-        """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
-        return html.page(self, title)
+    def to_html(self, title: str = "int8 report", *, compare: Report | None = None) -> str:
+        """One self-contained page: totals, the graph, a table of all layers; it needs no network.
+
+        Args:
+            compare: the report of before, of the same model: the page says layer by layer what has changed since.
+        """
+        return html.page(self, title, compare)
+
+    def to_model_explorer(self, title: str = "int8 report") -> str:
+        """The graph as JSON that model-explorer opens."""
+        return model_explorer.write(self, title)
+
+    def _repr_html_(self) -> str:
+        """The page inside a frame: what Jupyter shows of a report."""
+        return html.frame(self.to_html())
