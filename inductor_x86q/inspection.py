@@ -121,7 +121,7 @@ def calls_of(generated: Sequence[wrapper_source.Generated]) -> list[Code]:
     return found
 
 
-def _nodes_of(part: wrapper_source.Generated, call: cpp_text.Call) -> tuple[list[fx.Node], tuple[str, ...]]:
+def _nodes_of(part: wrapper_source.Generated, call: cpp_text.KernelCall) -> tuple[list[fx.Node], tuple[str, ...]]:
     """The nodes that a call computes, and what the report calls them."""
     nodes = [node for result in call.results for node in part.origins.get(result, ())]
     return nodes, tuple(dict.fromkeys(map(_reported_name, nodes)))

@@ -51,7 +51,9 @@ def calls(code: str) -> Iterator[KernelCall]:
     for line in _body(code):
         if name := _called(line):
             shim = _SHIM.search(line)
-            yield KernelCall(name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)), line.strip())
+            yield KernelCall(
+                name, f"aoti_torch_cpu_{shim.group(1)}" if shim else name, tuple(results(line)), line.strip()
+            )
 
 
 def kernels(code: str) -> dict[str, str]:
