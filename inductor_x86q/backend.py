@@ -14,7 +14,7 @@ from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.inductor import compiling, configuration, dynamo, scopes
+from inductor_x86q.inductor import autotuning, compiling, configuration, dynamo, scopes
 from inductor_x86q.report import Report, RuleCount, dump
 from inductor_x86q.report.collect import collect
 
@@ -30,6 +30,7 @@ DEFAULTS = {
     "cpp_wrapper_build_separate": True,
     # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
     "always_keep_tensor_constants": True,
+    **autotuning.QUIET,
 }
 
 

@@ -34,7 +34,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from inductor_x86q.aot import read_report
+from inductor_x86q.aot import load, read_report
 
 MAX_BODY = 20 * 1024 * 1024
 NPY = b"\x93NUMPY"
@@ -53,7 +53,7 @@ class Classifier:
         self._headers = {MACHINE: ray.util.get_node_ip_address()}
         self.shape = row_shape(path)
         self.mean, self.std = mean, std
-        self._run = torch._inductor.aoti_load_package(path)
+        self._run = load(path)
         # Off the event loop, so that requests are read and checked while a batch runs; OpenMP keeps the number of
         # threads for each thread that calls it.
         self._executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))

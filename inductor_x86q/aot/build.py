@@ -1,8 +1,7 @@
-"""Ahead-of-time packages: a quantized model as a .pt2 that Python and C++ load, with its report inside."""
+"""Building a package, for this CPU or for a lesser one."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-import inductor_x86q
+from inductor_x86q.aot import lesser
+from inductor_x86q.aot.stored import REPORT_FILE, requirements, to_json
 from inductor_x86q.backend import require_compilable, run_passes, settings
+from inductor_x86q.cpu import LEVELS, missing
 from inductor_x86q.errors import CompileError
 from inductor_x86q.inductor import compiling, configuration, scopes
 from inductor_x86q.report import Report
-
-REPORT_FILE = "inductor_x86q_report.json"
 
 # What differs from Inductor's defaults, where this torch has the option: line tables make a tenth of a small package
 # and name directories of the machine that built it.
@@ -31,14 +30,16 @@ def package(
     *,
     dynamic_shapes: Any = None,
     strict: bool = True,
+    cpu: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> str:
     """Compiles a quantized model ahead of time into a package that runs without Python.
 
-    Load it with `torch._inductor.aoti_load_package(path)`, or in C++ with `torch::inductor::AOTIModelPackageLoader`.
-    It holds machine code and weights packed for this CPU, so it runs on machines with the same instruction sets. It
-    takes inputs of the example's shapes, types and strides; set AOTI_RUNTIME_CHECK_INPUTS=1 to have them checked at
-    each call. Generated kernels keep the number of threads that torch has while packaging: call
+    Load it with `inductor_x86q.load(path)`, or in C++ with `torch::inductor::AOTIModelPackageLoader` as
+    examples/cpp_runner does. It holds machine code and weights packed for this CPU, so it runs on machines with the same
+    instruction sets; it stores which, and both loaders refuse a CPU without them. It takes inputs of the example's shapes,
+    types and strides; set AOTI_RUNTIME_CHECK_INPUTS=1 to have them checked at each call. Generated kernels keep the
+    number of threads that torch has while packaging: call
     `torch.set_num_threads` first, or pass the option `cpp.dynamic_threads`, where that is not what will serve.
 
     Args:
@@ -50,6 +51,9 @@ def package(
             under AOTI_RUNTIME_CHECK_INPUTS=1.
         strict: raise StrictError when a layer that should run in int8 does not; otherwise the layer runs in float, and
             a warning and the report name it.
+        cpu: a lesser CPU to build for: "avx2", "avx2-vnni", "avx512", "avx512-vnni" or "avx512-bf16". The first and the
+            third have no VNNI: give `quantize` reduce_range=True for them. It is built in a process of its own, which knows
+            neither rules of `register_pass` nor operators that only this process has registered.
         options: any Inductor option.
 
     Returns:
@@ -61,47 +65,35 @@ def package(
         StrictError: under `strict`, with the names of the layers and the reasons.
     """
     target = _check_arguments(model, example_inputs, path)
-    chosen = settings(None, {**_defaults(), "strict": strict, **(options or {})})
-    report = Report([], [], [])
+    given = {**_defaults(), "strict": strict, **(options or {})}
+    settings(None, given)  # raises for what is not known, before anything takes its time
+    _check_cpu(cpu, given)
     with torch.no_grad():
         require_compilable(example_inputs)
         exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    if cpu is None:
+        build(exported, target, given)
+    else:
+        lesser.build(exported, target, given, cpu)
+    return target
+
+
+def build(
+    exported: torch.export.ExportedProgram, target: str, options: Mapping[str, Any], level: str | None = None
+) -> None:
+    """Compiles for the CPU of this process, or for what `level` says of it within `target.limited_to`."""
+    report = Report([], [], [])
+    metadata = {**options.get("aot_inductor.metadata", {}), **requirements(level)}
+    chosen = settings(None, {**options, "aot_inductor.metadata": metadata})
 
     def pipeline(graph: fx.Graph) -> None:
         report.extend(run_passes(graph, strict=chosen.strict))
 
     def extra_files() -> dict[str, str]:
-        return {REPORT_FILE: _to_json(report)}
+        return {REPORT_FILE: to_json(report)}
 
     with scopes.pipeline_scope(pipeline):
         compiling.aot_package(exported, target, chosen.inductor, extra_files)
-    return target
-
-
-def read_report(path: str | os.PathLike[str]) -> Report:
-    """The report inside a package; loads no code.
-
-    Raises:
-        CompileError: the file is no package, was not made by `package`, or by an incompatible version of it.
-    """
-    name = os.fspath(path)
-    if not Path(name).is_file():
-        raise CompileError(f"there is no file {name!r}")
-    try:
-        text = compiling.read_extra_file(name, REPORT_FILE)
-    except RuntimeError as error:
-        raise CompileError(f"{name!r} is not a .pt2 package: {str(error).splitlines()[0]}") from error
-    if text is None:
-        raise CompileError(f"the package {name!r} has no report: it was not made by inductor_x86q.package")
-    return _from_json(text, name)
-
-
-def is_package(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a package made by `package` at the path; False for any other file and for none."""
-    try:
-        return compiling.read_extra_file(os.fspath(path), REPORT_FILE) is not None
-    except RuntimeError:
-        return False
 
 
 def _check_arguments(model: Any, example_inputs: Any, path: str | os.PathLike[str]) -> str:
@@ -117,23 +109,19 @@ def _check_arguments(model: Any, example_inputs: Any, path: str | os.PathLike[st
     return target
 
 
+def _check_cpu(level: str | None, options: Mapping[str, Any]) -> None:
+    if "cpp.march" in options:
+        raise CompileError(
+            "option `cpp.march` is not for packages, which store what CPU they need: name a level with `cpu`"
+        )
+    if level is None:
+        return
+    if level not in LEVELS:
+        raise CompileError(f"cpu is {level!r}: expected one of {', '.join(LEVELS)}")
+    if lacking := missing(LEVELS[level].instruction_sets):
+        raise CompileError(f"cpu is {level!r}: this CPU has no {', '.join(lacking)}, and builds for lesser ones only")
+
+
 def _defaults() -> dict[str, Any]:
     known = configuration.config_keys()
     return {name: value for name, value in _DEFAULTS.items() if name in known}
-
-
-# --- the report as text -----------------------------------------------------------------------------------------------
-
-
-def _to_json(report: Report) -> str:
-    """The report in its own schema, and beside it what made the package."""
-    made_by = {"inductor_x86q": inductor_x86q.__version__, "torch": torch.__version__}
-    return json.dumps({**made_by, "report": json.loads(report.to_json())}, indent=1)
-
-
-def _from_json(text: str, name: str) -> Report:
-    stored = json.loads(text)
-    try:
-        return Report.from_json(json.dumps(stored["report"]))
-    except ValueError as error:
-        raise CompileError(f"{name!r}, made by inductor_x86q {stored['inductor_x86q']}: {error}") from error
