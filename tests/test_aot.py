@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -288,17 +287,6 @@ def in_a_process(code: str, directory: Path) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", textwrap.dedent(code)]
     subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": path}, check=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    if not shutil.which("cmake"):
-        pytest.skip("needs cmake")
-    build = tmp_path_factory.mktemp("build")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    subprocess.run(["cmake", "-S", ROOT / "examples" / "cpp_runner", "-B", build, prefix], check=True)
-    subprocess.run(["cmake", "--build", build], check=True)
-    return build / "runner"
 
 
 @pytest.mark.slow

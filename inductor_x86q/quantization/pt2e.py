@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q import progress
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
@@ -362,14 +362,11 @@ def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[
 
 
 def _progress(calls: Iterable[Any]) -> Iterator[Any]:
-    """A progress bar on a terminal, nothing elsewhere (tqdm where it is installed, else the one in torch.hub)."""
-    from torch.hub import tqdm
-
-    total = len(calls) if isinstance(calls, Sized) else None
-    with tqdm(total=total, desc="calibrating", unit="batch", disable=total is None or not sys.stderr.isatty()) as bar:
+    """The calls one by one, with progress on a terminal."""
+    with progress.task("calibrating", len(calls) if isinstance(calls, Sized) else None) as advance:
         for call in calls:
             yield call
-            bar.update(1)
+            advance()
 
 
 # --- convert ----------------------------------------------------------------------------------------------------------
