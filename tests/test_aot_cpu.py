@@ -18,7 +18,7 @@ from inductor_x86q import aot, cpu
 from inductor_x86q.aot import stored
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph.reasons import Reason
-from inductor_x86q.inductor import compiling
+from inductor_x86q.inductor import compiling, target
 
 
 def quantized(reduce_range: bool) -> tuple[torch.fx.GraphModule, torch.Tensor]:
@@ -140,6 +140,20 @@ def test_code_for_avx2_has_nothing_else(model, tmp_path, options):
     assert not re.search(r"%zmm|vpdpbusd|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b", code)
     assert [f.layer for f in aot.read_report(path).fused] == ["0", "3"]
     torch.testing.assert_close(inductor_x86q.load(path)(x), q(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("level", cpu.LEVELS)
+def test_inductor_finds_no_more_than_the_level_has(level):
+    names = {
+        "_is_vnni_supported": "avx512_vnni",
+        "_is_avx512_bf16_supported": "avx512_bf16",
+        "_is_amx_tile_supported": "amx_tile",
+    }
+    before = {name: getattr(torch.cpu, name)() for name in names}
+    with target.limited_to(cpu.LEVELS[level]):
+        found = {name: getattr(torch.cpu, name)() for name in names}
+    assert found == {name: instruction in cpu.LEVELS[level].instruction_sets for name, instruction in names.items()}
+    assert {name: getattr(torch.cpu, name)() for name in names} == before
 
 
 @pytest.mark.skipif(not cpu.has(*cpu.LEVELS["avx2"].instruction_sets), reason="builds for lesser CPUs only")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q import progress
 from inductor_x86q.aot import lesser
 from inductor_x86q.aot.stored import REPORT_FILE, requirements, to_json
 from inductor_x86q.backend import require_compilable, run_passes, settings
@@ -68,7 +69,7 @@ def package(
     given = {**_defaults(), "strict": strict, **(options or {})}
     settings(None, given)  # raises for what is not known, before anything takes its time
     _check_cpu(cpu, given)
-    with torch.no_grad():
+    with torch.no_grad(), progress.task("exporting"):
         require_compilable(example_inputs)
         exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if cpu is None:
@@ -92,7 +93,7 @@ def build(
     def extra_files() -> dict[str, str]:
         return {REPORT_FILE: to_json(report)}
 
-    with scopes.pipeline_scope(pipeline):
+    with progress.task("compiling the package"), scopes.pipeline_scope(pipeline):
         compiling.aot_package(exported, target, chosen.inductor, extra_files)
 
 

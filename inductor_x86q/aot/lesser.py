@@ -38,7 +38,9 @@ def build(exported: torch.export.ExportedProgram, target: str, options: Mapping[
             "ATEN_CPU_CAPABILITY": LEVELS[level].aten,
         }
         command = [sys.executable, "-c", "from inductor_x86q.aot import lesser; lesser.main()", name]
-        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=2
+        )  # what it prints is no output of ours
         if (directory / _FAILURE).exists():
             raise _failure(json.loads((directory / _FAILURE).read_text()))
         if done.returncode:

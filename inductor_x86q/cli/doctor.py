@@ -58,8 +58,9 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str], bool]:
         ("torch", torch.__version__),
         ("torchao", _version("torchao")),
     ]
-    if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
-        facts.append(("ONEDNN_MAX_CPU_ISA", f"{limit} (limits what oneDNN uses)"))
+    for name, who in (("ONEDNN_MAX_CPU_ISA", "oneDNN"), ("ATEN_CPU_CAPABILITY", "Inductor")):
+        if limit := os.environ.get(name):
+            facts.append((name, f"{limit} (limits what {who} uses)"))
     advice, usable = _advice(cpu), True
     try:
         facts.append(("C++ compiler", configuration.cxx_compiler()))
