@@ -24,13 +24,13 @@ def test_nothing_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_task_within_a_task(visible: None, capsys: pytest.CaptureFixture[str]) -> None:
     with progress.task("outer"):
-        with progress.task("inner [1]", total=3) as advance:
+        with progress.task("inner [red]", total=3) as advance:
             for _ in range(3):
                 advance()
         assert progress._shown is not None
     assert progress._shown is None
     out, err = capsys.readouterr()
-    assert out == "" and "outer" in err and "inner [1]" in err and "3/3" in err
+    assert out == "" and "outer" in err and "inner [red]" in err and "3/3" in err
 
 
 def test_an_error_ends_it(visible: None, capsys: pytest.CaptureFixture[str]) -> None:
