@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,46 @@ def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         )
 
     return choose
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ example, built."""
+    if not shutil.which("cmake"):
+        pytest.skip("needs cmake")
+    build = tmp_path_factory.mktemp("build")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    subprocess.run(
+        ["cmake", "-S", Path(__file__).parent.parent / "examples" / "cpp_runner", "-B", build, prefix], check=True
+    )
+    subprocess.run(["cmake", "--build", build], check=True)
+    return build / "runner"
+
+
+@pytest.fixture
+def rewritten() -> Callable[..., str]:
+    """A function that writes a .pt2 with other contents."""
+
+    def rewritten(
+        source: str | Path,
+        target: Path,
+        changes: Mapping[str, Callable[[bytes], bytes]],
+        more: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """A copy in which the files that end in a key of `changes` are changed, and those in `more` are added."""
+        changed = set()
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+            for name in old.namelist():
+                contents = old.read(name)
+                for ending, change in changes.items():
+                    if name.endswith(ending):
+                        contents = change(contents)
+                        changed.add(ending)
+                new.writestr(name, contents)
+            root = old.namelist()[0].split("/")[0]
+            for name, contents in (more or {}).items():
+                new.writestr(f"{root}/{name}", contents)
+        assert changed == set(changes)
+        return str(target)
+
+    return rewritten

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +199,33 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "exit codes: " in out
     assert command == "doctor" or "torchvision:resnet18" in out
+
+
+def test_without_arguments_it_says_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.UNUSABLE
+    out, err = capsys.readouterr()
+    assert out == "" and "x86q explain torchvision:resnet18" in err
+
+
+def test_the_report_is_in_colour_on_a_terminal_and_plain_in_a_pipe(models: Path) -> None:
+    """One run in a terminal of its own, with progress on it; in a pipe neither colours nor progress."""
+    command = [sys.executable, "-m", "inductor_x86q", "explain", *NET]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "100"}
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert piped.returncode == 0 and "\x1b" not in piped.stdout + piped.stderr
+    assert "quantizing" not in piped.stderr and "2 of 2 layers in int8" in piped.stdout
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal ends with its process
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+    text = shown.decode()
+    assert process.returncode == 0
+    assert "\x1b[1m" in text and "2 of 2 layers in int8" in text
+    assert "calibrating" in text and "quantizing" in text and "running the passes" in text
 
 
 def test_python_m() -> None:

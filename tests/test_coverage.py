@@ -31,8 +31,8 @@ def test_count_kernels() -> None:
 def test_text() -> None:
     found = Row("a", 5, 4, 0.5, int8_calls=4, float_kernels=2, quantizes_left=1, quantized="1 mean", stock="3 + 7")
     found.why = "1 conv: EXCLUDED"
-    lines = list(coverage.text([found, Row("b", 1, 1, 1.0), Row("c", error="exit code -11")]))
-    assert [line.split() for line in lines[1:]] == [
+    lines = coverage.table([found, Row("b", 1, 1, 1.0), Row("c", error="exit code -11")]).text().splitlines()
+    assert [line.split() for line in lines[2:]] == [
         ["a", "5", "4", "50.0%", "4", "+", "2", "3", "+", "7", "1", "1", "mean;", "1", "conv:", "EXCLUDED"],
         ["b", "1", "1", "100.0%", "-", "-", "0"],
         ["c", "failed:", "exit", "code", "-11"],
@@ -70,7 +70,7 @@ def test_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exit_code(row: Row, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(coverage, "rows", lambda networks, stock: [row])
     assert cli.main(["coverage", "a"]) == code
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 @pytest.mark.torchvision

@@ -37,7 +37,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from inductor_x86q.aot import read_report
+from inductor_x86q.aot import load, read_report
 
 ANSWER_SECONDS = 60  # for a request that is here to be answered, with the time it waits for a worker
 NPY = b"\x93NUMPY"
@@ -57,7 +57,7 @@ class Classifier:
         self._bodies = guard.Bodies()
         self.shape = row_shape(path)
         self.mean, self.std = mean, std
-        self._run = torch._inductor.aoti_load_package(path)
+        self._run = load(path)
         # Off the event loop, so that requests are read and checked while a batch runs; OpenMP keeps the number of
         # threads for each thread that calls it.
         self._executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q import progress
 from inductor_x86q.errors import CompileError
 from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import Role
@@ -54,7 +55,11 @@ def measure(quantized: fx.GraphModule, inputs: tuple[Any, ...], float_model: tor
 
     reference = run(())
     everything = run(layers)
-    noises = {node: _noise(run([node]).outputs, reference.outputs) for node in layers}
+    noises = {}
+    with progress.task("measuring layers", total=len(layers)) as advance:
+        for node in layers:
+            noises[node] = _noise(run([node]).outputs, reference.outputs)
+            advance()
     total = sum(noises.values()) or 1.0
     signal = _noise(reference.outputs)
     rows = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import fx
 
+from inductor_x86q import progress
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization.export import batch_size
@@ -80,11 +80,8 @@ def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[
 
 
 def _progress(calls: Iterable[Any]) -> Iterator[Any]:
-    """A progress bar on a terminal, nothing elsewhere (tqdm where it is installed, else the one in torch.hub)."""
-    from torch.hub import tqdm
-
-    total = len(calls) if isinstance(calls, Sized) else None
-    with tqdm(total=total, desc="calibrating", unit="batch", disable=total is None or not sys.stderr.isatty()) as bar:
+    """The calls one by one, with progress on a terminal."""
+    with progress.task("calibrating", len(calls) if isinstance(calls, Sized) else None) as advance:
         for call in calls:
             yield call
-            bar.update(1)
+            advance()

@@ -8,6 +8,8 @@ from typing import Any
 
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.reasons import Obstacle, Reason
+from inductor_x86q.report import tables
+from inductor_x86q.report.tables import Column, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +134,18 @@ class Drift:
     excluded: float | None = None  # of the output then
 
     def __str__(self) -> str:
-        rows = [("layer", "operator", "at the layer", "at the output, alone", "share of the noise")]
-        rows += [(x.layer, x.operator, _db(x.here), _db(x.alone), f"{x.share:.0%}") for x in self.layers]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [f"drift from float32, as signal-to-noise ratio: {_db(self.output)} at the output"]
-        for row in rows:
-            cells = [
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells))
-        if self.exclude:
-            lines.append(f"exclude={list(self.exclude)!r} pays: {_db(self.excluded)} at the output")
+        return tables.plain(self.__rich__(), tables.UNLIMITED)
+
+    def __rich__(self) -> Any:
+        numbers = ("at the layer", "at the output, alone", "share of the noise")
+        table = Table(Column("layer", style="cyan"), "operator", *(Column(title, right=True) for title in numbers))
+        for x in self.layers:
+            table.add(x.layer, x.operator, _db(x.here), _db(x.alone), f"{x.share:.0%}")
+        lines = [f"exclude={list(self.exclude)!r} pays: {_db(self.excluded)} at the output"] if self.exclude else []
         if not self.weights:
             lines.append("what the rounding of weights costs is not in it: that needs the float model")
-        return "\n".join(lines)
+        title = f"drift from float32, as signal-to-noise ratio: {_db(self.output)} at the output"
+        return tables.group(title, table, *lines)
 
 
 def _db(ratio: float | None) -> str:

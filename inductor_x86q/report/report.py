@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+from typing import TYPE_CHECKING
 
-from inductor_x86q.report import html, json, model_explorer, text
+from inductor_x86q.report import html, json, model_explorer, tables, text
 from inductor_x86q.report.model import Content
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclasses.dataclass
@@ -21,7 +24,10 @@ class Report(Content):
         return text.summary(self)
 
     def __str__(self) -> str:
-        return self.table(shutil.get_terminal_size((120, 40)).columns)
+        return self.table(tables.terminal_width())
+
+    def __rich__(self) -> RenderableType:
+        return text.renderable(self)
 
     def table(self, width: int = 120) -> str:
         """The report as text, no line of the table longer than `width` characters (at least 60)."""
