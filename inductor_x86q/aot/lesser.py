@@ -62,8 +62,8 @@ def main() -> None:
     torch.set_num_threads(threads)
     exported = torch.export.load(directory / _PROGRAM)
     try:
-        with targets.limited_to(LEVELS[level]):
-            local.build(exported, target, {**options, "cpp.march": LEVELS[level].march}, level)
+        targets.limit_to(LEVELS[level])
+        local.build(exported, target, {**options, "cpp.march": LEVELS[level].march}, level)
     except CompileError as error:
         report: Any = error.report if isinstance(error, StrictError) else None
         (directory / _FAILURE).write_text(json.dumps({"message": str(error), "report": report and report.to_json()}))

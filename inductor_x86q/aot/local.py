@@ -18,7 +18,7 @@ from inductor_x86q.report import Report
 def build(
     exported: torch.export.ExportedProgram, target: str, options: Mapping[str, Any], level: str | None = None
 ) -> None:
-    """Compiles for the CPU of this process, or for what `level` says of it within `target.limited_to`."""
+    """Compiles for the CPU of this process, or for what `level` says of it behind `target.limit_to`."""
     report = Report([], [], [])
     metadata = {**options.get("aot_inductor.metadata", {}), **requirements(level)}
     chosen = settings(None, {**options, "aot_inductor.metadata": metadata})

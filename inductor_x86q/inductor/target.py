@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
 from inductor_x86q.cpu import Level
-from inductor_x86q.inductor.scoping import replaced
 
 # What Inductor asks of the CPU before it writes code for more than ATEN_CPU_CAPABILITY says.
 _QUESTIONS = {
@@ -19,14 +17,14 @@ _QUESTIONS = {
 }
 
 
-@contextlib.contextmanager
-def limited_to(level: Level) -> Iterator[None]:
-    """Within this context Inductor finds no more than the level has, given ATEN_CPU_CAPABILITY as the level says.
+def limit_to(level: Level) -> None:
+    """From now on Inductor finds no more in this process than the level has, given ATEN_CPU_CAPABILITY as the level says.
 
     Relies on `cpu_vec_isa` asking torch.cpu's functions once in a process, hence this has to come before any compile.
     """
-    with contextlib.ExitStack() as stack:
-        for name, instruction_set in _QUESTIONS.items():
-            supported = instruction_set in level.instruction_sets
-            stack.enter_context(replaced(torch.cpu, name, lambda supported=supported: supported))
-        yield
+
+    def answer(supported: bool) -> Callable[[], bool]:
+        return lambda: supported
+
+    for name, instruction_set in _QUESTIONS.items():
+        setattr(torch.cpu, name, answer(instruction_set in level.instruction_sets))
