@@ -313,7 +313,9 @@ def main() -> None:
     measuring.add_argument("--batch", type=int, nargs="*", default=[1])
     measuring.add_argument("--random", type=int, default=0, help="how many random layers")
     measuring.add_argument("--layer", type=int, nargs=14, action="append", default=[])
-    measuring.add_argument("--threads", type=int, nargs="*", default=[torch.get_num_threads()])
+    measuring.add_argument(
+        "--threads", type=int, nargs="*", default=[1], help="several wait for each other: only on an idle machine"
+    )
     measuring.add_argument("--seconds", type=float, default=100)
     measuring.add_argument("--build", action="store_true", help="only compile the kernels that it takes")
     commands.add_parser("fit")
