@@ -312,8 +312,9 @@ def test_why_names_what_stood_in_the_way(net: torch.fx.GraphModule) -> None:
 
     inputs = (torch.randn(4, 32),)
     q = qdq_graph(One(lambda layer, x: (y := layer(quantize_dequantize(x))).relu() + y.sin(), QLinear(32, 48)), inputs)
-    (answer,) = [answer for answer in why(q, inputs, "layer") if answer.rule == "activation"]
-    assert answer.reason == "rule 'activation': the call's result has 2 users [relu, sin]"
+    (answer,) = [answer for answer in why(q, inputs, "relu") if answer.rule == "activation"]
+    assert answer.why == "the call's result has 2 users"
+    assert [place.node for place in answer.nodes] == ["relu", "sin"]
 
 
 def test_why_of_an_unknown_node_names_others(net: torch.fx.GraphModule) -> None:
