@@ -6,15 +6,15 @@ from inductor_x86q import No, Rule, explain, register_pass, testing
 from inductor_x86q.graph import qdq
 
 
-def find(node: torch.fx.Node):
+def find(node: torch.fx.Node) -> float | No:
     source, factor = node.args
     if not qdq.is_dequantize(source) or not qdq.qparams(source).is_static:
-        return No("its input is not dequantized with a constant scale")
+        return No("its input is not dequantized with a constant scale", (source,))
     return factor if isinstance(factor, (int, float)) and factor > 0 else No(f"{factor} is not a positive number")
 
 
 def rewrite(node: torch.fx.Node, factor: float) -> torch.fx.Node:
-    source = node.args[0]
+    source = qdq.operand(node)
     integers, scale, *others = source.args
     return qdq.call(source.target, integers, scale * factor, *others, like=source)
 

@@ -57,8 +57,8 @@ def explain(
     else:
         report = _explained(model, example_inputs, mode, options)
     if drift is not False:
-        original = None if drift is True else drift
-        report.drift = drift_module.measure(model, example_inputs, original)  # type: ignore[arg-type]
+        original: Any = None if drift is True else drift
+        report.drift = drift_module.measure(model, example_inputs, original)
     return report
 
 

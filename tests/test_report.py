@@ -304,6 +304,19 @@ def test_why_asks_what_reads_the_node_too(net: torch.fx.GraphModule) -> None:
     assert answer.why == "it scales its second operand by alpha=0.5"
 
 
+def test_why_names_what_stood_in_the_way(net: torch.fx.GraphModule) -> None:
+    (answer,) = [answer for answer in why(net, INPUTS, "head") if answer.stage == "normalize"]
+    (place,) = answer.nodes
+    assert place.layer == "head"
+    assert str(answer).endswith(f"its second operand is not a dequantized constant [{place.node} of head]")
+
+    inputs = (torch.randn(4, 32),)
+    q = qdq_graph(One(lambda layer, x: (y := layer(quantize_dequantize(x))).relu() + y.sin(), QLinear(32, 48)), inputs)
+    (answer,) = [answer for answer in why(q, inputs, "relu") if answer.rule == "activation"]
+    assert answer.why == "the call's result has 2 users"
+    assert [place.node for place in answer.nodes] == ["relu", "sin"]
+
+
 def test_why_of_an_unknown_node_names_others(net: torch.fx.GraphModule) -> None:
     with pytest.raises(Exception, match=r"no stage's graph has a node or layer named 'covn9'"):
         why(net, INPUTS, "covn9")
@@ -369,6 +382,17 @@ def test_a_registered_pass_is_applied_reported_and_taken_out_again() -> None:
     finally:
         remove()
     assert explain(q, inputs).missed
+
+
+def test_a_find_that_says_nothing_is_an_error() -> None:
+    inputs = (torch.randn(4, 32),)
+    q = qdq_graph(One(lambda layer, x: layer(quantize_dequantize(x) * 0.5), QLinear(32, 48)), inputs)
+    remove = register_pass("propagate", Rule("mute", (torch.ops.aten.mul.Tensor,), lambda node: None, halve))
+    try:
+        with pytest.raises(Exception, match=r"find of rule 'mute' gave None for mul.*: expected its findings, or No"):
+            explain(q, inputs)
+    finally:
+        remove()
 
 
 def test_no_pass_in_a_stage_that_is_not_there() -> None:

@@ -94,7 +94,7 @@ class _Run(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         if qdq.is_quantize(node) and not qdq.is_constant(node):
-            return self.env[node.args[0]]  # type: ignore[index]
+            return self.env[qdq.operand(node)]
         if qdq.is_dequantize(node):
             return self._skipped(node)
         if not _is_layer(node):
@@ -110,7 +110,7 @@ class _Run(fx.Interpreter):
         return self.results[node]
 
     def _skipped(self, node: fx.Node) -> Any:
-        value = self.env[node.args[0]]  # type: ignore[index]
+        value = self.env[qdq.operand(node)]
         if value.is_floating_point():
             return value.to(qdq.out_dtype(node))
         name = _weight_name(node)
@@ -123,7 +123,7 @@ class _Run(fx.Interpreter):
             arguments, keywords = self.fetch_args_kwargs_from_env(quantize)
             value = quantize.target(*arguments, **keywords)
         arguments, keywords = self.fetch_args_kwargs_from_env(node)
-        return node.target(value, *arguments[1:], **keywords) if not value.is_floating_point() else value  # type: ignore[operator]
+        return value if value.is_floating_point() else qdq.evaluate(node, value, *arguments[1:], **keywords)
 
 
 def _is_layer(node: fx.Node) -> bool:

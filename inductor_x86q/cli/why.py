@@ -27,6 +27,5 @@ def _command(parsed: Any) -> int:
         print(stage)
         for answer in answers:
             if answer.stage == stage:
-                rule = f"rule {answer.rule!r}: " if answer.rule else ""
-                print(f"  {answer.node} ({answer.operator}): {rule}{answer.why}")
+                print(f"  {answer.node} ({answer.operator}): {answer.reason}")
     return DONE

@@ -57,15 +57,15 @@ def may_overwrite(node: fx.Node, *, after: fx.Node) -> Literal[True] | No:
     """
     root = base(node)
     if root.op != "call_function":
-        return No("it is an input or a constant")
+        return No("it is an input or a constant", (root,))
     if not _is_dense(node):
-        return No("it has gaps in its memory")
+        return No("it has gaps in its memory", (node,))
     needed = qdq.compute_ancestors(after)
     for reader in readers(node):
         # The dequantize in front of the addition goes away with it; what else reads through it must be done before.
         remaining = set(reader.users) - {after} if after in reader.users else {reader} - {after}
         if not remaining <= needed:
-            return No("it is read later")
+            return No("it is read later", tuple(sorted(remaining - needed)))
     return True
 
 

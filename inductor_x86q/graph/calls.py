@@ -99,7 +99,7 @@ def parse(target: Any, arguments: Sequence[Any]) -> Call:
     """The call of `target` with these arguments."""
     family, has_binary, _ = _KINDS[target]
     values: list[Any] = list(arguments)
-    head, values = values[:6], values[6:]
+    x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, *values = values
     other: Any = values.pop(0) if has_binary else None
     bias = values.pop(0)
     geometry, values = (tuple(values[:4]), values[4:]) if family == "conv" else ((), values)
@@ -110,7 +110,10 @@ def parse(target: Any, arguments: Sequence[Any]) -> Call:
         binary = Binary(kind, other, other_scale, other_zero_point)
     name, scalars, algorithm = values
     unary = Unary(name, tuple(scalars), algorithm)
-    return Call(family, *head, bias, geometry, dtype, scale, zero_point, unary, binary)  # type: ignore[call-arg]
+    return Call(
+        *(family, x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point),
+        *(bias, geometry, dtype, scale, zero_point, unary, binary),
+    )
 
 
 def emit(call: Call, *, like: fx.Node) -> fx.Node:

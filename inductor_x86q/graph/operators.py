@@ -263,7 +263,7 @@ def factors(node: fx.Node) -> tuple[Any, ...]:
 def moved_from(node: fx.Node, *, through_qdq: bool = False) -> fx.Node:
     """Where the elements of `node` come from, through what only moves them and, if asked for, q/dq."""
     while is_movement(node) or (through_qdq and (qdq.is_quantize(node) or qdq.is_dequantize(node))):
-        node = node.args[0]  # type: ignore[assignment]
+        node = qdq.operand(node)
     return node
 
 

@@ -92,17 +92,39 @@ def qparams(node: fx.Node) -> QParams:
 
 def out_dtype(node: fx.Node) -> torch.dtype:
     """The float type that a dequantize node produces."""
-    return node.kwargs.get("out_dtype") or torch.float32  # type: ignore[return-value]
+    found: Any = node.kwargs.get("out_dtype")
+    return found or torch.float32
+
+
+def operand(node: fx.Node, position: int = 0) -> fx.Node:
+    """The argument at this position, which its operator's schema says is a tensor."""
+    found = node.args[position]
+    assert isinstance(found, fx.Node), f"argument {position} of {node.format_node()} is no tensor"
+    return found
 
 
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
     """The node's arguments by the names of its operator's schema, defaults filled in."""
     found: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    target: Any = node.target
+    for position, argument in enumerate(target._schema.arguments):
         if position < len(node.args):
             found[argument.name] = node.args[position]
         else:
             found[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return found
+
+
+def evaluate(node: fx.Node, *arguments: Any, **keywords: Any) -> Any:
+    """What the node's operator gives for these arguments."""
+    assert callable(node.target), f"{node} calls no operator"
+    return node.target(*arguments, **keywords)
+
+
+def graph_module(node: fx.Node) -> fx.GraphModule:
+    """The module that the node's graph is of, and that holds its constants."""
+    found = node.graph.owning_module
+    assert found is not None, "a graph without a module"
     return found
 
 
@@ -145,39 +167,12 @@ def constants(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def has_constants(layer: fx.Node) -> bool:
-    """Whether a convolution's or linear's weight and bias are constants, the weight quantized per output channel.
-
-    False for a transposed convolution, whose first dimension is not its outputs.
-    """
-    arguments = schema_arguments(layer)
-    weight, bias = arguments["weight"], arguments["bias"]
-    if arguments.get("transposed") or not is_dequantize(weight) or constant(weight.args[0]) is None:
-        return False
-    return qparams(weight).axis == 0 and (bias is None or constant(bias) is not None)
-
-
-def is_channel_factor(factor: fx.Node, layer: fx.Node, channel: int) -> bool:
-    """Whether a float tensor that multiplies the layer's result has one number for all of a channel.
-
-    Args:
-        channel: which dimension of the result the channels are.
-    """
-    result, shape = value(layer).shape, value(factor).shape
-    first = len(result) - len(shape)
-    varying = [first + dimension for dimension, size in enumerate(shape) if size != 1]
-    if first < 0 or not value(factor).is_floating_point():
-        return False
-    return not varying or (varying == [channel % len(result)] and shape[varying[0] - first] == result[channel])
-
-
 def new_constant(tensor: torch.Tensor, *, like: fx.Node) -> fx.Node:
     """A `get_attr` node for a new constant, at the graph's insertion point, described as coming from `like`."""
     graph = like.graph
-    module = graph.owning_module
-    assert module is not None
-    number: int = getattr(module, "_x86q_constants", 0)  # type: ignore[assignment]
-    module._x86q_constants = number + 1  # type: ignore[assignment]
+    module: Any = graph_module(like)
+    number = getattr(module, "_x86q_constants", 0)
+    module._x86q_constants = number + 1
     name = f"_x86q_constant{number}"
     fake_tensors.mark_frozen(tensor)
     module.register_buffer(name, tensor)
@@ -214,7 +209,7 @@ def call(target: Any, *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
     """A new node at the insertion point of `like`'s graph, with its value's description, said to come from `like`."""
     node = like.graph.call_function(target, args, kwargs)
     copy_origin(node, like)
-    fake_tensors.propagate_fake_tensors(like.graph.owning_module, node)  # type: ignore[arg-type]
+    fake_tensors.propagate_fake_tensors(node)
     return node
 
 
@@ -274,16 +269,3 @@ def compute_ancestors(node: fx.Node) -> set[fx.Node]:
             found.add(current)
             pending.extend(current.all_input_nodes)
     return found
-
-
-def full(values: Any, dimensions: int) -> list[int]:
-    """A number for each dimension, where there may be one for all."""
-    values = [values] if isinstance(values, int) else list(values)
-    return values * dimensions if len(values) == 1 else values
-
-
-def geometry(convolution: fx.Node) -> tuple[list[int], list[int], list[int], int]:
-    """A convolution's stride, padding and dilation, a number for each dimension, and its groups."""
-    _, weight, _, *sizes, _, _, groups = schema_arguments(convolution).values()
-    stride, padding, dilation = (full(values, value(weight).dim() - 2) for values in sizes)
-    return stride, padding, dilation, groups

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from torch import fx
+
 
 class Reason(enum.Enum):
     """Why a layer does not run in int8; the value says what to change."""
@@ -43,9 +45,10 @@ BY_DESIGN = frozenset({Reason.NOT_QUANTIZED, Reason.NO_KERNEL})
 
 @dataclasses.dataclass(frozen=True)
 class No:
-    """Why a rule does not match; false in a condition."""
+    """Why a rule does not match, and which nodes stood in the way, as far as it knows; false in a condition."""
 
     why: str
+    nodes: tuple[fx.Node, ...] = ()
 
     def __bool__(self) -> bool:
         return False

@@ -43,11 +43,11 @@ def read(node: Any) -> Weight | None:
         return None
     parameters = qdq.qparams(node)
     tensors = [qdq.constant(n) for n in (node.args[0], parameters.scale, parameters.zero_point)]
-    if any(tensor is None for tensor in tensors):
+    if any(tensor is None for tensor in tensors) or parameters.axis is None:
         return None
     integers, scale, zero_point = (tensor.detach() for tensor in tensors if tensor is not None)
     others = (parameters.axis, parameters.quant_min, parameters.quant_max, parameters.dtype)
-    return Weight(integers, scale, zero_point, *others, qdq.out_dtype(node))  # type: ignore[arg-type]
+    return Weight(integers, scale, zero_point, *others, qdq.out_dtype(node))
 
 
 def emit(weight: Weight, *, like: fx.Node) -> fx.Node:

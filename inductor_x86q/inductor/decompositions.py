@@ -100,7 +100,8 @@ def decompose_node(graph_module: fx.GraphModule, node: fx.Node, written_out: Map
     def call(*values: torch.Tensor) -> torch.Tensor:
         pending = iter(values)
         arguments = [next(pending) if isinstance(a, fx.Node) else a for a in node.args]
-        return node.target(*arguments, **node.kwargs)  # type: ignore[operator]
+        assert callable(node.target), f"{node} calls no operator"
+        return node.target(*arguments, **node.kwargs)
 
     fakes = [t.meta["val"] for t in tensors]
     with fakes[0].fake_mode:

@@ -42,12 +42,12 @@ def register_primitives() -> None:
     import torch._inductor.inductor_prims  # noqa: F401
 
 
-def propagate_fake_tensors(graph_module: fx.GraphModule, node: fx.Node) -> None:
+def propagate_fake_tensors(node: fx.Node) -> None:
     """Sets `meta["val"]` of one new node from its arguments' (relies on fake tensors carrying their mode)."""
     values = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = fake_mode(node.graph)
-    with mode:
-        node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+    assert callable(node.target), f"{node} calls no operator"
+    with fake_mode(node.graph):
+        node.meta["val"] = node.target(*values[0], **values[1])
 
 
 def fake_mode(graph: fx.Graph) -> Any:

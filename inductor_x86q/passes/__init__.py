@@ -63,7 +63,7 @@ STAGES = (NORMALIZE, PROPAGATE, CHANNELS, COMPUTE, POST_OPS, OUTPUT_TYPES, FINIS
 FUSED = OUTPUT_TYPES
 
 
-def register_pass(stage: str, rule: Rule) -> Callable[[], None]:
+def register_pass(stage: str, rule: Rule[Any]) -> Callable[[], None]:
     """Adds a rule to a stage, behind the stage's own, for all compiles of this process from now on.
 
     The report, the debug dump and `x86q why` list it by its name as they list ours.

@@ -7,14 +7,14 @@ computed, as slices side by side, and each producer writes those next to each ot
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq, weights
+from inductor_x86q.graph import layers, qdq, weights
 from inductor_x86q.graph.operators import RESHAPES, SPLITS, UNARIES, is_item
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.stage import Rule
@@ -37,12 +37,12 @@ def _shuffle_start(node: fx.Node) -> tuple[fx.Node, int] | None:
     """What the node is a channel shuffle of, and by how many groups: view, transposition, (clone,) view."""
     if node.target not in RESHAPES:
         return None
-    permuted: Any = node.args[0]
+    permuted = qdq.operand(node)
     if permuted.target is aten.clone.default:
-        permuted = permuted.args[0]
-    if permuted.target is not aten.permute.default or permuted.args[0].target not in RESHAPES:
+        permuted = qdq.operand(permuted)
+    if permuted.target is not aten.permute.default or (apart := qdq.operand(permuted)).target not in RESHAPES:
         return None
-    apart, source = permuted.args[0], permuted.args[0].args[0]
+    source = qdq.operand(apart)
     rank = qdq.value(source).dim()
     swapped = [0, 2, 1, *range(3, rank + 1)]
     before, between, after = ([str(n) for n in qdq.value(x).shape] for x in (source, apart, node))
@@ -109,7 +109,8 @@ def _ordered_from(node: fx.Node) -> tuple[list[fx.Node], list[int]] | None:
         start = qdq.schema_arguments(node)["start"] or 0
         return [source], list(range(_channels(source)))[start:][: _channels(node)]
     if is_item(node) and source.target in SPLITS and _along_channels(source):
-        start = sum(part.shape[1] for part in source.meta["val"][: node.args[1]])  # type: ignore[misc]
+        item: Any = node.args[1]
+        start = sum(part.shape[1] for part in source.meta["val"][:item])
         return [source.args[0]], list(range(start, start + _channels(node)))
     gathered = _gathered(node)
     return None if gathered is None else ([source], gathered)
@@ -117,17 +118,17 @@ def _ordered_from(node: fx.Node) -> tuple[list[fx.Node], list[int]] | None:
 
 def _gathered(node: fx.Node) -> list[int] | None:
     """Which channels the node takes of its first argument, by their numbers; None where it does something else."""
-    if node.target is not GATHER or len(node.args[1]) != 2 or node.args[1][0] is not None:  # type: ignore[arg-type, index]
+    if node.target is not GATHER:
         return None
-    indices = qdq.constant(node.args[1][1])  # type: ignore[index]
+    taken: Any = node.args[1]  # None, or indices, for each dimension
+    indices = qdq.constant(taken[1]) if len(taken) == 2 and taken[0] is None else None
     if indices is None or indices.dtype != torch.int64 or indices.dim() != 1:
         return None
     return (indices % _channels(node.args[0])).tolist()
 
 
-def _orderings(node: fx.Node) -> set[fx.Node] | None:
-    """All that orders the node's channels before a convolution reads them whose weight can follow; None where something
-    else reads them too."""
+def _orderings(node: fx.Node) -> set[fx.Node] | No:
+    """All that orders the node's channels before a convolution reads them whose weight can follow."""
     found = {node}
     pending = [node]
     while pending:
@@ -136,7 +137,7 @@ def _orderings(node: fx.Node) -> set[fx.Node] | None:
                 continue
             end = _ordered_by(user)
             if end is None or not end.users:
-                return None
+                return No("the order of its channels matters to something else", (user,))
             if end not in found:
                 found.add(end)
                 pending.append(end)
@@ -157,16 +158,17 @@ def _ordered_by(user: fx.Node) -> fx.Node | None:
 
 def _reader(node: fx.Node) -> bool:
     """Whether the node is a quantized convolution whose weight can follow another order of its input's channels."""
-    if node.target is not CONVOLUTION or not qdq.is_dequantize(node.args[0]) or not qdq.has_constants(node):
+    if node.target is not CONVOLUTION:
         return False
-    arguments = qdq.schema_arguments(node)
-    return arguments["groups"] == 1 or (_is_depthwise(node) and _end(node) is not None)
+    layer = layers.read(node)
+    if not qdq.is_dequantize(layer.x) or not layer.has_constants:
+        return False
+    return layer.groups == 1 or (_is_depthwise(node) and _end(node) is not None)
 
 
 def _is_depthwise(node: fx.Node) -> bool:
-    arguments = qdq.schema_arguments(node)
-    groups = arguments["groups"]
-    return groups > 1 and groups == _channels(arguments["input"]) == _channels(node)
+    layer = layers.read(node)
+    return layer.groups > 1 and layer.groups == _channels(layer.x) == _channels(node)
 
 
 def _end(convolution: fx.Node) -> fx.Node | None:
@@ -179,12 +181,13 @@ def _end(convolution: fx.Node) -> fx.Node | None:
 
 def _producer(quantize: fx.Node) -> fx.Node | None:
     """The convolution that computes what the node quantizes, if it can write its channels in any order."""
-    node: Any = quantize.args[0] if quantize.target is qdq.QUANTIZE else quantize
+    node = qdq.operand(quantize) if quantize.target is qdq.QUANTIZE else quantize
     if node.target in UNARIES:
-        node = node.args[0]
-    if node.target is not CONVOLUTION or _end(node) is not quantize or not qdq.has_constants(node):
+        node = qdq.operand(node)
+    if node.target is not CONVOLUTION or _end(node) is not quantize:
         return None
-    return node if qdq.schema_arguments(node)["groups"] == 1 else None
+    layer = layers.read(node)
+    return node if layer.has_constants and layer.groups == 1 else None
 
 
 def _with_weights(node: fx.Node, x: Any, order: list[int], dimension: int) -> fx.Node:
@@ -201,11 +204,18 @@ def _with_weights(node: fx.Node, x: Any, order: list[int], dimension: int) -> fx
 # --- readers take channels from where they were computed --------------------------------------------------------------
 
 
-def _find_shuffled_input(node: fx.Node) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Reading:
     """What to read of which tensor, and which channel of the present input each channel of the new one is."""
+
+    parts: dict[fx.Node, list[int]]
+    order: list[int]
+
+
+def _find_shuffled_input(node: fx.Node) -> _Reading | No:
     if not _reader(node):
         return No("it is no quantized convolution of constant weights, whole or depthwise with a quantize behind it")
-    integers: Any = node.args[0].args[0]  # type: ignore[union-attr]
+    integers = qdq.operand(qdq.operand(node))
     origins = _origins(integers)
     order = sorted(range(len(origins)), key=lambda i: origins[i])
     parts: dict[fx.Node, list[int]] = {}
@@ -217,10 +227,12 @@ def _find_shuffled_input(node: fx.Node) -> Any:
     for source, channels in parts.items():
         orderings = _orderings(source)
         # A tensor that is read whole stays as it is; of another, what is read must be written side by side.
-        if orderings is None or (len(channels) < _channels(source) and _producer(source) is None):
-            return No(f"the order of {source}'s channels matters to something else")
+        if isinstance(orderings, No):
+            return No(f"the order of {source}'s channels matters to something else", orderings.nodes)
+        if len(channels) < _channels(source) and _producer(source) is None:
+            return No(f"the order of {source}'s channels matters to something else", (source,))
         shuffled |= any(_gathered(node) or _shuffle_start(node) for node in orderings)
-    return (parts, order) if shuffled else No("no channel shuffle stands in front of it")
+    return _Reading(parts, order) if shuffled else No("no channel shuffle stands in front of it")
 
 
 def _pieces(integers: fx.Node) -> Iterator[tuple[fx.Node, list[int]]]:
@@ -231,11 +243,9 @@ def _pieces(integers: fx.Node) -> Iterator[tuple[fx.Node, list[int]]]:
         yield piece.args[0] if direct else piece, [channel for _, channel in _origins(piece)]
 
 
-def _rewrite_shuffled_input(node: fx.Node, found: tuple[dict[fx.Node, list[int]], list[int]]) -> fx.Node:
-    channels_of, order = found
-    dequantize: Any = node.args[0]
-    depthwise = _is_depthwise(node)
-    parts = [_gather(source, channels, like=dequantize) for source, channels in channels_of.items()]
+def _rewrite_shuffled_input(node: fx.Node, reading: _Reading) -> fx.Node:
+    order, dequantize, depthwise = reading.order, qdq.operand(node), _is_depthwise(node)
+    parts = [_gather(source, channels, like=dequantize) for source, channels in reading.parts.items()]
     joined = parts[0] if len(parts) == 1 else _reused(aten.cat.default, (parts, 1), parts[0], like=dequantize)
     x = qdq.call(dequantize.target, joined, *dequantize.args[1:], like=dequantize, **dequantize.kwargs)
     end = _end(node) if depthwise else None
@@ -274,22 +284,22 @@ def _reused(target: Any, arguments: tuple[Any, ...], operand: fx.Node, *, like: 
 # --- producers write together what is read together -------------------------------------------------------------------
 
 
-def _find_gathered_output(node: fx.Node) -> Any:
+def _find_gathered_output(node: fx.Node) -> list[int] | No:
     if _producer(node) is None:
-        return No("it quantizes no convolution that can write its channels in any order")
-    parts = [_gathered(user) for user in node.users]
-    if not parts or None in parts:
-        return No("something reads it whole")
-    order = list(itertools.chain.from_iterable(parts))  # type: ignore[arg-type]
+        return No("it quantizes no convolution that can write its channels in any order", (qdq.operand(node),))
+    parts = {user: _gathered(user) for user in node.users}
+    if not parts or None in parts.values():
+        return No("something reads it whole", tuple(user for user, part in parts.items() if part is None))
+    order = [channel for part in parts.values() for channel in part or ()]
     if len(set(order)) != len(order):
-        return No("its readers share channels")
+        return No("its readers share channels", tuple(parts))
     return order + sorted(set(range(_channels(node))) - set(order))
 
 
 def _rewrite_gathered_output(node: fx.Node, order: list[int]) -> None:
     convolution = _producer(node)
     assert convolution is not None
-    new = _with_weights(convolution, convolution.args[0], order, 0)
+    new = _with_weights(convolution, qdq.operand(convolution), order, 0)
     convolution.replace_all_uses_with(new)
     qdq.erase_dead(convolution)
     start = 0

@@ -17,15 +17,15 @@ from inductor_x86q.passes.stage import Rule
 aten = torch.ops.aten
 
 
-def _find_converted_constant(node: fx.Node) -> Any:
+def _find_converted_constant(node: fx.Node) -> Tensor | No:
     tensor = qdq.constant(node.args[0])
     if tensor is None:
-        return No("it converts no constant")
+        return No("it converts no constant", (qdq.operand(node),))
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: qdq.constant(n))
-    return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+    return qdq.evaluate(node, *arguments[0], **arguments[1])
 
 
-def _rewrite_converted_constant(node: fx.Node, tensor: torch.Tensor) -> fx.Node:
+def _rewrite_converted_constant(node: fx.Node, tensor: Tensor) -> fx.Node:
     """A weight that stays in float is dequantized (or widened) now, once, not at every call."""
     return qdq.new_constant(tensor, like=node)
 
@@ -58,13 +58,13 @@ WRITTEN_OUT = {
 DECOMPOSED = (*WRITTEN_OUT, *decompositions.KEPT_WHOLE, aten.linear.default)
 
 
-def _decompose(node: fx.Node, found: Any) -> None:
-    decompositions.decompose_node(node.graph.owning_module, node, WRITTEN_OUT)  # type: ignore[arg-type]
+def _decompose(node: fx.Node, module: fx.GraphModule) -> None:
+    decompositions.decompose_node(module, node, WRITTEN_OUT)
 
 
-def _find_float16_quantize(node: fx.Node) -> Any:
-    source: Any = node.args[0]
-    return source if qdq.value(source).dtype == torch.float16 else No("it quantizes no float16")
+def _find_float16_quantize(node: fx.Node) -> fx.Node | No:
+    source = qdq.operand(node)
+    return source if qdq.value(source).dtype == torch.float16 else No("it quantizes no float16", (source,))
 
 
 def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
@@ -75,7 +75,7 @@ def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
 # --- convolutions of lines ----------------------------------------------------------------------------------------------
 
 
-def _find_line(node: fx.Node) -> Any:
+def _find_line(node: fx.Node) -> calls.Call | No:
     call = calls.read(node)
     return call if call.kernel == "conv1d" else No("it is no convolution of one dimension")
 
@@ -110,5 +110,5 @@ RULES = (
     Rule("weight left in float", _CONVERSIONS, _find_converted_constant, _rewrite_converted_constant),
     Rule("quantize of float16", _QUANTIZES, _find_float16_quantize, _rewrite_float16_quantize),
     Rule("convolution of lines", calls.TARGETS, _find_line, _rewrite_line),
-    Rule("decompose", DECOMPOSED, lambda node: True, _decompose),
+    Rule("decompose", DECOMPOSED, qdq.graph_module, _decompose),
 )

@@ -30,40 +30,43 @@ aten = torch.ops.aten
 PAD = aten.constant_pad_nd.default
 
 
-def _per_tensor(node: Any) -> qdq.QParams | No:
+def _per_tensor(node: fx.Node) -> qdq.QParams | No:
     """The parameters of a dequantize that says the same of every element."""
     if not qdq.is_dequantize(node):
-        return No("its input is not dequantized")
+        return No("its input is not dequantized", (node,))
     parameters = qdq.qparams(node)
     if parameters.axis is not None or parameters.dtype not in qdq.INT8_TYPES:
-        return No("its input is dequantized per channel or not from int8")
+        return No("its input is dequantized per channel or not from int8", (node,))
     return parameters
 
 
 # --- dequantize moves down --------------------------------------------------------------------------------------------
 
 
-def _tensors(node: fx.Node) -> list[Any]:
+def _tensors(node: fx.Node) -> list[fx.Node]:
     """The tensors of which the node puts elements into its result."""
-    return node.args[0] if node.target in JOINS else [node.args[0]]  # type: ignore[return-value]
+    first: Any = node.args[0]
+    return first if node.target in JOINS else [first]
 
 
-def _on(node: fx.Node, tensors: list[Any], *, like: fx.Node) -> fx.Node:
+def _on(node: fx.Node, tensors: list[fx.Node], *, like: fx.Node) -> fx.Node:
     """A node that moves these tensors as `node` moves its own."""
     moved = tensors if node.target in JOINS else tensors[0]
     return qdq.call(node.target, moved, *node.args[1:], like=like, **node.kwargs)
 
 
-def _find_down(node: fx.Node) -> Any:
-    found = [_per_tensor(tensor) for tensor in _tensors(node)]
-    for parameters in found:
+def _find_down(node: fx.Node) -> qdq.QParams | No:
+    tensors, found = _tensors(node), list[qdq.QParams]()
+    for tensor in tensors:
+        parameters = _per_tensor(tensor)
         if isinstance(parameters, No):
             return parameters
-        if not parameters.same_grid(found[0]):  # type: ignore[arg-type]
-            return No("its inputs differ in scale or zero point")
-    if len({qdq.out_dtype(tensor) for tensor in _tensors(node)}) > 1:
-        return No("its inputs differ in type")
-    return _joined(found)  # type: ignore[arg-type]
+        found.append(parameters)
+        if not parameters.same_grid(found[0]):
+            return No("its inputs differ in scale or zero point", (tensors[0], tensor))
+    if len({qdq.out_dtype(tensor) for tensor in tensors}) > 1:
+        return No("its inputs differ in type", tuple(tensors))
+    return _joined(found)
 
 
 def _joined(parameters: list[qdq.QParams]) -> qdq.QParams:
@@ -75,14 +78,14 @@ def _joined(parameters: list[qdq.QParams]) -> qdq.QParams:
 def _rewrite_down(node: fx.Node, parameters: qdq.QParams) -> fx.Node:
     """move(dequantize(x)) → dequantize(move(x))"""
     sources = _tensors(node)
-    moved = _on(node, [source.args[0] for source in sources], like=node)
+    moved = _on(node, [qdq.operand(source) for source in sources], like=node)
     return qdq.dequantize(moved, parameters, qdq.out_dtype(sources[0]), like=sources[0])
 
 
 def _rewrite_down_items(node: fx.Node, parameters: qdq.QParams) -> None:
     """split(dequantize(x))[i] → dequantize(split(x)[i]); the maximum and its index likewise for max pool."""
-    source: Any = node.args[0]
-    moved = _on(node, [source.args[0]], like=node)
+    source = qdq.operand(node)
+    moved = _on(node, [qdq.operand(source)], like=node)
     for item in list(node.users):
         with node.graph.inserting_before(item):
             new = qdq.call(operator.getitem, moved, item.args[1], like=item)
@@ -93,17 +96,23 @@ def _rewrite_down_items(node: fx.Node, parameters: qdq.QParams) -> None:
     qdq.erase_dead(node)
 
 
-def _find_down_large_pool(node: fx.Node) -> Any:
+def _find_down_large_pool(node: fx.Node) -> qdq.QParams | No:
     found = _find_down(node)
     if isinstance(found, No):
         return found
-    accepted = pool.accepts(node, node.args[0].args[0])  # type: ignore[union-attr]
     # torch's own integer kernel refuses images of more pixels than the type can count.
-    return found if accepted else accepted
+    accepted = pool.accepts(node, qdq.operand(qdq.operand(node)))
+    return accepted if isinstance(accepted, No) else found
 
 
-def _find_down_pad(node: fx.Node) -> Any:
-    parameters = _per_tensor(node.args[0])
+@dataclasses.dataclass(frozen=True)
+class _Padding:
+    parameters: qdq.QParams
+    integer: int  # which stands for the number that is padded with
+
+
+def _find_down_pad(node: fx.Node) -> _Padding | No:
+    parameters = _per_tensor(qdq.operand(node))
     if isinstance(parameters, No):
         return parameters
     fill = qdq.schema_arguments(node)["value"]
@@ -112,19 +121,18 @@ def _find_down_pad(node: fx.Node) -> Any:
     integer = fill / parameters.scale + parameters.zero_point
     if integer != round(integer) or not parameters.quant_min <= integer <= parameters.quant_max:
         return No(f"{fill} is not among the numbers that its input can hold")
-    return parameters, int(integer)
+    return _Padding(parameters, int(integer))
 
 
-def _rewrite_down_pad(node: fx.Node, found: tuple[qdq.QParams, int]) -> fx.Node:
+def _rewrite_down_pad(node: fx.Node, padding: _Padding) -> fx.Node:
     """pad with a value that the integers can express: with zeros, that is the zero point."""
-    parameters, integer = found
-    source: Any = node.args[0]
-    padded = qdq.call(PAD, source.args[0], node.args[1], integer, like=node)
-    return qdq.dequantize(padded, parameters, qdq.out_dtype(source), like=source)
+    source = qdq.operand(node)
+    padded = qdq.call(PAD, source.args[0], node.args[1], padding.integer, like=node)
+    return qdq.dequantize(padded, padding.parameters, qdq.out_dtype(source), like=source)
 
 
-def _find_down_relu(node: fx.Node) -> Any:
-    parameters = _per_tensor(node.args[0])
+def _find_down_relu(node: fx.Node) -> qdq.QParams | No:
+    parameters = _per_tensor(qdq.operand(node))
     if isinstance(parameters, No):
         return parameters
     return parameters if parameters.is_static else No("its zero point is computed at run time")
@@ -132,8 +140,8 @@ def _find_down_relu(node: fx.Node) -> Any:
 
 def _rewrite_down_relu(node: fx.Node, parameters: qdq.QParams) -> fx.Node:
     """relu(dequantize(x)) → dequantize(max(x, zero point))"""
-    source: Any = node.args[0]
-    integers = source.args[0]
+    source = qdq.operand(node)
+    integers = qdq.operand(source)
     if parameters.zero_point > parameters.quant_min:
         integers = qdq.call(aten.clamp_min.default, integers, parameters.zero_point, like=node)
     return qdq.dequantize(integers, parameters, qdq.out_dtype(source), like=source)
@@ -142,27 +150,26 @@ def _rewrite_down_relu(node: fx.Node, parameters: qdq.QParams) -> fx.Node:
 # --- quantize moves up ------------------------------------------------------------------------------------------------
 
 
-def _find_up(node: fx.Node) -> Any:
-    moved: Any = node.args[0]
+def _find_up(node: fx.Node) -> qdq.QParams | No:
+    moved = qdq.operand(node)
     parameters = qdq.qparams(node)
     if parameters.dtype not in qdq.INT8_TYPES:
         return No(f"it quantizes to {parameters.dtype}")
-    if is_item(moved) and moved.args[0].target in SPLITS:
-        quantizes = [user for sibling in moved.args[0].users for user in sibling.users]
-        if all(user.target is qdq.QUANTIZE and qdq.qparams(user) == parameters for user in quantizes):
-            return parameters
-        return No("the parts are not all quantized alike")
-    if set(moved.users) != {node}:
-        return No("what it quantizes is used in float too")
+    if is_item(moved) and qdq.operand(moved).target in SPLITS:
+        readers = [user for sibling in qdq.operand(moved).users for user in sibling.users]
+        other = [user for user in readers if user.target is not qdq.QUANTIZE or qdq.qparams(user) != parameters]
+        return No("the parts are not all quantized alike", tuple(other)) if other else parameters
+    if others := set(moved.users) - {node}:
+        return No("what it quantizes is used in float too", tuple(sorted(others)))
     if moved.target in JOINS or (is_movement(moved) and qdq.value(moved).dtype.is_floating_point):
         return parameters
-    return No("what it quantizes is not moved data")
+    return No("what it quantizes is not moved data", (moved,))
 
 
 def _rewrite_up(node: fx.Node, parameters: qdq.QParams) -> fx.Node | None:
     """quantize(move(x)) → move(quantize(x))"""
-    moved: Any = node.args[0]
-    move = moved.args[0] if is_item(moved) else moved
+    moved = qdq.operand(node)
+    move = qdq.operand(moved) if is_item(moved) else moved
     with node.graph.inserting_before(move):
         new = _on(move, [qdq.quantize(x, parameters, like=node) for x in _tensors(move)], like=move)
     if move is moved:
@@ -178,24 +185,24 @@ def _rewrite_up(node: fx.Node, parameters: qdq.QParams) -> fx.Node | None:
 # --- they meet --------------------------------------------------------------------------------------------------------
 
 
-def _find_meeting(node: fx.Node) -> Any:
-    source: Any = node.args[0]
+def _find_meeting(node: fx.Node) -> qdq.QParams | No:
+    source = qdq.operand(node)
     before = _per_tensor(source)
     if isinstance(before, No):
         return before
     after = qdq.qparams(node)
     if not after.same_grid(before):
-        return No("it changes scale or zero point: a requantization")
+        return No("it changes scale or zero point: a requantization", (source,))
     if qdq.out_dtype(source) != torch.float32:
         # bf16 holds 8 bits: (integer - zero point) * scale rounded to it quantizes back to the same integer only
         # where scale is a power of two; the reference rounds, so the rounding stays.
-        return No("between them the value is rounded to bf16")
-    return source.args[0], before, after
+        return No("between them the value is rounded to bf16", (source,))
+    return before
 
 
-def _rewrite_meeting(node: fx.Node, found: tuple[fx.Node, qdq.QParams, qdq.QParams]) -> fx.Node:
+def _rewrite_meeting(node: fx.Node, before: qdq.QParams) -> fx.Node:
     """quantize(dequantize(x)) on one grid is x, clipped where the second range is narrower."""
-    integers, before, after = found
+    integers, after = qdq.operand(qdq.operand(node)), qdq.qparams(node)
     if after.quant_min > before.quant_min or after.quant_max < before.quant_max:
         return qdq.call(aten.clamp.default, integers, after.quant_min, after.quant_max, like=node)
     return integers

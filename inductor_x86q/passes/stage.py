@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import fx
 
@@ -20,27 +20,36 @@ from inductor_x86q.graph import qdq
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import matcher
 
+Found = TypeVar("Found")
+
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(Generic[Found]):
     """One row of a stage.
 
-    `targets` are the operators that it is anchored at; `find` takes the anchor and gives its findings or a `No`;
-    `rewrite` takes both. It runs with the graph's insertion point in front of the anchor, and gives the node that
+    `targets` are the operators that it is anchored at; `find` takes the anchor and gives its findings, whatever their
+    type is, or a `No`; `rewrite` takes both. It runs with the graph's insertion point in front of the anchor, and gives the node that
     replaces it (what nobody uses any more is erased), or None where it changed the graph by itself.
     """
 
     name: str
     targets: tuple[Any, ...]
-    find: Callable[[fx.Node], Any]
-    rewrite: Callable[[fx.Node, Any], fx.Node | None]
+    find: Callable[[fx.Node], Found | No]
+    rewrite: Callable[[fx.Node, Found], fx.Node | None]
+
+    def ask(self, node: fx.Node) -> Found | No:
+        """What `find` says of the node; a TypeError where it says nothing."""
+        found = self.find(node)
+        if found is None:
+            raise TypeError(f'find of rule {self.name!r} gave None for {node}: expected its findings, or No("why not")')
+        return found
 
     def register(self, patterns: Any, counts: Counter[str]) -> None:
         """Makes `patterns` apply the rule, and count in `counts` how often it did."""
 
         def matches(match: Any) -> bool:
-            match.found = self.find(match.output_node())
-            return not isinstance(match.found, No) and match.found is not None
+            match.found = self.ask(match.output_node())
+            return not isinstance(match.found, No)
 
         def handler(match: Any, *args: Any, **kwargs: Any) -> None:
             counts[self.name] += 1
@@ -59,7 +68,7 @@ class Stage:
     """Rules that are applied until none matches, those of one operator in their order; `after` says what holds then."""
 
     name: str
-    rules: list[Rule]
+    rules: list[Rule[Any]]
     after: str
 
     def apply(self, graph: fx.Graph) -> StageResult:
@@ -86,8 +95,8 @@ class Stage:
         graph.lint()
         for node in graph.nodes:
             for rule in self.rules:
-                found = rule.find(node) if node.target in rule.targets else None
-                assert found is None or isinstance(found, No), f"{node}: {rule.name} matches after {self.name}"
+                matches = node.target in rule.targets and not isinstance(rule.ask(node), No)
+                assert not matches, f"{node}: {rule.name} matches after {self.name}"
 
 
 @dataclasses.dataclass(frozen=True)

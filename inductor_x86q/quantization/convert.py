@@ -96,7 +96,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
             values[current] = qdq.constant(current)
         else:
             arguments, keywords = fx.map_arg((current.args, current.kwargs), values.__getitem__)
-            values[current] = current.target(*arguments, **keywords)  # type: ignore[operator]
+            values[current] = qdq.evaluate(current, *arguments, **keywords)
     return values[node]
 
 

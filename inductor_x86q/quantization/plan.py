@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import layers, operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.quantization import qat
@@ -130,7 +130,7 @@ class Plan:
             return False
         # A tensor of one element is a number by the time the passes run, and stays where it is.
         factors = [x for x in node.all_input_nodes if x in self._constants and qdq.value(x).numel() > 1]
-        return any(qdq.is_channel_factor(factor, layer, operators.channels(layer)) for factor in factors)
+        return any(layers.is_channel_factor(factor, layer, operators.channels(layer)) for factor in factors)
 
     def _is_plain_addition(self, node: fx.Node) -> bool:
         """Whether the node adds two different float tensors of one shape, unscaled."""

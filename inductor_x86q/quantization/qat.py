@@ -208,7 +208,8 @@ def _multiplies(node: Any) -> bool:
     """Whether the node multiplies a tensor by a view of another."""
     if not isinstance(node, fx.Node) or node.target is not aten.mul.Tensor:
         return False
-    return all(isinstance(x, fx.Node) for x in node.args) and node.args[1].target is aten.reshape.default  # type: ignore[union-attr]
+    second = node.args[1]
+    return isinstance(node.args[0], fx.Node) and isinstance(second, fx.Node) and second.target is aten.reshape.default
 
 
 def _behind_fake_quantize(weight: Any) -> Any:
@@ -222,16 +223,21 @@ def _fold(module: fx.GraphModule, layer: fx.Node, norm: fx.Node) -> None:
         found = qdq.constant(argument)
         return variance.new_full(variance.shape, default) if found is None else found.detach()
 
-    variance = qdq.constant(norm.args[4]).detach()  # type: ignore[union-attr]
+    def stored(argument: Any) -> torch.Tensor:
+        found = qdq.constant(argument)
+        assert found is not None, f"{argument} of {norm} is no constant"
+        return found.detach()
+
+    variance = stored(norm.args[4])
     gamma, beta, mean = value(norm.args[1], 1.0), value(norm.args[2], 0.0), value(norm.args[3], 0.0)
     before: Any = norm.args[0]
     bias = before.args[1].args[0] if before.target is aten.add.Tensor else None
     quantized: Any = layer.args[1]
     scaled: Any = _behind_fake_quantize(quantized)
     weight = scaled.args[0]
-    tensor: Any = qdq.constant(weight).detach()  # type: ignore[union-attr]
+    tensor, epsilon = stored(weight), float(qdq.schema_arguments(norm)["eps"])
 
-    scale = gamma / torch.sqrt(variance + norm.args[7])  # type: ignore[operator]
+    scale = gamma / torch.sqrt(variance + epsilon)
     folded = tensor * scale.reshape(-1, *[1] * (tensor.dim() - 1))
     shift = beta + (value(bias, 0.0) - mean) * scale
     place = str(weight.target).removesuffix("weight") + "bias" if bias is None else str(bias.target)

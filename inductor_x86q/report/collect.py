@@ -81,7 +81,8 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "fused"
     if _is_product(node):
         return "product"
-    return {Role.QUANTIZE: "quantize", Role.DEQUANTIZE: "dequantize"}.get(role(node), "generated")  # type: ignore[arg-type]
+    kinds: dict[Role | None, str] = {Role.QUANTIZE: "quantize", Role.DEQUANTIZE: "dequantize"}
+    return kinds.get(role(node), "generated")
 
 
 def _is_product(node: fx.Node) -> bool:

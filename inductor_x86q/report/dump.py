@@ -15,6 +15,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 
@@ -30,6 +31,17 @@ VARIABLE = "INDUCTOR_X86Q_DEBUG"
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+    """A node's name, and the layer that it comes from, which is the same where that is not known."""
+
+    node: str
+    layer: str
+
+    def __str__(self) -> str:
+        return self.node if self.node == self.layer else f"{self.node} of {self.layer}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """Why a rule did not match a node at the end of a stage; `rule` is empty where no rule of the stage looks at it."""
 
@@ -39,10 +51,17 @@ class Answer:
     layer: str
     rule: str
     why: str
+    nodes: tuple[Place, ...] = ()  # what stood in the way, as far as the rule knows
 
     def __str__(self) -> str:
+        return f"{self.stage}: {self.node} ({self.operator}, {self.layer}): {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """Which rule did not match, why, and what stood in the way."""
         rule = f"rule {self.rule!r}: " if self.rule else ""
-        return f"{self.stage}: {self.node} ({self.operator}, {self.layer}): {rule}{self.why}"
+        nodes = ", ".join(map(str, self.nodes))
+        return f"{rule}{self.why}{f' [{nodes}]' if nodes else ''}"
 
 
 def answers(stage: str, nodes: Iterable[fx.Node]) -> list[Answer]:
@@ -54,22 +73,21 @@ def answers(stage: str, nodes: Iterable[fx.Node]) -> list[Answer]:
         for rule in asked:
             found.append(_answer(stage, node, rule.name, _ask(rule, node)))
         if node.target in STANDS_FOR:
-            found.append(_answer(stage, node, "generated kernel", passes.generate.choice(node)[1]))
+            found.append(_answer(stage, node, "generated kernel", No(passes.generate.choice(node)[1])))
         elif not asked:
-            found.append(_answer(stage, node, "", "no rule of this stage looks at this operator"))
+            found.append(_answer(stage, node, "", No("no rule of this stage looks at this operator")))
     return found
 
 
-def _ask(rule: Rule, node: fx.Node) -> str:
+def _ask(rule: Rule[Any], node: fx.Node) -> No:
     with fake_tensors.disable_modes():
-        found = rule.find(node)
-    if isinstance(found, No):
-        return found.why
-    return "it has nothing to do here" if found is None else "it matches"
+        found = rule.ask(node)
+    return found if isinstance(found, No) else No("it matches")
 
 
-def _answer(stage: str, node: fx.Node, rule: str, why: str) -> Answer:
-    return Answer(stage, node.name, str(node.target), layer(node), rule, why)
+def _answer(stage: str, node: fx.Node, rule: str, no: No) -> Answer:
+    places = tuple(Place(other.name, layer(other)) for other in no.nodes)
+    return Answer(stage, node.name, str(node.target), layer(node), rule, no.why, places)
 
 
 def text(graph: fx.Graph) -> str:

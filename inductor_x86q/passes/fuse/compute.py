@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import layers, operators, qdq
 from inductor_x86q.graph.calls import Call, emit
+from inductor_x86q.graph.layers import Layer
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.passes.stage import Rule
@@ -25,20 +24,16 @@ LINEAR = aten.linear.default
 
 def obstacle(node: fx.Node) -> Obstacle | None:
     """What keeps this convolution or linear from running in int8, or None; also the report's source."""
-    arguments = qdq.schema_arguments(node)
-    x, weight = arguments["input"], arguments["weight"]
-    if arguments.get("transposed"):
+    layer = layers.read(node)
+    if layer.transposed:
         return Obstacle(Reason.NO_KERNEL, "transposed convolution")
-    if not qdq.is_dequantize(x) and not qdq.is_dequantize(weight):
+    if not qdq.is_dequantize(layer.x) and not qdq.is_dequantize(layer.weight):
         return Obstacle(Reason.NOT_QUANTIZED)
-    return (
-        _weight_obstacle(node, weight, arguments)
-        or _activation_obstacle(node, x, weight)
-        or (_library_obstacle(node, x, weight) if node.target is CONVOLUTION else None)
-    )
+    return _weight_obstacle(node, layer) or _activation_obstacle(node, layer) or _library_obstacle(layer)
 
 
-def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) -> Obstacle | None:
+def _weight_obstacle(node: fx.Node, layer: Layer) -> Obstacle | None:
+    weight, bias = layer.weight, layer.bias
     if not qdq.is_dequantize(weight):
         return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
     parameters = qdq.qparams(weight)
@@ -58,7 +53,6 @@ def _weight_obstacle(node: fx.Node, weight: fx.Node, arguments: dict[str, Any]) 
         return Obstacle(Reason.BAD_PARAMETERS, "a weight scale is negative or not finite")
     if node.target is CONVOLUTION and tensor.dim() not in (3, 4, 5):
         return Obstacle(Reason.NO_KERNEL, f"convolution of a {tensor.dim()}-dimensional weight")
-    bias = arguments["bias"]
     if bias is not None and bias.op != "get_attr":
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT, "its bias is computed at run time")
     return None
@@ -72,7 +66,8 @@ _OUTSIDE = (
 )
 
 
-def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
+def _activation_obstacle(node: fx.Node, layer: Layer) -> Obstacle | None:
+    x = layer.x
     if x.target is qdq.DEQUANTIZE_TOKEN:
         return Obstacle(Reason.ACTIVATION_TYPE, "its rows differ in zero point; a scale for each of them is fine")
     if not qdq.is_dequantize(x):
@@ -97,7 +92,7 @@ def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle
         info = torch.iinfo(parameters.dtype)
         if not info.min <= parameters.zero_point <= info.max:
             return Obstacle(Reason.BAD_PARAMETERS, f"zero point {parameters.zero_point} outside {parameters.dtype}")
-    return _saturation_obstacle(parameters, weight)
+    return _saturation_obstacle(parameters, layer.weight)
 
 
 def _saturation_obstacle(parameters: qdq.QParams, weight: fx.Node) -> Obstacle | None:
@@ -117,23 +112,24 @@ def _saturation_obstacle(parameters: qdq.QParams, weight: fx.Node) -> Obstacle |
     return Obstacle(Reason.SATURATES, f"inputs up to {largest_input}, weights up to {largest_weight}")
 
 
-def _library_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
+def _library_obstacle(layer: Layer) -> Obstacle | None:
     """Shapes for which the library's kernels for AVX-512 with VNNI give wrong numbers, found by trying 150,000 of them.
 
     They are left alone on every CPU, since a package may run on another one.
     """
-    _, padding, dilation, groups = qdq.geometry(node)
-    image, (outputs, inputs, *kernel) = qdq.value(x).shape[2:], qdq.value(weight).shape
-    for size, taps, pad, step in zip(image, kernel, padding, dilation, strict=True):
+    if (geometry := layer.geometry) is None:
+        return None
+    image, (outputs, inputs, *kernel) = qdq.value(layer.x).shape[2:], qdq.value(layer.weight).shape
+    for size, taps, pad, step in zip(image, kernel, geometry.padding, geometry.dilation, strict=True):
         # Without gaps between the taps some tap of each output lies inside, if the padding is less than their reach.
         if pad > step * (taps - 1) or (pad and step > 1 and not fake_tensors.guarded(size >= step)):
             return Obstacle(Reason.NO_KERNEL, "some of its outputs may read padding only, which the kernels get wrong")
-    if inputs == 1 and groups > 1 and outputs > 16 * groups:
+    if inputs == 1 and layer.groups > 1 and outputs > 16 * layer.groups:
         return Obstacle(Reason.NO_KERNEL, "groups of one input and more than 16 outputs, which the kernels get wrong")
     return None
 
 
-def _as(node: fx.Node, constant: Any, dtype: torch.dtype) -> fx.Node:
+def _as(node: fx.Node, constant: fx.Node, dtype: torch.dtype) -> fx.Node:
     """The constant, or a new one that holds the same in another type."""
     tensor = qdq.constant(constant)
     assert tensor is not None
@@ -146,62 +142,50 @@ def _shape_hint(x: fx.Node) -> list[int] | None:
     return [int(size) for size in shape] if all(isinstance(size, int) for size in shape) else None
 
 
-def _packed_convolution(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
-    """The node that packs the weight; stride, padding, dilation and groups."""
-    x, weight, *_ = qdq.schema_arguments(node).values()
-    geometry = qdq.geometry(node)
-    parameters = qdq.qparams(x)
-    grid = (parameters.scale, parameters.zero_point) if parameters.is_static else (1.0, 0)
-    arguments = (weight.args[0], scale, *grid, *geometry, _shape_hint(x))
-    return node.graph.call_function(onednn.qconv_prepack.default, arguments), geometry
+def _packed(layer: Layer, scale: fx.Node) -> fx.Node:
+    """The node that packs the weight."""
+    hint, grid = _shape_hint(layer.x), qdq.qparams(layer.x)
+    if layer.geometry is None:
+        rows = None if hint is None else [math.prod(hint[:-1]), hint[-1]]
+        return scale.graph.call_function(onednn.qlinear_prepack.default, (layer.weight.args[0], rows))
+    numbers = (grid.scale, grid.zero_point) if grid.is_static else (1.0, 0)
+    arguments = (layer.weight.args[0], scale, *numbers, *layer.geometry, hint)
+    return scale.graph.call_function(onednn.qconv_prepack.default, arguments)
 
 
-def _packed_linear(node: fx.Node, scale: fx.Node) -> tuple[fx.Node, tuple[Any, ...]]:
-    """The node that packs the weight; nothing else is to be said of a linear."""
-    x, weight, _ = qdq.schema_arguments(node).values()
-    hint = _shape_hint(x)
-    rows = None if hint is None else [math.prod(hint[:-1]), hint[-1]]
-    return node.graph.call_function(onednn.qlinear_prepack.default, (weight.args[0], rows)), ()
-
-
-def _rewrite(node: fx.Node, found: Any) -> fx.Node:
-    arguments = qdq.schema_arguments(node)
-    x, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))
-    grid, weight_grid = qdq.qparams(x), qdq.qparams(weight)
+def _rewrite(node: fx.Node, layer: Layer) -> fx.Node:
+    grid, weight_grid = qdq.qparams(layer.x), qdq.qparams(layer.weight)
     scale, zero_point = _as(node, weight_grid.scale, torch.float32), _as(node, weight_grid.zero_point, torch.int32)
-    family, pack = _FAMILIES[node.target]
-    packed, geometry = pack(node, scale)
-    packed.meta["val"] = qdq.value(weight.args[0])
+    packed, geometry = _packed(layer, scale), layer.geometry or ()
+    packed.meta["val"] = qdq.value(layer.weight.args[0])
     qdq.copy_origin(packed, node)
-    if bias is not None:
-        bias = _as(node, bias, torch.float32)  # the kernels add it before any rounding to bf16
-    operands = (x.args[0], grid.scale, grid.zero_point, packed, scale, zero_point, bias)
+    # The kernels add the bias before any rounding to bf16.
+    bias = None if layer.bias is None else _as(node, layer.bias, torch.float32)
+    family = "conv" if geometry else "linear"
+    operands = (qdq.operand(layer.x), grid.scale, grid.zero_point, packed, scale, zero_point, bias)
     new = emit(Call(family, *operands, geometry, qdq.value(node).dtype), like=node)
     new.meta["x86q_macs"] = macs(node)
     return new
-
-
-_FAMILIES: dict[Any, tuple[str, Callable[[fx.Node, fx.Node], tuple[fx.Node, tuple[Any, ...]]]]] = {
-    CONVOLUTION: ("conv", _packed_convolution),
-    LINEAR: ("linear", _packed_linear),
-}
 
 
 def macs(node: fx.Node) -> int | None:
     """Multiply-accumulates of a convolution, linear or matrix product; None where a size is not known."""
     output = qdq.value(node)
     if node.target in (CONVOLUTION, LINEAR):
-        weight = qdq.value(qdq.schema_arguments(node)["weight"])
-        per_output = math.prod(weight.shape[1:])
+        per_output = math.prod(qdq.value(layers.read(node).weight).shape[1:])
     else:
-        per_output = qdq.value(node.args[-1]).shape[-2]  # type: ignore[arg-type]
+        per_output = qdq.value(node.args[-1]).shape[-2]
     total = output.numel() * per_output
     return int(total) if isinstance(total, int) else None
 
 
-def _find(node: fx.Node) -> Any:
-    found = obstacle(node)
-    return True if found is None else No(str(found))
+def _find(node: fx.Node) -> Layer | No:
+    layer, found = layers.read(node), obstacle(node)
+    if found is None:
+        return layer
+    of_input = found.reason in (Reason.ACTIVATION_NOT_QUANTIZED, Reason.ACTIVATION_TYPE)
+    of_weight = found.reason in (Reason.WEIGHT_NOT_QUANTIZED, Reason.WEIGHT_NOT_CONSTANT, Reason.WEIGHT_TYPE)
+    return No(str(found), (layer.x,) if of_input else (layer.weight,) if of_weight else ())
 
 
 RULES = (

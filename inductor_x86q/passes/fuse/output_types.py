@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -32,7 +31,7 @@ def _lacks_kernels(dtype: torch.dtype) -> bool:
     return dtype in HAS_KERNELS and not HAS_KERNELS[dtype]()
 
 
-def _find_unsupported(node: fx.Node) -> Any:
+def _find_unsupported(node: fx.Node) -> Call | No:
     call = read(node)
     added = call.binary and qdq.value(call.binary.other).dtype
     if _lacks_kernels(call.output_dtype) or (added and _lacks_kernels(added)):
@@ -55,18 +54,18 @@ def _rewrite_unsupported(node: fx.Node, call: Call) -> fx.Node:
     return qdq.call(CONVERT, new, dtype, like=node)
 
 
-def _find_there_and_back(node: fx.Node) -> Any:
-    rounded: Any = node.args[0]
+def _find_there_and_back(node: fx.Node) -> fx.Node | No:
+    rounded = qdq.operand(node)
     if node.args[1] != torch.float32 or rounded.target is not CONVERT:
-        return No("it widens no rounded value")
-    call: Any = rounded.args[0]
+        return No("it widens no rounded value", (rounded,))
+    call = qdq.operand(rounded)
     if not is_call(call) or call.meta.get("x86q_float32_for") != rounded.args[1]:
-        return No("what was rounded is no call that would give that type elsewhere")
+        return No("what was rounded is no call that would give that type elsewhere", (call,))
     # Only one of them may read the call's memory: the sum that is written there, or what may come after it.
     if any(_sums_into(user, node) for user in node.users) and len(call.users) > 1:
-        return No("a sum is written into it, and the call's result is read elsewhere")
+        return No("a sum is written into it, and the call's result is read elsewhere", tuple(call.users))
     if any(_sums_into(user, call) for user in call.users):
-        return No("a sum is written into the call's result")
+        return No("a sum is written into the call's result", tuple(call.users))
     return call
 
 

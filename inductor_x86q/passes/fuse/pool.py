@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import layers, qdq
 from inductor_x86q.graph.library import POOL
 from inductor_x86q.graph.operators import MAX_POOLS, is_item
 from inductor_x86q.graph.reasons import No
@@ -20,26 +20,26 @@ from inductor_x86q.passes.stage import Rule
 aten = torch.ops.aten
 
 
-def accepts(pool: fx.Node, integers: Any) -> bool | No:
-    """Whether the library has the kernel for this max pool, of these integers."""
+def accepts(pool: fx.Node, integers: fx.Node) -> fx.Node | No:
+    """The integers, where the library has the kernel for this max pool of them."""
     x = qdq.value(integers)
     if x.dtype != torch.uint8:
-        return No(f"its input is {x.dtype}, and the library's pool takes torch.uint8 only")
+        return No(f"its input is {x.dtype}, and the library's pool takes torch.uint8 only", (integers,))
     if x.dim() not in (4, 5) or any(not isinstance(size, int) for size in x.shape[1:]):
-        return No("its input has no batch dimension, or a size is not known when compiling")
-    if not all(is_item(user) and user.args[1] == 0 for user in pool.users):
-        return No("the positions of the maxima are used")
-    return True
+        return No("its input has no batch dimension, or a size is not known when compiling", (integers,))
+    positions = tuple(user for user in pool.users if not is_item(user) or user.args[1] != 0)
+    return No("the positions of the maxima are used", positions) if positions else integers
 
 
-def _find(node: fx.Node) -> Any:
-    return accepts(node, node.args[0])
+def _find(node: fx.Node) -> fx.Node | No:
+    return accepts(node, qdq.operand(node))
 
 
-def _rewrite(node: fx.Node, found: bool) -> None:
-    x, *sizes, ceil_mode = qdq.schema_arguments(node).values()
-    spatial = qdq.value(x).dim() - 2
-    kernel, stride, padding, dilation = (qdq.full(values, spatial) for values in sizes)
+def _rewrite(node: fx.Node, x: fx.Node) -> None:
+    arguments = qdq.schema_arguments(node)
+    spatial, ceil_mode = qdq.value(x).dim() - 2, arguments["ceil_mode"]
+    names = ("kernel_size", "stride", "padding", "dilation")
+    kernel, stride, padding, dilation = (layers.full(arguments[name], spatial) for name in names)
     stride = stride or kernel
     parameters: list[Any] = list(zip(kernel, stride, padding, dilation, strict=True))
     pool = _pool_2d if spatial == 2 else _pool_3d

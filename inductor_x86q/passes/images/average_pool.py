@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import layers, qdq
 from inductor_x86q.graph.library import AVERAGE_POOL
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.stage import Rule
@@ -22,13 +22,24 @@ LARGEST_ZERO_POINT = 1024  # up to which single precision loses little of a sum
 TIES = 0.01
 
 
-def _find(node: fx.Node) -> Any:
-    pool: Any = node.args[0]
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """What a pool takes averages of, in the order of our operator's arguments; a number for each dimension."""
+
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+    count_include_pad: bool
+    divisor: int | None
+
+
+def _find(node: fx.Node) -> _Window | No:
+    pool = qdq.operand(node)
     if pool.target is not aten.avg_pool2d.default or any(user.target is not qdq.QUANTIZE for user in pool.users):
-        return No("it quantizes no average pool, or one whose reals are read too")
-    x, kernel, stride, padding, ceil_mode, count_include_pad, divisor = qdq.schema_arguments(pool).values()
+        return No("it quantizes no average pool, or one whose reals are read too", (pool,))
+    x = qdq.operand(pool)
     if not qdq.is_dequantize(x) or qdq.value(pool).dtype != torch.float32:
-        return No("the pool does not read an int8 image")
+        return No("the pool does not read an int8 image", (x,))
     before, after = qdq.qparams(x), qdq.qparams(node)
     if not all(p.is_static and p.axis is None and p.dtype in qdq.INT8_TYPES for p in (before, after)):
         return No("the scales are not numbers, or the types not int8")
@@ -37,32 +48,31 @@ def _find(node: fx.Node) -> Any:
         return No("a size is not known when compiling, or is 0, or there is no batch dimension")
     if image.shape[1] < FEWEST_CHANNELS:
         return No("it has very few channels")
-    kernel, padding = qdq.full(kernel, 2), qdq.full(padding, 2)
-    stride = qdq.full(stride, 2) if stride else kernel
-    if math.prod(kernel) > LARGEST_WINDOW:
+    arguments = qdq.schema_arguments(pool)
+    kernel, stride, padding = (layers.full(arguments[name], 2) for name in ("kernel_size", "stride", "padding"))
+    window = _Window(kernel, stride or kernel, padding, arguments["count_include_pad"], arguments["divisor_override"])
+    if math.prod(window.kernel) > LARGEST_WINDOW:
         return No("its window is so large that sums may not fit into 16 bits")
-    if ceil_mode and any(
-        (size - 1) * step + width > whole + 2 * around
-        for size, step, width, whole, around in zip(
-            result.shape[2:], stride, kernel, image.shape[2:], padding, strict=True
-        )
+    sizes = zip(result.shape[2:], window.stride, window.kernel, image.shape[2:], window.padding, strict=True)
+    if arguments["ceil_mode"] and any(
+        (size - 1) * step + width > whole + 2 * around for size, step, width, whole, around in sizes
     ):
         return No("its last windows reach beyond the padding")
-    return _checked(before, after, (kernel, stride, padding, count_include_pad, divisor))
+    return _checked(before, after, window)
 
 
-def _checked(before: qdq.QParams, after: qdq.QParams, window: tuple[Any, ...]) -> Any:
-    kernel, _, padding, count_include_pad, divisor = window
+def _checked(before: qdq.QParams, after: qdq.QParams, window: _Window) -> _Window | No:
     if max(abs(before.zero_point), abs(after.zero_point)) > LARGEST_ZERO_POINT or after.quant_min > after.quant_max:
         return No("a zero point is far outside of the type's range, or the range empty")
-    if divisor == 0 or not after.scale or not 1e-30 < abs(before.scale / after.scale) < 1e30:
+    if window.divisor == 0 or not after.scale or not 1e-30 < abs(before.scale / after.scale) < 1e30:
         return No("the divisor is 0, or a scale, or the scales lie very far apart")
-    counts = {i * j for i in range(1, kernel[0] + 1) for j in range(1, kernel[1] + 1)}
-    if divisor is not None or count_include_pad or not any(padding):
-        counts = {divisor or math.prod(kernel)}
-    if any(_ties(before, after, math.prod(kernel), count) > TIES for count in counts):
+    area, (rows, columns) = math.prod(window.kernel), window.kernel
+    counts = {i * j for i in range(1, rows + 1) for j in range(1, columns + 1)}
+    if window.divisor is not None or window.count_include_pad or not any(window.padding):
+        counts = {window.divisor or area}
+    if any(_ties(before, after, area, count) > TIES for count in counts):
         return No("many of its results lie between two integers, where the order of float additions decides")
-    return before, after, window
+    return window
 
 
 def _ties(before: qdq.QParams, after: qdq.QParams, window: int, count: int) -> float:
@@ -76,13 +86,13 @@ def _ties(before: qdq.QParams, after: qdq.QParams, window: int, count: int) -> f
     return int(near.sum()) / max(int((~saturated).sum()), 1)
 
 
-def _rewrite(node: fx.Node, found: tuple[qdq.QParams, qdq.QParams, tuple[Any, ...]]) -> fx.Node:
+def _rewrite(node: fx.Node, window: _Window) -> fx.Node:
     from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
 
-    before, after, window = found
-    average: Any = node.args[0]
-    arguments = (before.scale, before.zero_point, *window, *after.arguments())
-    new = qdq.call(AVERAGE_POOL, average.args[0].args[0], *arguments, like=node)
+    x = qdq.operand(qdq.operand(node))
+    before, after = qdq.qparams(x), qdq.qparams(node)
+    arguments = (before.scale, before.zero_point, *dataclasses.astuple(window), *after.arguments())
+    new = qdq.call(AVERAGE_POOL, x.args[0], *arguments, like=node)
     new.meta["original_aten"] = AVERAGE_POOL  # which Inductor names the kernel by
     return new
 

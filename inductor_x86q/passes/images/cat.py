@@ -26,12 +26,13 @@ def _call(target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
     return new
 
 
-def _find_cat(node: fx.Node) -> Any:
+def _find_cat(node: fx.Node) -> list[fx.Node] | No:
     value = qdq.value(node)
     if value.dtype not in (torch.uint8, torch.int8) or value.dim() != 4:
         return No("it joins no int8 images")
-    images, dimension = qdq.schema_arguments(node).values()
-    if dimension not in (1, -3):
+    arguments = qdq.schema_arguments(node)
+    images: list[fx.Node] = arguments["tensors"]
+    if arguments["dim"] not in (1, -3):
         return No("it does not join channels")
     values = [qdq.value(image) for image in images]
     if any(image.dtype != value.dtype or image.dim() != 4 for image in values):
@@ -46,14 +47,17 @@ def _have_sizes(values: Iterable[Any]) -> bool:
 
 
 def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
-    """Inductor has no kernel for a cat of integers, and calls eager mode's."""
+    """Inductor has no kernel for a cat of integers, and calls eager mode's.
+
+    cat(a, b, c), cat(a, b) → cat(cat(a, b), c): the second cat's memory can be part of the first one's.
+    """
     from inductor_x86q.inductor.lowering import cat  # noqa: F401  registers with Inductor, which is slow to import
 
     return _call(CAT, images, like=node)
 
 
-def _find_continued(node: fx.Node) -> Any:
-    """The longest other cat with which this one begins, as densely connected networks have them."""
+def _find_continued(node: fx.Node) -> list[fx.Node] | No:
+    """The longest other cat with which this one begins, as densely connected networks have them, and the other images."""
     images = _images(node)
     others = {other: _images(other) for other in _beginning_with(images[0])}
     fronts = {
@@ -61,19 +65,20 @@ def _find_continued(node: fx.Node) -> Any:
         if its == images[: len(its)] != images and not aliasing.is_overwritten(other)
     }  # fmt: skip
     front = max(fronts, key=lambda other: len(fronts[other]), default=None)
-    if front is None or front in node.args[0]:  # type: ignore[operator]
+    if front is None or front in node.all_input_nodes:
         return No("no other cat has the same images in front")
-    return front, images[len(fronts[front]) :]
+    return [front, *images[len(fronts[front]) :]]
 
 
 def _images(cat: fx.Node) -> list[fx.Node]:
     """The images that a cat joins, itself or through cats that it adds to."""
     found: list[fx.Node] = []
-    pending: list[Any] = [cat]
+    pending = [cat]
     while pending:
         node = pending.pop()
         if node.target is CAT:
-            pending += reversed(node.args[0])
+            joined: Any = node.args[0]
+            pending += reversed(joined)
         else:
             found.append(node)
     return found
@@ -86,29 +91,22 @@ def _beginning_with(image: fx.Node) -> Iterator[fx.Node]:
         node = pending.pop()
         if node is not image:
             yield node
-        pending += [user for user in reversed(node.users) if user.target is CAT and user.args[0][0] is node]  # type: ignore[index]
+        pending += [user for user in reversed(node.users) if user.target is CAT and user.all_input_nodes[0] is node]
 
 
-def _rewrite_continued(node: fx.Node, found: tuple[fx.Node, list[fx.Node]]) -> fx.Node:
-    """cat(a, b, c), cat(a, b) → cat(cat(a, b), c): the second cat's memory can be part of the first one's."""
-    front, rest = found
-    return _call(CAT, [front, *rest], like=node)
+def _find_pool(node: fx.Node) -> fx.Node | No:
+    x = qdq.operand(node)
+    return x if _have_sizes((qdq.value(x), qdq.value(node))) else No("a size is not known when compiling, or is 0")
 
 
-def _find_pool(node: fx.Node) -> Any:
-    x: Any = node.args[0]
-    values = qdq.value(x), qdq.value(node)
-    return _have_sizes(values) or No("a size is not known when compiling, or is 0")
-
-
-def _rewrite_pool(node: fx.Node, found: bool) -> fx.Node:
+def _rewrite_pool(node: fx.Node, x: fx.Node) -> fx.Node:
     from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
 
-    return _call(MAX_POOL, *node.args, like=node)
+    return _call(MAX_POOL, x, *node.args[1:], like=node)
 
 
 RULES = (
     Rule("cat of images", (aten.cat.default,), _find_cat, _rewrite_cat),
-    Rule("cat that goes on", (CAT,), _find_continued, _rewrite_continued),
+    Rule("cat that goes on", (CAT,), _find_continued, _rewrite_cat),
     Rule("max pool of images", (POOL,), _find_pool, _rewrite_pool),
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq, weights
+from inductor_x86q.graph import layers, qdq, weights
 from inductor_x86q.graph.operators import CONVERT, ROW_MOVEMENTS
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
@@ -41,66 +41,75 @@ def _uniform_value(node: fx.Node) -> float | None:
 # --- a dequantize per token in front of a linear ----------------------------------------------------------------------
 
 
-def _find_row_scales(node: fx.Node) -> Any:
-    x: Any = node.args[0]
+@dataclasses.dataclass(frozen=True)
+class _RowScales:
+    parameters: qdq.QParams  # of the rows without their scales
+    dequantize: fx.Node
+    moves: list[fx.Node]  # of rows, between that and the linear
+
+
+def _find_row_scales(node: fx.Node) -> _RowScales | No:
+    x = qdq.operand(node)
     moves: list[fx.Node] = []
     while x.target in ROW_MOVEMENTS and keeps_rows(x):
         moves.insert(0, x)
-        x = x.args[0]
+        x = qdq.operand(x)
     if x.target is not qdq.DEQUANTIZE_TOKEN:
-        return No("its input has no scale for each row")
+        return No("its input has no scale for each row", (x,))
     arguments = qdq.schema_arguments(x)
     zero_point = _uniform_value(arguments["zero_points"])
     if zero_point is None or zero_point != round(zero_point):
-        return No("its rows differ in zero point")
+        return No("its rows differ in zero point", (x,))
     if arguments["dtype"] not in qdq.INT8_TYPES or arguments["output_dtype"] != torch.float32:
         return No(f"it is dequantized from {arguments['dtype']} to {arguments['output_dtype']}")
     shape = [*qdq.value(x).shape[:-1], 1]
     if not fake_tensors.same_shape(qdq.value(arguments["scales"]).shape, shape):
         return No("its scales do not stand one to a row")
     low, high = arguments["quant_min"], arguments["quant_max"]
-    return qdq.QParams(1.0, int(zero_point), low, high, arguments["dtype"]), x, moves
+    return _RowScales(qdq.QParams(1.0, int(zero_point), low, high, arguments["dtype"]), x, moves)
 
 
-def _rewrite_row_scales(node: fx.Node, found: tuple[qdq.QParams, fx.Node, list[fx.Node]]) -> fx.Node:
+def _rewrite_row_scales(node: fx.Node, found: _RowScales) -> fx.Node:
     """linear(move(scale·(x - zero point)), weight, bias) → move(scale)·linear(move(x) - zero point, weight) + bias"""
-    parameters, dequantized, moves = found
-    _, weight, bias = (*node.args, None)[:3]
-    x, scales = dequantized.args[:2]
-    for move in moves:
-        x, scales = move_rows(x, move), move_rows(scales, move)  # type: ignore[arg-type]
+    dequantized, linear = found.dequantize, layers.read(node)
+    x, scales = qdq.operand(dequantized), qdq.operand(dequantized, 1)
+    for move in found.moves:
+        x, scales = move_rows(x, move), move_rows(scales, move)
     if qdq.value(scales).dtype != torch.float32:
         scales = qdq.call(CONVERT, scales, torch.float32, like=node)
-    product = qdq.call(LINEAR, qdq.dequantize(x, parameters, like=dequantized), weight, like=node)
+    product = qdq.call(LINEAR, qdq.dequantize(x, found.parameters, like=dequantized), linear.weight, like=node)
     new = qdq.call(aten.mul.Tensor, product, scales, like=node)
-    return new if bias is None else qdq.call(aten.add.Tensor, new, bias, like=node)
+    return new if linear.bias is None else qdq.call(aten.add.Tensor, new, linear.bias, like=node)
 
 
 # --- a product of integers --------------------------------------------------------------------------------------------
 
 
-def _find_integer_product(node: fx.Node) -> Any:
-    product: Any = node.args[0]
-    subtracted = torch.zeros(1, dtype=torch.int32)
-    if (
-        product.target is aten.sub.Tensor
-        and not product.kwargs
-        and (constant := qdq.constant(product.args[1])) is not None
-    ):
-        product, subtracted = product.args[0], constant
+@dataclasses.dataclass(frozen=True)
+class _IntegerProduct:
+    product: fx.Node
+    weight: torch.Tensor
+    rows: qdq.QParams
+
+
+def _find_integer_product(node: fx.Node) -> _IntegerProduct | No:
+    product, subtracted = qdq.operand(node), torch.zeros(1, dtype=torch.int32)
+    constant = qdq.constant(product.args[1]) if product.target is aten.sub.Tensor and not product.kwargs else None
+    if constant is not None:
+        product, subtracted = qdq.operand(product), constant
     if product.target is not INTEGER_PRODUCT:
-        return No("it converts no product of integers")
-    if not node.args[1].is_floating_point:  # type: ignore[union-attr]
+        return No("it converts no product of integers", (product,))
+    if not qdq.value(node).is_floating_point():
         return No("the product stays integer")
     weight = qdq.constant(product.args[1])
     if weight is None:
-        return No("its second factor is not known when compiling")
-    dtype = qdq.value(product.args[0]).dtype  # type: ignore[arg-type]
+        return No("its second factor is not known when compiling", (qdq.operand(product, 1),))
+    dtype = qdq.value(product.args[0]).dtype
     limits = torch.iinfo(dtype)
     zero_point = _zero_point(weight, subtracted)
     if zero_point is None or not limits.min <= zero_point <= limits.max:
         return No("what is subtracted is no zero point")
-    return product, weight, qdq.QParams(1.0, zero_point, limits.min, limits.max, dtype)
+    return _IntegerProduct(product, weight, qdq.QParams(1.0, zero_point, limits.min, limits.max, dtype))
 
 
 def _zero_point(weight: torch.Tensor, subtracted: torch.Tensor) -> int | None:
@@ -117,12 +126,12 @@ def _zero_point(weight: torch.Tensor, subtracted: torch.Tensor) -> int | None:
     return zero_point if torch.equal(differences, (zero_point * sums).to(differences.dtype)) else None
 
 
-def _rewrite_integer_product(node: fx.Node, found: tuple[fx.Node, torch.Tensor, qdq.QParams]) -> fx.Node:
+def _rewrite_integer_product(node: fx.Node, found: _IntegerProduct) -> fx.Node:
     """The float of a product of 8-bit matrices is a linear of dequantized ones whose scales are 1."""
-    product, weight, rows = found
+    product, weight = found.product, found.weight
     outputs = weight.shape[1]
     matrix = weights.Weight(weight.t(), torch.ones(outputs), torch.zeros(outputs, dtype=torch.int64))
-    x = qdq.dequantize(product.args[0], rows, like=product)  # type: ignore[arg-type]
+    x = qdq.dequantize(product.args[0], found.rows, like=product)
     new = qdq.call(LINEAR, x, weights.emit(matrix, like=product), like=product)
     return new if node.args[1] == torch.float32 else qdq.call(CONVERT, new, node.args[1], like=node)
 
@@ -131,50 +140,58 @@ def _unscaled(node: Any) -> bool:
     """Whether the node is a linear, read once, of integers with a scale of 1 and a dequantized weight, without bias."""
     if not isinstance(node, fx.Node) or node.target is not LINEAR or len(node.users) != 1:
         return False
-    x, weight, bias = qdq.schema_arguments(node).values()
-    if bias is not None or weights.read(weight) is None:
+    linear = layers.read(node)
+    if linear.bias is not None or weights.read(linear.weight) is None:
         return False
-    return x.target is qdq.DEQUANTIZE and qdq.qparams(x).scale == 1
+    return linear.x.target is qdq.DEQUANTIZE and qdq.qparams(linear.x).scale == 1
 
 
-def _find_factor_behind_rows(node: fx.Node) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """An unscaled linear that is multiplied: by a number of each row, and by a constant of each output."""
+
+    linear: fx.Node
+    rows: fx.Node
+    outputs: fx.Node | None = None
+
+
+def _find_factor_behind_rows(node: fx.Node) -> _Scaled | No:
     for scaled, factor in qdq.operands(node):
         if qdq.constant(factor) is None or scaled.target is not aten.mul.Tensor or len(scaled.users) != 1:
             continue
         for linear, rows in qdq.operands(scaled):
-            if _unscaled(linear) and qdq.constant(rows) is None and qdq.is_channel_factor(factor, linear, -1):
-                return linear, rows, factor
+            if _unscaled(linear) and qdq.constant(rows) is None and layers.is_channel_factor(factor, linear, -1):
+                return _Scaled(linear, rows, factor)
     return No("it multiplies no linear of unscaled integers by a factor of each row and a constant of each output")
 
 
-def _rewrite_factor_behind_rows(node: fx.Node, found: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:
+def _rewrite_factor_behind_rows(node: fx.Node, found: _Scaled) -> fx.Node:
     """(linear·rows)·constant → (linear·constant)·rows: the constant then stands next to the weight that takes it up."""
-    linear, rows, factor = found
-    return qdq.call(aten.mul.Tensor, qdq.call(aten.mul.Tensor, linear, factor, like=linear), rows, like=node)
+    scaled = qdq.call(aten.mul.Tensor, found.linear, found.outputs, like=found.linear)
+    return qdq.call(aten.mul.Tensor, scaled, found.rows, like=node)
 
 
 # --- one scale after all ----------------------------------------------------------------------------------------------
 
 
-def _find_one_scale(node: fx.Node) -> Any:
+def _find_one_scale(node: fx.Node) -> _Scaled | No:
     for linear, factor in qdq.operands(node):
         if _unscaled(linear) and isinstance(factor, fx.Node) and qdq.constant(factor) is None:
             value = qdq.value(factor)
             if value.dtype == torch.float32 and all(fake_tensors.known(size == 1) for size in value.shape):
-                return linear, factor
+                return _Scaled(linear, factor)
     return No("it multiplies no linear of unscaled integers by one number")
 
 
-def _rewrite_one_scale(node: fx.Node, found: tuple[fx.Node, fx.Node]) -> fx.Node:
+def _rewrite_one_scale(node: fx.Node, found: _Scaled) -> fx.Node:
     """One number that multiplies a linear's result is the scale of its input."""
-    linear, factor = found
-    x, weight = linear.args[:2]
-    parameters = qdq.qparams(x)  # type: ignore[arg-type]
-    scale = qdq.call(aten.reshape.default, factor, [1], like=node)
+    linear = layers.read(found.linear)
+    parameters = qdq.qparams(linear.x)
+    scale = qdq.call(aten.reshape.default, found.rows, [1], like=node)
     zero_point = qdq.new_constant(torch.tensor([parameters.zero_point]), like=node)
     computed = dataclasses.replace(parameters, scale=scale, zero_point=zero_point)
-    dequantized = qdq.dequantize(x.args[0], computed, like=x)  # type: ignore[union-attr, arg-type]
-    new = qdq.call(LINEAR, dequantized, weight, like=linear)
+    dequantized = qdq.dequantize(linear.x.args[0], computed, like=linear.x)
+    new = qdq.call(LINEAR, dequantized, linear.weight, like=found.linear)
     shape = qdq.value(node).shape
     if fake_tensors.same_shape(qdq.value(new).shape, shape):
         return new

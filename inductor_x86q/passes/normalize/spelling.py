@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq, weights
+from inductor_x86q.graph import layers, operators, qdq, weights
 from inductor_x86q.graph.operators import CONVERT, MOVEMENTS, PRODUCTS, RESHAPES, ROW_MOVEMENTS
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.graph.weights import Weight
@@ -23,12 +23,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # --- quantize and dequantize ------------------------------------------------------------------------------------------
 
 
-def _find_constant_parameters(node: fx.Node) -> Any:
+def _find_constant_parameters(node: fx.Node) -> qdq.QParams | No:
     parameters = qdq.qparams(node)
     scale, zero_point = (qdq.constant(p) if isinstance(p, fx.Node) else torch.tensor(p)
                          for p in (parameters.scale, parameters.zero_point))  # fmt: skip
     if scale is None or zero_point is None or scale.numel() != 1 or zero_point.numel() != 1:
-        return No("its scale or zero point is computed at run time")
+        return No("its scale or zero point is computed at run time", tuple(node.all_input_nodes[1:]))
     return dataclasses.replace(parameters, scale=float(scale), zero_point=int(zero_point))
 
 
@@ -39,7 +39,7 @@ def _rewrite_constant_parameters(node: fx.Node, parameters: qdq.QParams) -> fx.N
     return qdq.dequantize(node.args[0], parameters, qdq.out_dtype(node), like=node)
 
 
-def _find_short_weight(node: fx.Node) -> Any:
+def _find_short_weight(node: fx.Node) -> Weight | No:
     tensor, parameters = qdq.constant(node.args[0]), qdq.qparams(node)
     if tensor is None or tensor.dim() < 2:
         return No("it dequantizes no weight")
@@ -59,30 +59,29 @@ def _rewrite_weight(node: fx.Node, weight: Weight) -> fx.Node:
     return weights.emit(weight, like=node)
 
 
-def _find_cast(node: fx.Node) -> Any:
-    source, dtype = node.args[0], node.args[1]
+def _find_cast(node: fx.Node) -> fx.Node | No:
+    source, dtype = qdq.operand(node), node.args[1]
     if qdq.is_dequantize(source) and dtype in FLOATS:
-        return True
-    users = list(node.users)
+        return source
+    users = tuple(node.users)
     if users and all(qdq.is_quantize(user) for user in users) and qdq.value(source).dtype in FLOATS:
-        return True if dtype == torch.float32 else No("it rounds before a quantize")
-    return No("no dequantize before it, no quantize behind it")
+        return source if dtype == torch.float32 else No("it rounds before a quantize", users)
+    return No("no dequantize before it, no quantize behind it", (source, *users))
 
 
-def _rewrite_cast(node: fx.Node, found: Any) -> fx.Node:
+def _rewrite_cast(node: fx.Node, source: fx.Node) -> fx.Node:
     """A cast behind a dequantize becomes its output type; a widening cast in front of a quantize goes away."""
-    source: Any = node.args[0]
     if not qdq.is_dequantize(source):
         return source
-    return qdq.dequantize(source.args[0], qdq.qparams(source), node.args[1], like=source)  # type: ignore[arg-type]
+    return qdq.dequantize(source.args[0], qdq.qparams(source), qdq.value(node).dtype, like=source)
 
 
-def _find_constant_view(node: fx.Node) -> Any:
+def _find_constant_view(node: fx.Node) -> Weight | No:
     weight = weights.read(node.args[0])
     if weight is None:
-        return No("it moves no weight")
+        return No("it moves no weight", tuple(node.all_input_nodes[:1]))
     if len(node.all_input_nodes) > 1:
-        return No("its size is not known when compiling")
+        return No("its size is not known when compiling", tuple(node.all_input_nodes[1:]))
     if node.target is aten.clone.default:  # moves nothing: what is left of a change of layout
         return weight
     channel = torch.arange(weight.integers.shape[weight.axis])
@@ -101,7 +100,7 @@ def _find_constant_view(node: fx.Node) -> Any:
 
 
 def _moved(move: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
-    return move.target(tensor, *move.args[1:], **move.kwargs)  # type: ignore[operator]
+    return qdq.evaluate(move, tensor, *move.args[1:], **move.kwargs)
 
 
 def _varying_axis(tensor: torch.Tensor) -> int | None:
@@ -116,23 +115,30 @@ def _varying_axis(tensor: torch.Tensor) -> int | None:
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-def _without_batch(weight: Any) -> Any:
+def _without_batch(weight: fx.Node) -> fx.Node:
     """The one matrix that is expanded to a batch, whose dimensions may be merged behind; else `weight` itself."""
     source = weight
-    while isinstance(source, fx.Node) and source.target in (*RESHAPES, aten.expand.default, aten.clone.default):
-        inner: Any = source.args[0]
+    while source.target in (*RESHAPES, aten.expand.default, aten.clone.default):
+        inner = qdq.operand(source)
         if list(qdq.value(source).shape[-2:]) != list(qdq.value(inner).shape[-2:]):
             return weight
         source = inner
     return source if source is weight or list(qdq.value(source).shape[:-2]) in ([], [1]) else weight
 
 
-def _find_matrix_product(node: fx.Node) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    x: fx.Node
+    weight: Weight
+    bias: fx.Node | None
+
+
+def _find_matrix_product(node: fx.Node) -> _Product | No:
     arguments = qdq.schema_arguments(node)
     x, factor = operators.factors(node)
     weight = weights.read(_without_batch(factor))
     if weight is None:
-        return No("its second operand is not a dequantized constant")
+        return No("its second operand is not a dequantized constant", (factor,))
     if arguments.get("alpha", 1) != 1 or arguments.get("beta", 1) != 1:
         return No("it scales by alpha or beta")
     matrix, axis = weight.integers, weight.axis
@@ -140,12 +146,12 @@ def _find_matrix_product(node: fx.Node) -> Any:
         return No("it multiplies each batch by a matrix of its own")
     if axis != matrix.dim() - 1 and not weight.has_one_grid:
         return No("its weight is quantized along another dimension than that of its outputs")
-    return x, weight, arguments["self"] if "beta" in arguments else None
+    return _Product(x, weight, arguments["self"] if "beta" in arguments else None)
 
 
-def _rewrite_matrix_product(node: fx.Node, found: tuple[fx.Node, Weight, fx.Node | None]) -> fx.Node:
+def _rewrite_matrix_product(node: fx.Node, product: _Product) -> fx.Node:
     """mm, addmm, bmm and baddbmm with a dequantized constant become linear."""
-    x, weight, bias = found
+    weight, bias = product.weight, product.bias
     matrix = weight.integers[(0,) * (weight.integers.dim() - 2)].t()
     outputs = matrix.shape[:1]
     scale, zero_point = weight.scale, weight.zero_point
@@ -155,7 +161,7 @@ def _rewrite_matrix_product(node: fx.Node, found: tuple[fx.Node, Weight, fx.Node
     # A vector of one element is added to each output; the kernels want one for each.
     as_vector = qdq.constant(bias) is not None and qdq.value(bias).shape == outputs
     new_weight = weights.emit(transposed, like=node)
-    new = qdq.call(aten.linear.default, x, new_weight, bias if as_vector else None, like=node)
+    new = qdq.call(aten.linear.default, product.x, new_weight, bias if as_vector else None, like=node)
     return new if bias is None or as_vector else qdq.call(aten.add.Tensor, new, bias, like=node)
 
 
@@ -178,28 +184,28 @@ def move_rows(x: fx.Node, move: fx.Node) -> fx.Node:
     return qdq.call(move.target, x, *arguments, like=move, **move.kwargs)
 
 
-def _find_moved_rows(node: fx.Node) -> Any:
-    linear: Any = node.args[0]
+def _find_moved_rows(node: fx.Node) -> fx.Node | No:
+    linear = qdq.operand(node)
     if linear.target is not aten.linear.default or len(linear.users) != 1:
-        return No("its input is not a linear of one user")
+        return No("its input is not a linear of one user", (linear,))
     if weights.read(linear.args[1]) is None:
-        return No("the linear is not quantized")
+        return No("the linear is not quantized", (linear,))
     return linear if keeps_rows(node) else No("it takes rows apart")
 
 
 def _rewrite_moved_rows(node: fx.Node, linear: fx.Node) -> fx.Node:
     """move(linear(x)) → linear(move(x)) where whole rows move: what follows then stands next to the linear."""
-    x, *others = linear.args
-    return qdq.call(aten.linear.default, move_rows(x, node), *others, like=linear)  # type: ignore[arg-type]
+    moved = move_rows(qdq.operand(linear), node)
+    return qdq.call(aten.linear.default, moved, *linear.args[1:], like=linear)
 
 
-def _find_view_of_view(node: fx.Node) -> Any:
-    source: Any = node.args[0]
+def _find_view_of_view(node: fx.Node) -> fx.Node | No:
+    source = qdq.operand(node)
     if fake_tensors.same_shape(qdq.value(source).shape, qdq.value(node).shape):
         return source
     if source.target not in RESHAPES or len(source.users) != 1:
-        return No("its input is no view of one user")
-    return source.args[0]
+        return No("its input is no view of one user", (source,))
+    return qdq.operand(source)
 
 
 def _rewrite_view_of_view(node: fx.Node, source: fx.Node) -> fx.Node:
@@ -209,35 +215,40 @@ def _rewrite_view_of_view(node: fx.Node, source: fx.Node) -> fx.Node:
     return qdq.call(aten.reshape.default, source, node.args[1], like=node)
 
 
-def _find_bias(node: fx.Node) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Bias:
+    linear: fx.Node
+    vector: torch.Tensor
+
+
+def _find_bias(node: fx.Node) -> _Bias | No:
     if qdq.schema_arguments(node).get("alpha", 1) != 1:
         return No("it scales by alpha")
     for linear, bias in qdq.operands(node):
         if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default or len(linear.users) != 1:
             continue
         tensor, shape = qdq.constant(bias), qdq.value(linear).shape
-        if tensor is None or qdq.schema_arguments(linear)["bias"] is not None:
+        if tensor is None or layers.read(linear).bias is not None:
             continue
         if 1 <= tensor.dim() <= len(shape) and tensor.numel() == tensor.shape[-1] == shape[-1]:
-            return linear, tensor
+            return _Bias(linear, tensor)
     return No("it adds no constant vector to a linear without bias")
 
 
-def _rewrite_bias(node: fx.Node, found: tuple[fx.Node, torch.Tensor]) -> fx.Node:
+def _rewrite_bias(node: fx.Node, found: _Bias) -> fx.Node:
     """A constant vector added behind a linear becomes its bias."""
-    linear, tensor = found
-    bias = qdq.new_constant(tensor.detach().reshape(-1), like=node)
-    return qdq.call(aten.linear.default, *linear.args[:2], bias, like=linear)
+    bias = qdq.new_constant(found.vector.detach().reshape(-1), like=node)
+    return qdq.call(aten.linear.default, *found.linear.args[:2], bias, like=found.linear)
 
 
 # --- pools ------------------------------------------------------------------------------------------------------------
 
 
-def _find_average_of_all(node: fx.Node) -> Any:
-    x, kernel, _, padding, _, _, divisor = qdq.schema_arguments(node).values()
-    dimensions = operators.image_dimensions(node)
-    window = qdq.full(kernel, dimensions)
-    if not fake_tensors.same_shape(qdq.value(x).shape[-dimensions:], window) or any(padding) or divisor is not None:
+def _find_average_of_all(node: fx.Node) -> list[int] | No:
+    arguments, dimensions = qdq.schema_arguments(node), operators.image_dimensions(node)
+    window, padding = (layers.full(arguments[name], dimensions) for name in ("kernel_size", "padding"))
+    images, divisor = qdq.value(arguments["self"]).shape[-dimensions:], arguments["divisor_override"]
+    if not fake_tensors.same_shape(images, window) or any(padding) or divisor is not None:
         return No("its window is not the whole image")
     return list(range(-dimensions, 0))
 
@@ -250,24 +261,23 @@ def _rewrite_average_of_all(node: fx.Node, dimensions: list[int]) -> fx.Node:
 # --- convolutions -----------------------------------------------------------------------------------------------------
 
 
-def _find_single_column(node: fx.Node) -> Any:
-    arguments = qdq.schema_arguments(node)
-    _, inputs, *kernel = qdq.value(arguments["weight"]).shape
-    stride, padding, dilation, _ = qdq.geometry(node)
-    if inputs != 1 or stride[-1] == 1 or arguments["transposed"]:
+def _find_single_column(node: fx.Node) -> int | No:
+    """How many columns of its input it reads; one that it does not read, where padding is all it reads."""
+    layer = layers.read(node)
+    _, inputs, *kernel = qdq.value(layer.weight).shape
+    geometry = layer.geometry
+    if geometry is None or inputs != 1 or geometry.stride[-1] == 1 or layer.transposed:
         return No("it has several input channels a group, or no stride along its rows")
     if fake_tensors.guarded(qdq.value(node).shape[-1] > 1):
         return No("it gives more than one column")
-    return max(
-        dilation[-1] * (kernel[-1] - 1) + 1 - padding[-1], 1
-    )  # one that is not read, where padding is all it reads
+    return max(geometry.dilation[-1] * (kernel[-1] - 1) + 1 - geometry.padding[-1], 1)
 
 
 def _rewrite_single_column(node: fx.Node, columns: int) -> fx.Node:
     """A stride along rows that give one column means nothing, and oneDNN gives wrong numbers then, int8 and float32."""
     x, weight, bias, stride, *others = node.args
-    stride = [*qdq.geometry(node)[0][:-1], 1]
     last = qdq.value(node).dim() - 1
+    stride = [*layers.full(stride, last - 1)[:-1], 1]
     read = qdq.call(aten.slice.Tensor, x, last, 0, columns, like=node)
     new = qdq.call(node.target, read, weight, bias, stride, *others, like=node)
     return qdq.call(aten.slice.Tensor, new, last, 0, 1, like=node)
@@ -276,30 +286,36 @@ def _rewrite_single_column(node: fx.Node, columns: int) -> fx.Node:
 # --- activations written out ------------------------------------------------------------------------------------------
 
 
-def _find_clamp(node: fx.Node) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Activation:
+    operator: Any
+    arguments: tuple[Any, ...]
+
+
+def _find_clamp(node: fx.Node) -> _Activation | No:
     low, high = (qdq.schema_arguments(node).get(name) for name in ("min", "max"))
     if not qdq.value(node).dtype.is_floating_point or isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return No("it clips no float tensor by numbers")
     if high is None and low == 0:
-        return aten.relu.default, node.args[0]
+        return _Activation(aten.relu.default, node.args[:1])
     if low is None or high is None:
         return No("it clips on one side only")
-    return aten.hardtanh.default, node.args[0], low, high
+    return _Activation(aten.hardtanh.default, (node.args[0], low, high))
 
 
 _GATED = {aten.sigmoid.default: aten.silu.default, aten.hardsigmoid.default: aten.hardswish.default}
 
 
-def _find_gated(node: fx.Node) -> Any:
+def _find_gated(node: fx.Node) -> _Activation | No:
     """x·sigmoid(x) is silu, x·hardsigmoid(x) is hardswish."""
     for x, gate in qdq.operands(node):
         if isinstance(gate, fx.Node) and gate.target in _GATED and gate.args[0] is x and len(gate.users) == 1:
-            return _GATED[gate.target], x
+            return _Activation(_GATED[gate.target], (x,))
     return No("it does not multiply a tensor by its own sigmoid or hardsigmoid")
 
 
-def _rewrite_activation(node: fx.Node, found: tuple[Any, ...]) -> fx.Node:
-    return qdq.call(*found, like=node)
+def _rewrite_activation(node: fx.Node, found: _Activation) -> fx.Node:
+    return qdq.call(found.operator, *found.arguments, like=node)
 
 
 _TENSOR_SPELLINGS = tuple(t for t in (*qdq.QUANTIZES, *qdq.DEQUANTIZES) if "tensor" in t._overloadname)
