@@ -29,9 +29,8 @@ Work = dict[str, float]  # how often something is done
 def choose(convolution: Convolution, epilogue: Epilogue) -> list[Choice]:
     """What may compute a layer, the best first; `ONEDNN` stands for the call."""
     name = isa.best(cpu.usable_flags(), convolution.lanes)
-    taken: dict[Choice, float] = {
-        choice: microseconds(choice, convolution) for choice in (*candidates(convolution, epilogue, name), ONEDNN)
-    }
+    found: list[Choice] = [*candidates(convolution, epilogue, name), ONEDNN]
+    taken = {choice: microseconds(choice, convolution) for choice in found}
     ranked = sorted(taken, key=taken.__getitem__)
     usual = next(choice for choice in taken if _as_good(taken[choice], taken[ranked[0]]))
     return [usual, *(choice for choice in ranked if choice != usual)]
