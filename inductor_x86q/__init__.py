@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from inductor_x86q.version import __version__
 
 if TYPE_CHECKING:
-    from inductor_x86q.aot import package
+    from inductor_x86q.aot import load, package
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
@@ -32,6 +32,7 @@ _HOME = {
     "convert": "quantization.pt2e",
     "cpp_code": "inspection",
     "explain": "inspection",
+    "load": "aot",
     "package": "aot",
     "prepare_qat": "quantization.pt2e",
     "quantize": "quantization.pt2e",
@@ -40,22 +41,8 @@ _HOME = {
 }
 
 __all__ = [
-    "CompileError",
-    "No",
-    "QuantizationError",
-    "Report",
-    "Rule",
-    "StrictError",
-    "X86Quantizer",
-    "__version__",
-    "convert",
-    "cpp_code",
-    "explain",
-    "package",
-    "prepare_qat",
-    "quantize",
-    "register_pass",
-    "why",
+    "CompileError", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer", "__version__", "convert",
+    "cpp_code", "explain", "load", "package", "prepare_qat", "quantize", "register_pass", "why",
 ]  # fmt: skip
 
 

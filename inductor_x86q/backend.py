@@ -14,6 +14,7 @@ from torch import fx
 from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
+from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.inductor import compiling, configuration, dynamo, objects, patches, supported
 from inductor_x86q.report import Report, RuleCount, dump
@@ -142,6 +143,13 @@ def run_passes(
     assert report is not None
     for node, why in [] if keeps_calls else passes.generate.calls_left(graph):
         report.notes.append(f"{layer(node)} stays a call: {why}")
+    kernels = {node.meta.get("x86q_reported"): node for node in graph.nodes if node.target in STANDS_FOR}
+    report.fused = [
+        dataclasses.replace(fusion, computed_by=passes.generate.choice(kernels[fusion.node])[0])
+        if fusion.node in kernels
+        else fusion
+        for fusion in report.fused
+    ]
     report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
     record.finish(results, report)
     if report.missed:

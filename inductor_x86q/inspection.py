@@ -16,10 +16,10 @@ from torch import fx
 from inductor_x86q.accuracy import drift as drift_module
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.errors import CompileError
-from inductor_x86q.graph.movement import VIEWS
+from inductor_x86q.graph import operators
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor import compiling, cpp_text, dynamo, profiling, uncompiled, wrapper_source
-from inductor_x86q.report import Kernel, Report, dump
+from inductor_x86q.report import Code, Kernel, Report, dump
 from inductor_x86q.report.dump import Answer
 
 
@@ -29,6 +29,7 @@ def explain(
     *,
     timing: bool = False,
     drift: bool | torch.nn.Module = False,
+    code: bool = False,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -42,6 +43,7 @@ def explain(
         drift: measure how far int8 is from float32 on these inputs, layer by layer, the worst first, and what excluding
             the worst would give. True: what rounding the activations costs, since the quantized graph holds no float
             weights; the float model it was made from: what rounding the weights costs too. Runs the graph once a layer.
+        code: generate the C++ all the same; `Report.code` has it call by call, and the report's page shows it by layer.
 
     Raises:
         CompileError: as the backend does; or timing is asked for without the C++ wrapper; or drift of a model that is
@@ -50,6 +52,8 @@ def explain(
     """
     if timing:
         report = _timed(model, example_inputs, mode, options)
+    elif code:
+        report = _generated(model, example_inputs, mode, options)
     else:
         report = _explained(model, example_inputs, mode, options)
     if drift is not False:
@@ -71,6 +75,20 @@ def _explained(model: Any, example_inputs: Any, mode: str | None, options: Mappi
     return report
 
 
+def _generated(model: Any, example_inputs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
+    report = Report([], [], [])
+    chosen = settings(mode, options)
+
+    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(
+            graph_module, inputs, chosen, on_report=report.extend, inner_compile=compiling.generate_only
+        )
+
+    with wrapper_source.generated_code() as generated:
+        _call_once(model, example_inputs, backend)
+    return dataclasses.replace(report, code=calls_of(generated))
+
+
 RUNS = 21
 
 
@@ -89,7 +107,24 @@ def _timed(model: Any, example_inputs: Any, mode: str | None, options: Mapping[s
         with wrapper_source.generated_code() as generated:
             compiled(*example_inputs)
         events = profiling.profiled(lambda: compiled(*example_inputs), runs=RUNS)
+    report = dataclasses.replace(report, code=calls_of(generated))
     return with_kernels(report, measured(generated, events))
+
+
+def calls_of(generated: Sequence[wrapper_source.Generated]) -> list[Code]:
+    """The kernel calls of generated code, each with the nodes that it computes and the kernel's C++."""
+    found: list[Code] = []
+    for part in generated:
+        kernels = cpp_text.kernels(part.code)
+        for call in cpp_text.calls(part.code):
+            found.append(Code(call.name, _nodes_of(part, call)[1], call.line, kernels.get(call.symbol, "")))
+    return found
+
+
+def _nodes_of(part: wrapper_source.Generated, call: cpp_text.KernelCall) -> tuple[list[fx.Node], tuple[str, ...]]:
+    """The nodes that a call computes, and what the report calls them."""
+    nodes = [node for result in call.results for node in part.origins.get(result, ())]
+    return nodes, tuple(dict.fromkeys(map(_reported_name, nodes)))
 
 
 def measured(generated: Sequence[wrapper_source.Generated], events: Sequence[tuple[str, float]]) -> list[Kernel]:
@@ -113,15 +148,14 @@ def measured(generated: Sequence[wrapper_source.Generated], events: Sequence[tup
             number, per_run = seen[call.symbol], sum(other.symbol == call.symbol for other in calls)
             seen[call.symbol] += 1
             if samples := times.get(call.symbol, [])[number::per_run]:
-                nodes = [node for result in call.results for node in part.origins.get(result, ())]
-                names_of_nodes = tuple(dict.fromkeys(map(_reported_name, nodes)))
+                nodes, names_of_nodes = _nodes_of(part, call)
                 found.append(Kernel(call.name, tuple(layers_of(nodes)), names_of_nodes, statistics.median(samples)))
     return found
 
 
 def _reported_name(node: fx.Node) -> str:
     """What the report calls a node; a view around what a call became in a later stage is not that call."""
-    name: str = node.name if node.target in VIEWS else node.meta.get("x86q_reported", node.name)
+    name: str = node.name if operators.role(node) is operators.Role.VIEW else node.meta.get("x86q_reported", node.name)
     return name
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# OpenMP reads it when torch is loaded. Threads that wait for each other in a loop keep the cores from what runs beside
+# them: tiny convolutions in two processes with two threads each took 0.4 s on two cores, and 120 s without this.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch._inductor.config
 
@@ -36,7 +42,18 @@ def seeded() -> Iterator[None]:
     before = torch._inductor.config.save_config()
     yield
     torch._dynamo.reset()
-    torch._inductor.config.load_config(before)  # torchao's quantize_ sets some
+    if torch._inductor.config.save_config() != before:  # torchao's quantize_ sets some; setting all takes 50 ms
+        torch._inductor.config.load_config(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guards_are_not_timed() -> Iterator[None]:
+    """Dynamo flushes the CPU's caches and times its guards at each compile, for a line in a log: 50 ms each."""
+    from torch._dynamo import guards
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guards, "profile_guard_manager", lambda *arguments: 0.0)
+        yield
 
 
 @pytest.fixture
@@ -64,12 +81,12 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call always loses."""
+    """The first kernel of ours is taken without timing it, so that it is compiled once, with the code that calls it."""
     import torch._inductor.lowering  # noqa: F401
 
-    from inductor_x86q.inductor.lowering import tuning
+    from inductor_x86q.inductor.lowering import choice
 
-    monkeypatch.setattr(tuning.CallChoice, "benchmark", lambda self, *values, out: math.inf)
+    monkeypatch.setattr(choice, "decide", lambda target, arguments, given, templates: templates[0])
 
 
 @pytest.fixture
@@ -87,3 +104,46 @@ def one_blocking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(cost, "choose", one)
 
     return choose
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The C++ example, built."""
+    if not shutil.which("cmake"):
+        pytest.skip("needs cmake")
+    build = tmp_path_factory.mktemp("build")
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    subprocess.run(
+        ["cmake", "-S", Path(__file__).parent.parent / "examples" / "cpp_runner", "-B", build, prefix], check=True
+    )
+    subprocess.run(["cmake", "--build", build], check=True)
+    return build / "runner"
+
+
+@pytest.fixture
+def rewritten() -> Callable[..., str]:
+    """A function that writes a .pt2 with other contents."""
+
+    def rewritten(
+        source: str | Path,
+        target: Path,
+        changes: Mapping[str, Callable[[bytes], bytes]],
+        more: Mapping[str, bytes] | None = None,
+    ) -> str:
+        """A copy in which the files that end in a key of `changes` are changed, and those in `more` are added."""
+        changed = set()
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+            for name in old.namelist():
+                contents = old.read(name)
+                for ending, change in changes.items():
+                    if name.endswith(ending):
+                        contents = change(contents)
+                        changed.add(ending)
+                new.writestr(name, contents)
+            root = old.namelist()[0].split("/")[0]
+            for name, contents in (more or {}).items():
+                new.writestr(f"{root}/{name}", contents)
+        assert changed == set(changes)
+        return str(target)
+
+    return rewritten

@@ -21,7 +21,7 @@ PACKAGE = "inductor_x86q"
 # The layers, the lowest first: a module imports its own layer and those in front of it here. Modules belong to the layer that
 # has their name, or that of a folder they are in, the innermost one; "" is the package itself, its public names.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "errors, cpu, version": ("errors", "cpu", "version"),
+    "errors, cpu, progress, version": ("errors", "cpu", "progress", "version"),
     "inductor": ("inductor",),
     "graph": ("graph",),
     "kernels": ("kernels",),

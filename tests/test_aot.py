@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from torch import nn
 
 import inductor_x86q
 from inductor_x86q import aot, cli
+from inductor_x86q.aot import stored
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.report import Operation, Report, RuleCount
@@ -133,12 +133,12 @@ def test_the_report_is_where_torch_puts_extra_files(static):
 def test_a_report_from_a_package_can_be_shown_as_the_one_of_explain(model, static):
     """All of it comes back typed: nodes, generated operations and passes too."""
     q, x = model
-    stored, explained = aot.read_report(static), inductor_x86q.explain(q, (x,))
-    assert stored.summary() == explained.summary()
-    assert stored.table(120) == explained.table(120)
-    assert [n.kind for n in stored.nodes] == [n.kind for n in explained.nodes]
-    assert [n.shape for n in stored.nodes if n.kind == "input"] == [(4, 3, 16, 16)]
-    assert {type(item) for item in stored.generated} == {Operation} and {type(i) for i in stored.passes} == {RuleCount}
+    inside, explained = aot.read_report(static), inductor_x86q.explain(q, (x,))
+    assert inside.summary() == explained.summary()
+    assert inside.table(120) == explained.table(120)
+    assert [n.kind for n in inside.nodes] == [n.kind for n in explained.nodes]
+    assert [n.shape for n in inside.nodes if n.kind == "input"] == [(4, 3, 16, 16)]
+    assert {type(item) for item in inside.generated} == {Operation} and {type(i) for i in inside.passes} == {RuleCount}
 
 
 def test_the_command_line_explains_a_package(static, tmp_path, capsys):
@@ -149,10 +149,10 @@ def test_the_command_line_explains_a_package(static, tmp_path, capsys):
 
 
 def test_the_report_of_a_later_version_is_read_and_of_a_later_schema_refused():
-    text = aot._to_json(Report([], [], []))
-    assert aot._from_json(text.replace('"missed"', '"unheard_of": 1, "missed"'), "x.pt2") == Report([], [], [])
+    text = stored.to_json(Report([], [], []))
+    assert stored._from_json(text.replace('"missed"', '"unheard_of": 1, "missed"'), "x.pt2") == Report([], [], [])
     with pytest.raises(CompileError, match=r"'x.pt2', made by inductor_x86q .*: the report has version 99"):
-        aot._from_json(text.replace('"version": 1', '"version": 99'), "x.pt2")
+        stored._from_json(text.replace('"version": 1', '"version": 99'), "x.pt2")
 
 
 def test_weights_are_stored_once_in_int8(static):
@@ -287,17 +287,6 @@ def in_a_process(code: str, directory: Path) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-c", textwrap.dedent(code)]
     subprocess.run(command, cwd=directory, env={**os.environ, "PYTHONPATH": path}, check=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    if not shutil.which("cmake"):
-        pytest.skip("needs cmake")
-    build = tmp_path_factory.mktemp("build")
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    subprocess.run(["cmake", "-S", ROOT / "examples" / "cpp_runner", "-B", build, prefix], check=True)
-    subprocess.run(["cmake", "--build", build], check=True)
-    return build / "runner"
 
 
 @pytest.mark.slow

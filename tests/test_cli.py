@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +16,8 @@ import torch
 from torch import nn
 
 from inductor_x86q import cli, testing
-from inductor_x86q.report import Report
+from inductor_x86q.graph.reasons import Obstacle, Reason
+from inductor_x86q.report import Miss, Report
 
 FACTORY = """
 import torch
@@ -64,6 +69,23 @@ def test_explain_writes_text_json_and_html(models: Path, capsys: pytest.CaptureF
     assert "quantized here with random calibration data" in err
     assert [f.layer for f in Report.from_json((models / "r.json").read_text()).fused] == ["conv", "fc"]
     assert (models / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_html_with_code_and_what_has_changed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", *NET, "--json", "before.json", "--code"]) == cli.DONE
+    before = Report.from_json((models / "before.json").read_text())
+    assert [call.name for call in before.code if call.nodes == (before.fused[0].node,)] == ["qconv"]
+    before.missed = [Miss("conv", "conv", Obstacle(Reason.SATURATES), (2, 16), 100)]
+    (models / "before.json").write_text(dataclasses.replace(before, fused=before.fused[1:]).to_json())
+    assert cli.main(["explain", *NET, "--html", "r.html", "--compare", "before.json"]) == cli.DONE
+    page = (models / "r.html").read_text()
+    assert "was 1 / 2" in page
+    assert "gained: conv in float" in page
+    (models / "other.json").write_text("{}")
+    for file, message in (("none.json", "cannot read none.json"), ("other.json", "other.json cannot be compared with")):
+        capsys.readouterr()
+        assert cli.main(["explain", *NET, "--html", "r.html", "--compare", file]) == cli.UNUSABLE
+        assert message in capsys.readouterr().err
 
 
 def test_json_on_standard_output_is_all_of_it(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +199,33 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "exit codes: " in out
     assert command == "doctor" or "torchvision:resnet18" in out
+
+
+def test_without_arguments_it_says_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.UNUSABLE
+    out, err = capsys.readouterr()
+    assert out == "" and "x86q explain torchvision:resnet18" in err
+
+
+def test_the_report_is_in_colour_on_a_terminal_and_plain_in_a_pipe(models: Path) -> None:
+    """One run in a terminal of its own, with progress on it; in a pipe neither colours nor progress."""
+    command = [sys.executable, "-m", "inductor_x86q", "explain", *NET]
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "100"}
+    piped = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert piped.returncode == 0 and "\x1b" not in piped.stdout + piped.stderr
+    assert "quantizing" not in piped.stderr and "2 of 2 layers in int8" in piped.stdout
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal ends with its process
+            while chunk := os.read(ours, 65536):
+                shown += chunk
+    text = shown.decode()
+    assert process.returncode == 0
+    assert "\x1b[1m" in text and "2 of 2 layers in int8" in text
+    assert "calibrating" in text and "quantizing" in text and "running the passes" in text
 
 
 def test_python_m() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from inductor_x86q import inspection
+from inductor_x86q.graph import operators
 from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.inductor import uncompiled
 from inductor_x86q.testing import QConv2d
@@ -139,7 +140,6 @@ def _uncompiled(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callab
 
 def test_kernel_refuses_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the tables promise what the library turns down, its error comes out; the process and the next call go on."""
-    from inductor_x86q.passes.fuse import post_ops
 
     class Gelu(nn.Module):
         def __init__(self) -> None:
@@ -151,7 +151,7 @@ def test_kernel_refuses_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     inputs = (torch.randn(1, 3, 5, 5),)
     with monkeypatch.context() as patch:
-        patch.setitem(post_ops.ACTIVATIONS, "conv2d", {"gelu"})
+        patch.setattr(operators, "takes", lambda kernel, name, after_addition=False: name == "gelu")
         with pytest.raises(RuntimeError, match="gelu"):
             inspection.run_fused(Gelu(), inputs)
     torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -30,12 +31,15 @@ def test_count_kernels() -> None:
 def test_text() -> None:
     found = Row("a", 5, 4, 0.5, int8_calls=4, float_kernels=2, quantizes_left=1, quantized="1 mean", stock="3 + 7")
     found.why = "1 conv: EXCLUDED"
-    lines = list(coverage.text([found, Row("b", 1, 1, 1.0), Row("c", error="exit code -11")]))
-    assert [line.split() for line in lines[1:]] == [
+    lines = coverage.table([found, Row("b", 1, 1, 1.0), Row("c", error="exit code -11")]).text().splitlines()
+    assert [line.split() for line in lines[2:]] == [
         ["a", "5", "4", "50.0%", "4", "+", "2", "3", "+", "7", "1", "1", "mean;", "1", "conv:", "EXCLUDED"],
         ["b", "1", "1", "100.0%", "-", "-", "0"],
         ["c", "failed:", "exit", "code", "-11"],
     ]
+
+
+once_in_process = functools.cache(coverage._in_process)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def test_text() -> None:
 )
 def test_a_crash_is_a_row(program: str, stock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each path runs in a process of its own; here a process runs these expressions instead."""
-    in_process = coverage._in_process
+    in_process = once_in_process
     expressions = {"row": "inductor_x86q.tools.coverage.Row('net', 2, 2, 1.0)", "stock_kernels": program}
 
     def replaced(expression: str) -> object:
@@ -66,7 +70,7 @@ def test_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exit_code(row: Row, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(coverage, "rows", lambda networks, stock: [row])
     assert cli.main(["coverage", "a"]) == code
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 @pytest.mark.torchvision

@@ -135,4 +135,4 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert cli.main(["explain", "drifting_net:outliers", "--input", "4x3x10x10", "--drift"]) == cli.DONE
     out = capsys.readouterr().out
     table = out[out.index("drift from float32") :].splitlines()
-    assert table[2].startswith("second") and "rounding of weights" not in out
+    assert table[3].startswith("second") and "rounding of weights" not in out

@@ -1,22 +1,17 @@
-"""The report's page: what it says, that it needs nothing from outside, and that it draws and filters in a browser."""
+"""The report's page as text: what it says, what it compares, that it needs nothing from outside and lets nothing in."""
 
 from __future__ import annotations
 
+import dataclasses
+import html as markup
+import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from inductor_x86q.graph.reasons import Obstacle, Reason
-from inductor_x86q.report import Fusion, Miss, Node, Operation, Report, html
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
+from inductor_x86q.report import Code, Fusion, Miss, Node, Operation, Report, html, html_data
+from inductor_x86q.report.compare import changes
 
 
 def fusion(node: str, layer: str) -> Fusion:
@@ -26,16 +21,20 @@ def fusion(node: str, layer: str) -> Fusion:
     )  # fmt: skip
 
 
+def miss(node: str, layer: str) -> Miss:
+    return Miss(layer, "linear", Obstacle(Reason.SATURATES, "up to 255"), (1, 10), 80, "net.py:9", node)
+
+
 def node(name: str, kind: str, dtype: str, *inputs: str, layer: str = "") -> Node:
     return Node(name, kind, name, layer or name, dtype, (1, 8, 4, 4), inputs)
 
 
 @pytest.fixture
 def report() -> Report:
-    """x → q → a → b → d ─┬→ c (missed) → f → add, with a branch around c and f."""
+    """x → q → a → b → d ─┬→ c (missed) → s → t → add, with a branch around c, s and t."""
     return Report(
         fused=[fusion("a", "block.conv1"), fusion("b", "block.conv2")],
-        missed=[Miss("head<T>", "linear", Obstacle(Reason.SATURATES, "up to 255"), (1, 10), 80, "net.py:9", "c")],
+        missed=[miss("c", "head<T>")],
         kept_float=[],
         quantizes_left=["q"],
         dequantizes_left=["d"],
@@ -55,50 +54,71 @@ def report() -> Report:
     )
 
 
+def data_of(page: str) -> dict:
+    return json.loads(page.split('id="data">')[1].split("</script>")[0])
+
+
 def test_totals_misses_and_types(report: Report) -> None:
     page = report.to_html("net")
     assert "<b>2 / 3</b>layers in int8" in page
     assert '<div class="card missed"><b>1</b>' in page
-    assert page.count('<path class="e int8"') == 3
-    assert page.count('<path class="e bf16"') == 2
-    assert page.count('<path class="e fp32"') == 4
-    assert page.count('<g class="b fused"') == page.count("class=region") == 2
-    assert page.count('<g class="b missed"') == 1
     assert "reduce_range=True" in page
-    assert "head&lt;T&gt;" in page
-    assert "head<T>" not in page
+    assert page.index('<tr class="missed"') < page.index('<tr class="fused"')
     assert "12.5" in page
+    types = [kind for box in data_of(page)["graph"] for _, kind in box["in"]]
+    assert (types.count("uint8"), types.count("bfloat16"), types.count("float32")) == (3, 2, 4)
 
 
 def test_it_loads_nothing_and_leaves_no_placeholder(report: Report) -> None:
     page = report.to_html("net")
-    assert not re.findall(r"""(?:src|href)\s*=|@import|url\(|https?://|fetch\(""", page)
+    assert not re.findall(r"""(?:src|href)\s*=|@import|url\((?!#)|https?://|fetch\(|sourceMappingURL""", page)
     assert "<!--" not in page
+    assert "default-src 'none'" in page
 
 
-def test_operations_that_follow_one_another_share_a_box(report: Report) -> None:
-    boxes = html.boxes(report.nodes)
+def test_names_are_text_wherever_they_stand() -> None:
+    evil = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>\"'&"
+    layer = dataclasses.replace(fusion("a", evil), source=evil, kernel=evil)
+    hostile = Report(
+        fused=[layer],
+        missed=[Miss(evil, evil, Obstacle(Reason.SATURATES, evil), (evil,), 1, evil, "b")],
+        kept_float=[],
+        generated=[Operation(evil, evil, (evil,), evil, (evil,), evil, "c")],
+        nodes=[node("a", "fused", evil, layer=evil), node("b", "missed", "uint8", "a", layer=evil)],
+        code=[Code(evil, ("a",), evil, evil)],
+        notes=[evil],
+    )
+    page = hostile.to_html(evil, compare=hostile)
+    assert evil not in page
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page
+    assert "<!--" not in page
+    assert data_of(page)["code"][0]["call"] == evil
+
+
+def test_operations_of_one_module_that_follow_one_another_share_a_box(report: Report) -> None:
+    boxes = html_data.boxes(report.nodes)
     assert [[n.name for n in box.nodes] for box in boxes if len(box.nodes) > 1] == [["s", "t"]]
 
 
-def test_boxes_do_not_overlap_and_edges_lead_down(report: Report) -> None:
-    boxes = html.boxes(report.nodes)
-    assert len({(box.row, box.column) for box in boxes}) == len(boxes)
-    assert all(source.row < box.row for box in boxes for source, _ in box.inputs)
-
-
-def test_edges_that_pass_the_same_rows_take_lanes_of_their_own() -> None:
-    taken: list[list[tuple[int, int]]] = []
-    assert [html._free_lane(taken, *span) for span in ((0, 3), (1, 4), (3, 5))] == [0, 1, 0]
-
-
-def test_nested_branches_are_drawn_beside_each_other() -> None:
-    nodes = [node("x", "input", "float32")]
-    for name, *sources in (("a", "x"), ("b", "a"), ("c", "b", "a"), ("d", "c", "x")):
-        nodes.append(node(name, "fused", "uint8", *sources))
-    page = Report([], [], [], nodes=nodes).to_html()
-    lanes = re.findall(r'd="M[\d.]+ [\d.]+H([\d.]+)q', page)
-    assert len(lanes) == len(set(lanes)) == 2
+def test_what_no_module_made_stands_in_the_module_around_it() -> None:
+    """Between two layers of one block in that block, between two blocks in neither."""
+    nodes = [
+        node("x", "input", "float32"),
+        node("q0", "quantize", "uint8", "x"),
+        node("a", "fused", "float32", "q0", layer="layers.0.fc1"),
+        node("q1", "quantize", "uint8", "a"),
+        node("view", "generated", "uint8", "q1"),
+        node("b", "fused", "float32", "view", layer="layers.0.fc2"),
+        node("q2", "quantize", "uint8", "b"),
+        node("c", "fused", "float32", "q2", layer="layers.1.fc1"),
+        node("output", "output", "", "c"),
+    ]
+    found = {box.nodes[0].name: box.path for box in html_data.boxes(nodes)}
+    assert found["q0"] == found["x"] == found["output"] == ""
+    assert found["q1"] == found["view"] == "layers.0"
+    assert found["q2"] == "layers"
+    assert found["a"] == "layers.0.fc1"
 
 
 def test_an_empty_report_has_a_page() -> None:
@@ -108,21 +128,95 @@ def test_an_empty_report_has_a_page() -> None:
 def test_a_large_net_stays_small() -> None:
     nodes = [node("x", "input", "float32")]
     nodes += [node(f"n{i}", "fused", "uint8", nodes[-1].name if i == 0 else f"n{i - 1}") for i in range(1000)]
-    report = Report([fusion(n.name, f"layers.{n.name}") for n in nodes[1:]], [], [], nodes=nodes)
+    nodes[1] = dataclasses.replace(nodes[1], inputs=("x",))
+    code = [Code("cpp_fused", (n.name,), f"cpp_fused({n.name});", "int x;" * 500) for n in nodes[1:]]
+    report = Report([fusion(n.name, f"layers.{n.name}") for n in nodes[1:]], [], [], nodes=nodes, code=code)
     assert len(report.to_html()) < 2_000_000
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-@pytest.mark.parametrize(
-    ("words", "rows", "dimmed"), [("", 3, 0), ("conv2", 1, 8), ("saturates", 0, 8), ("overflow", 1, 8)]
-)
-def test_it_draws_and_filters_in_a_browser(report: Report, tmp_path: Path, words: str, rows: int, dimmed: int) -> None:
-    page = tmp_path / "page.html"
-    page.write_text(report.to_html("net"))
-    assert BROWSER is not None
-    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{page.as_uri()}#{words}"]
-    drawn = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    body = drawn[drawn.index('<tbody id="rows">') : drawn.index("</tbody>")]
-    shown = [row for row in re.findall(r"<tr ([^>]*)>", body) if "hidden" not in row]
-    assert len(shown) == rows
-    assert len(re.findall(r'<g class="b [a-z_]+ off"', drawn)) == dimmed
+def test_code_stands_once_and_the_longest_is_cut(report: Report) -> None:
+    kernel, longest = "void kernel() {}", "x = 1;" * 10_000
+    report.code = [
+        Code("cpp_a", ("a",), "cpp_a(buf0);", kernel),
+        Code("cpp_a", ("b",), "cpp_a(buf1);", kernel),
+        Code("cpp_c", ("c",), "cpp_c(buf2);", longest),
+        Code("qconv", ("c",), "qconv(buf3);", ""),
+    ]
+    data = data_of(report.to_html())
+    assert [call["kernel"] for call in data["code"]] == [0, 0, 1, None]
+    assert data["kernels"][0] == kernel
+    assert len(data["kernels"][1]) < len(longest)
+    assert "40,000 characters more" in data["kernels"][1]
+    assert dict(data["items"])["c"]["code"] == [2, 3]
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def test_changes_by_layer(report: Report) -> None:
+    after = Report(
+        fused=[fusion("a2", "block.conv1"), dataclasses.replace(fusion("c2", "head<T>"), operator="linear")],
+        missed=[miss("b2", "block.conv2"), miss("z", "extra")],
+        kept_float=[],
+    )
+    before = dataclasses.replace(report, fused=[*report.fused, fusion("old", "old")])
+    found = {(change.after or change.before).layer: change.kind for change in changes(before, after)}  # type: ignore[union-attr]
+    assert found == {"block.conv1": "same", "head<T>": "gained", "block.conv2": "lost", "extra": "new", "old": "gone"}
+
+
+def test_another_kernel_is_a_change_another_scale_is_none() -> None:
+    one = fusion("a", "conv")
+    for changed, kind in (
+        (dataclasses.replace(one, absorbed=()), "changed"),
+        (dataclasses.replace(one, output_dtype="float32"), "changed"),
+        (dataclasses.replace(one, output_scale=0.75, microseconds=99.0), "same"),
+    ):
+        assert changes(Report([one], [], []), Report([changed], [], []))[0].kind == kind
+
+
+def test_layers_of_one_path_are_matched_in_the_graphs_order() -> None:
+    nodes = [node("p", "fused", "uint8"), node("q", "missed", "float32", "p")]
+    report = Report([fusion("p", "attention")], [miss("q", "attention")], [], nodes=nodes)
+    assert [change.kind for change in changes(report, report)] == ["same", "same"]
+
+
+def test_the_page_says_what_has_changed(report: Report) -> None:
+    after = dataclasses.replace(report, fused=report.fused[:1], missed=[*report.missed, miss("b", "block.conv2")])
+    page = after.to_html("net", compare=report)
+    assert "<b>2<span class=was>was 1</span></b>missed" in page
+    assert "was 2 / 3</span></b>layers in int8" in page
+    assert "<td class=before>lost: qconv +relu, u8×s8→u8, 12.5 µs</td>" in page
+    assert "<td class=before>12.5 µs</td>" in page  # of what is as it was, its time
+    assert len(re.findall("<tr [^>]*data-change=", page)) == 1
+    assert not re.findall("<tr [^>]*data-change=", report.to_html("net", compare=report))
+    assert "class=was" not in report.to_html("net")
+
+
+# --- other viewers ---------------------------------------------------------------------------------------------------
+
+
+def test_the_graph_for_model_explorer(report: Report) -> None:
+    graph = json.loads(report.to_model_explorer("net"))["graphs"][0]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert list(nodes) == [node.name for node in report.nodes]
+    assert all(edge["sourceNodeId"] in nodes for node in nodes.values() for edge in node["incomingEdges"])
+    assert (nodes["a"]["label"], nodes["a"]["namespace"]) == ("qconv +relu", "block/conv1")
+    assert nodes["c"]["style"]["backgroundColor"] == "#d11a2a"
+    assert "reduce_range=True" in dict((a["key"], a["value"]) for a in nodes["c"]["attrs"])["why not int8"]
+
+
+# --- notebooks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_the_page_in_a_frame(report: Report) -> None:
+    frame = report._repr_html_()
+    attributes = re.fullmatch(r'<iframe [^<>]*sandbox="allow-scripts" srcdoc="([^"]*)"></iframe>', frame)
+    assert attributes is not None
+    assert markup.unescape(attributes.group(1)) == report.to_html()
+
+
+def test_the_scripts_of_the_page_are_all_in_it(report: Report) -> None:
+    page = report.to_html()
+    for name in html.SCRIPTS:
+        assert html._file(name) in page
+    assert "Permission is hereby granted" in page  # dagre's licence goes where dagre goes

@@ -164,9 +164,9 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[t
     name, fits_16 = request.param
     row = isa.ISAS[name]
     flags: tuple[str, ...] = ("-fopenmp",)
-    if name == "avx_vnni" and not row.cpu_flags <= cpu.flags():
+    if name == "avx_vnni" and not row.cpu_flags <= set(cpu.instruction_sets()):
         row, flags = isa.ISAS["avx2"], (*flags, *isa.ISAS["avx2"].compiler_flags)
-    if not row.cpu_flags <= cpu.flags():
+    if not row.cpu_flags <= set(cpu.instruction_sets()):
         pytest.skip(f"this CPU has no {name}")
     kernels = dict.fromkeys(kernel for _, _, kernel in cases(name, fits_16))
     flags = flags if name == "avx_vnni" and len(flags) > 1 else next(iter(kernels)).flags
@@ -223,7 +223,7 @@ SCALARS = {"hardtanh": (-1.0, 4.0), "leaky_relu": (0.1,)}
 def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
     """Integers are off by a step at most, where a value lies between two; floats by rounding."""
     row = isa.ISAS[name]
-    if not row.cpu_flags <= cpu.flags():
+    if not row.cpu_flags <= set(cpu.instruction_sets()):
         pytest.skip(f"this CPU has no {name}")
     epilogues = EPILOGUES if layer is PLAIN else [epilogue for epilogue in EPILOGUES if epilogue.code == CLAMP]
     conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)
@@ -259,7 +259,7 @@ def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
 def test_scales_of_rows(tmp_path: Path) -> None:
     """Each row of a linear has a scale of its own, which is not known when compiling."""
     row = isa.ISAS["avx2"]
-    if not row.cpu_flags <= cpu.flags():
+    if not row.cpu_flags <= set(cpu.instruction_sets()):
         pytest.skip("this CPU has no AVX2")
     layer = Layer(1, 1, 7, 40, 20, signed=True)
     conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import aliasing
+from inductor_x86q.graph import aliasing, operators
 from inductor_x86q.graph import calls as call
 from inductor_x86q.inductor import decompositions
 from inductor_x86q.passes import channels, finish, propagate
@@ -86,12 +86,12 @@ BROKEN = {
         Broken("round a bias of 16 bits", channel_factors._find, "not torch.equal(bias.float(), exact)", "False",
                "factor behind a bias in bf16"),
         Broken("take a factor of rows for one of outputs", channel_factors._find,
-               "not qdq.is_channel_factor(other, layer, CHANNELS[layer.target])", "False", "factor of each row"),
+               "not qdq.is_channel_factor(other, layer, operators.channels(layer))", "False", "factor of each row"),
         Broken("forget a factor's wider type", channel_factors._find,
                "qdq.value(node).dtype != qdq.value(layer).dtype", "False", "wider factor"),
     ],
     "channels": [
-        Broken("take a shuffle for none", channels._origins, ".view(shuffled[1], -1).t()", ".view(shuffled[1], -1)",
+        Broken("take a shuffle for none", channels._ordered_from, ".view(shuffled[1], -1).t()", ".view(shuffled[1], -1)",
                "shuffled channels"),
         Broken("leave the order of inputs", channels._rewrite_shuffled_input, "x, order, 0 if", "x, sorted(order), 0 if",
                "shuffled channels"),
@@ -181,8 +181,8 @@ BROKEN = {
                "new, torch.float32, like", "linear in fp16"),
         Broken("give fp32 for int8 where fp16 is added", output_types._rewrite_unsupported,
                "torch.float32 if _lacks_kernels(dtype) else dtype", "torch.float32", "residual in fp16"),
-        Broken("add fp16 as it is", output_types._rewrite_unsupported, "replace(binary, other=other)",
-               "replace(binary)", "residual in fp16"),
+        Broken("add fp16 as it is", output_types._find_unsupported, "qdq.value(call.binary.other).dtype", "None",
+               "residual in fp16"),
         Broken("read a call's result in its rounded place, which a sum is written into", output_types._find_there_and_back,
                "any(_sums_into(user, call) for user in call.users)", "False", "rounded result of a sum's accumulator"),
         Broken("drop the graph's own rounding to fp16", output_types._find_there_and_back,
@@ -214,9 +214,9 @@ BROKEN = {
         Broken("do not look from a view to what it views", aliasing.base,
                "_lives_in(node)", "None",
                "accumulator is a view of what is read later"),
-        Broken("do not look from a part to the whole", aliasing._lives_in, " or movement.is_item(node)", "",
+        Broken("do not look from a part to the whole", operators.shares_memory, ", Role.ITEM", "",
                "accumulator is a part of what is read later"),
-        Broken("look one view far only", aliasing.base, "else base(source)", "else source",
+        Broken("look one view far only", aliasing.base, "node = source", "return source",
                "accumulator is a part of what is read later"),
         Broken("do not look from a tensor to its views", aliasing.readers,
                "if _lives_in(user) is current", "if is_call(user) and _lives_in(user) is current",

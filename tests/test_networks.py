@@ -50,4 +50,5 @@ def test_resnets_whole(name: str, layout: str) -> None:
     with torch.no_grad():
         got, expected = compiled(quantized)(x), quantized(x)
     # 30 dB, or what one rounding in 100,000 does to this random network.
-    assert snr(got, expected) >= min(30, rounding_floor(quantized, (x,)) - 6)
+    ratio = snr(got, expected)
+    assert ratio >= 30 or ratio >= rounding_floor(quantized, (x,)) - 6

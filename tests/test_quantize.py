@@ -18,7 +18,7 @@ import inductor_x86q
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import torchao
-from inductor_x86q.quantization.pt2e import left_out
+from inductor_x86q.quantization.convert import left_out
 from tests.models import Residual, image, quantized, residual
 
 

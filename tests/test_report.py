@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +228,18 @@ def test_strict_raises_with_the_layer_and_what_to_change() -> None:
 def test_misses_of_one_reason_share_a_line() -> None:
     misses = [Miss(name, "linear", Obstacle(Reason.NO_KERNEL), (1,), 1) for name in ("a", "b")]
     assert Report([], [], misses).table().count(Reason.NO_KERNEL.value) == 1
+
+
+def test_code_of_each_call(net: torch.fx.GraphModule) -> None:
+    report = explain(net, INPUTS, code=True)
+    calls = {node: call for call in report.code for node in call.nodes}
+    conv1, pool = report.fused[0], next(o for o in report.generated if o.operator == "avg_pool2d")
+    assert (calls[conv1.node].name, calls[conv1.node].kernel) == ("qconv", "")
+    assert "aoti_torch_cpu__qconv_pointwise_tensor(" in calls[conv1.node].call
+    assert calls[pool.node].call.startswith(calls[pool.node].name + "(")
+    assert re.match(rf'extern "C"\s+void\s+{calls[pool.node].name}\(', calls[pool.node].kernel)
+    assert Report.from_json(report.to_json()).code == report.code
+    assert dataclasses.replace(report, code=[]).totals() == explain(net, INPUTS).totals()
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------

@@ -45,6 +45,15 @@ print("right")
 """
 
 
+# A precompiled header takes ten seconds, and is no file of the cache directory.
+FILES_OF_A_KILOBYTE = """
+import resource
+import torch._inductor.config
+torch._inductor.config.cpp_cache_precompile_headers = False
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+"""
+
+
 def test_cache_directory_cannot_be_made(run_python: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run_python(COMPILED, check=False, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "file" / "cache"))
@@ -53,8 +62,7 @@ def test_cache_directory_cannot_be_made(run_python: Callable[..., Any], tmp_path
 
 def test_cache_directory_is_full(run_python: Callable[..., Any], tmp_path: Path) -> None:
     """No file may be longer than a kilobyte: an error of the operating system, no crash and no wrong answer."""
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
-    done = run_python(limit + COMPILED, check=False, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = run_python(FILES_OF_A_KILOBYTE + COMPILED, check=False, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1 and "right" not in done.stdout
     assert "File too large" in done.stderr or "file size limit" in done.stderr.lower()
 

@@ -51,10 +51,9 @@ EXPECTED = {
 }
 
 
-# The rest takes minutes: `pytest -m slow tests/test_zoo.py`.
+# A network for each kind of block; the rest takes minutes: `pytest -m slow tests/test_zoo.py`.
 QUICK = {
-    "efficientnet_b0", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "r3d_18", "resnet18", "shufflenet_v2_x0_5",
-    "squeezenet1_1",
+    "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "r3d_18", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1",
 }  # fmt: skip
 
 
@@ -77,4 +76,5 @@ def test_zoo(network: str) -> None:
     assert report.int8_share_of_macs >= EXPECTED[network][4]
     assert torch.isfinite(reference).all() and reference.std() > 0
     # 30 dB, or what one rounding in 100,000 does to this network: see rounding_floor.
-    assert snr(output, reference) >= min(30, rounding_floor(quantized, (x,)) - 6)
+    ratio = snr(output, reference)
+    assert ratio >= 30 or ratio >= rounding_floor(quantized, (x,)) - 6

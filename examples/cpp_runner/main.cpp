@@ -3,10 +3,11 @@
 //   runner model.pt2 input.bin 1,3,224,224 [output.bin]
 //
 // input.bin holds float32 values in row-major order; the result is written to output.bin in the same form. Prints the
-// five largest values of the first row, and the median time of a call.
+// five largest values of the first row, and the median time of a call. A package holds machine code: run only what you trust.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
 #include <ATen/ATen.h>
+#include <ATen/cpu/Utils.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
@@ -46,6 +47,28 @@ at::Tensor read_tensor(const std::string& path, const std::vector<int64_t>& shap
   return tensor;
 }
 
+// A package names the instruction sets that its code may use. Where one is missing, a call would end in SIGILL.
+void require_cpu(const std::string& path) {
+  const auto metadata = torch::inductor::AOTIModelPackageLoader::load_metadata_from_package(path, "model");
+  const auto needed = metadata.find("inductor_x86q_instruction_sets");
+  if (needed == metadata.end()) {
+    throw std::runtime_error(path + " does not say which CPU it was built for: make it with inductor_x86q.package");
+  }
+  const auto present = at::cpu::get_cpu_capabilities();
+  std::string missing;
+  std::stringstream names(needed->second);
+  for (std::string name; std::getline(names, name, ',');) {
+    const auto found = present.find(name);
+    if (found == present.end() || !found->second.toBool()) {
+      missing += (missing.empty() ? "" : ", ") + name;
+    }
+  }
+  if (!missing.empty()) {
+    throw std::runtime_error(
+        path + " was built for a CPU with " + missing + ", which this one does not have: package it for this one with cpu=");
+  }
+}
+
 void write_tensor(const std::string& path, const at::Tensor& tensor) {
   std::ofstream file(path, std::ios::binary);
   file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
@@ -80,6 +103,7 @@ int run(int argc, char** argv) {
   // Without it a package reads past the end of an input that is smaller than what it was compiled for.
   setenv("AOTI_RUNTIME_CHECK_INPUTS", "1", /*overwrite=*/0);
   const c10::InferenceMode guard;
+  require_cpu(argv[1]);
   torch::inductor::AOTIModelPackageLoader loader(argv[1]);
   const std::vector<at::Tensor> inputs = {read_tensor(argv[2], parse_shape(argv[3]))};
   const at::Tensor output = loader.run(inputs).at(0).contiguous();

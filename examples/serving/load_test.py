@@ -19,11 +19,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from guard import MAX_BODY
 from PIL import Image
 from service import MACHINE, row_shape
 
@@ -44,8 +46,8 @@ class Client:
     def __init__(self, host: str, port: int) -> None:
         self._connection = http.client.HTTPConnection(host, port, timeout=60)
 
-    def send(self, body: bytes, method: str = "POST", path: str = "/") -> tuple[int, bytes]:
-        """Status and body of one answer; `machine` is then the one that computed it."""
+    def send(self, body: bytes | Iterable[bytes], method: str = "POST", path: str = "/") -> tuple[int, bytes]:
+        """Status and body of one answer; `machine` is then the one that computed it. Parts are sent as chunks."""
         self._connection.request(method, path, body)
         answer = self._connection.getresponse()
         self.machine = answer.headers.get(MACHINE, "?")
@@ -74,7 +76,7 @@ def png(height: int, width: int) -> bytes:
 def check_statuses(client: Client, shape: tuple[int, ...]) -> list[str]:
     """Sends what must be refused, and what must not; returns what got another status than it should."""
     good = np.zeros(shape, np.float32)
-    cases = {
+    cases: dict[str, tuple[bytes | Iterable[bytes], int]] = {
         "an array in Fortran's order": (npy(np.asfortranarray(good)), 200),
         "an image": (png(50, 80), 200 if len(shape) == 3 and shape[0] == 3 else 400),
         "half an image": (png(50, 80)[:60], 400),
@@ -84,6 +86,7 @@ def check_statuses(client: Client, shape: tuple[int, ...]) -> list[str]:
         "a .npy file cut short": (npy(good)[:-1], 400),
         "neither array nor image": (b"hello", 400),
         "nothing": (b"", 400),
+        "more than a body may hold": (iter([bytes(MAX_BODY // 16)] * 17), 413),
     }
     wrong = []
     for name, (body, expected) in cases.items():

@@ -8,7 +8,8 @@
 
 The package takes a batch of any size of one float32 input, [batch, ...]; a request is one row of it, an image where the
 rows are [3, height, width]. Requests that wait together are computed together. A body that is neither, or of another
-shape or type, gets a 400 that says so; when more requests wait than --queue, further ones get a 503 at once.
+shape or type, gets a 400 that says so; when more requests wait than --queue, further ones get a 503 at once. A worker
+sees a request when all of it is here: guard.py, which runs in front, has the limits of size and time.
 
 An answer's `machine` header is the address of the machine that computed it. README.md beside this file says how to serve
 on more than one machine.
@@ -24,8 +25,10 @@ import asyncio
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import guard
 import numpy as np
 import ray
 import torch
@@ -34,9 +37,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from inductor_x86q.aot import read_report
+from inductor_x86q.aot import load, read_report
 
-MAX_BODY = 20 * 1024 * 1024
+ANSWER_SECONDS = 60  # for a request that is here to be answered, with the time it waits for a worker
 NPY = b"\x93NUMPY"
 MACHINE = "machine"  # the header of an answer with the address of the machine that computed it
 
@@ -51,9 +54,10 @@ class Classifier:
 
     def __init__(self, path: str, threads: int, max_batch: int, wait: float, mean: float, std: float) -> None:
         self._headers = {MACHINE: ray.util.get_node_ip_address()}
+        self._bodies = guard.Bodies()
         self.shape = row_shape(path)
         self.mean, self.std = mean, std
-        self._run = torch._inductor.aoti_load_package(path)
+        self._run = load(path)
         # Off the event loop, so that requests are read and checked while a batch runs; OpenMP keeps the number of
         # threads for each thread that calls it.
         self._executor = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
@@ -65,9 +69,13 @@ class Classifier:
     async def __call__(self, request: Request) -> Response:
         if request.method != "POST":
             return PlainTextResponse("expected a POST with an image or a .npy array as its body\n", 405)
-        if int(request.headers.get("content-length", 0)) > MAX_BODY:
-            return PlainTextResponse(f"the body is larger than {MAX_BODY} bytes\n", 413)
-        body = await request.body()
+        try:
+            async with self._bodies.read(request.headers.raw, request.receive) as body:
+                return await self._answer(body)
+        except guard.Refused as error:
+            return PlainTextResponse(f"{error}\n", error.status, headers={"Connection": "close"})
+
+    async def _answer(self, body: bytes) -> Response:
         try:
             row = read_array(body, self.shape) if body.startswith(NPY) else self._read_image(body)
         except BadRequest as error:
@@ -179,6 +187,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="most requests computed at once (default: %(default)s)")
     parser.add_argument("--wait", type=float, default=2, help="ms to wait for a batch to fill (default: %(default)s)")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--patience", type=float, default=guard.PATIENCE, help="s for a request to arrive (default: %(default)s)"
+    )
     parser.add_argument("--mean", type=float, default=0.5, help="subtracted from pixels of 0 to 1")
     parser.add_argument("--std", type=float, default=0.5, help="divides them then")
     parser.add_argument(
@@ -188,8 +199,13 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parsed = parser.parse_args()
 
-    ray.init(address=parsed.address, **({"include_dashboard": False} if parsed.address == "local" else {}))
-    serve.start(proxy_location="EveryNode", http_options={"host": parsed.host, "port": parsed.port})
+    # Serve's proxies inherit the job's environment, and the file, on every machine.
+    variables = {guard.CALLBACK: "guard:middlewares", guard.PATIENCE_VARIABLE: str(parsed.patience)}
+    environment = {"env_vars": variables, "py_modules": [str(Path(guard.__file__).resolve())]}
+    local = {"include_dashboard": False} if parsed.address == "local" else {}
+    ray.init(address=parsed.address, runtime_env=environment, **local)
+    http = {"host": parsed.host, "port": parsed.port, "request_timeout_s": ANSWER_SECONDS}
+    serve.start(proxy_location="EveryNode", http_options=http)
     serve.run(application(parsed), name="classifier", blocking=True)
 
 

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q import progress
 from inductor_x86q.errors import CompileError
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.quantized_graph import SEPARATOR, attribute_of
-from inductor_x86q.quantization import pt2e
-from inductor_x86q.quantization.quantizer import CONVOLUTIONS, LINEARS, PRODUCTS, X86Quantizer
+from inductor_x86q.quantization.export import export
+from inductor_x86q.quantization.pt2e import prepare
+from inductor_x86q.quantization.quantizer import X86Quantizer
 from inductor_x86q.report.model import Drift, LayerDrift
 
 # Layers are worth excluding when the noise of the output falls to half.
@@ -52,14 +55,20 @@ def measure(quantized: fx.GraphModule, inputs: tuple[Any, ...], float_model: tor
 
     reference = run(())
     everything = run(layers)
-    noises = {node: _noise(run([node]).outputs, reference.outputs) for node in layers}
+    noises = {}
+    with progress.task("measuring layers", total=len(layers)) as advance:
+        for node in layers:
+            noises[node] = _noise(run([node]).outputs, reference.outputs)
+            advance()
     total = sum(noises.values()) or 1.0
     signal = _noise(reference.outputs)
     rows = []
     for node in sorted(layers, key=lambda node: -noises[node]):
         here = _ratio(_noise([reference.results[node]]), _noise([everything.results[node]], [reference.results[node]]))
         rows.append(
-            LayerDrift(layer_of(node), _operator(node), here, _ratio(signal, noises[node]), noises[node] / total)
+            LayerDrift(
+                layer_of(node), operators.own_name(node), here, _ratio(signal, noises[node]), noises[node] / total
+            )
         )
     with torch.no_grad():
         output = _ratio(signal, _noise(_tensors(quantized(*inputs)), reference.outputs))
@@ -119,12 +128,8 @@ class _Run(fx.Interpreter):
 
 def _is_layer(node: fx.Node) -> bool:
     """Whether the node is a convolution, linear or matrix product that reads a dequantized operand."""
-    known = node.op == "call_function" and (node.target in CONVOLUTIONS | LINEARS or node.target in PRODUCTS)
+    known = operators.role(node) in (Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT)
     return known and any(qdq.is_dequantize(operand) for operand in node.all_input_nodes)
-
-
-def _operator(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 def _weight_name(node: fx.Node) -> str | None:
@@ -142,8 +147,8 @@ def _float_weights(
     """
     if not isinstance(float_model, torch.nn.Module):
         raise CompileError(f"drift is a {type(float_model).__name__}: expected True or the float model")
-    exported, _ = pt2e._export(float_model, inputs, None)
-    prepared = pt2e._prepare(exported, X86Quantizer())
+    exported, _ = export(float_model, inputs, None)
+    prepared = prepare(exported, X86Quantizer())
     parameters = {**dict(prepared.named_parameters(remove_duplicate=False)),
                   **dict(prepared.named_buffers(remove_duplicate=False))}  # fmt: skip
     by_attribute = {attribute_of(name): tensor for name, tensor in parameters.items()}

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import fx
 
-from inductor_x86q.graph import movement, qdq
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
-
-aten = torch.ops.aten
-
-# Operators whose result may share memory with their first argument, in eager mode or once Inductor has lowered them. A
-# clone is Inductor's to drop, so it counts.
-SHARING = movement.VIEWS | movement.SPLITS | {
-    aten.clone.default, aten.contiguous.default, aten.detach.default, aten.as_strided.default, aten.diagonal.default,
-}  # fmt: skip
 
 
 def _lives_in(node: fx.Node) -> Any:
     """The argument whose memory the node's result is in; None where it has its own."""
     if node.op != "call_function":
         return None
-    # An indexed result of a list is a view of what the list is a view of.
-    if node.target in SHARING or movement.is_item(node):
+    if operators.shares_memory(node):
         return node.args[0]
     binary = read(node).binary if is_call(node) else None
     return binary.other if binary is not None and binary.kind == "sum" else None
@@ -34,8 +24,9 @@ def _lives_in(node: fx.Node) -> Any:
 
 def base(node: fx.Node) -> fx.Node:
     """The node whose memory `node` lives in."""
-    source = _lives_in(node)
-    return node if source is None else base(source)
+    while (source := _lives_in(node)) is not None:
+        node = source
+    return node
 
 
 def readers(node: fx.Node) -> set[fx.Node]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.qdq import QParams
 
 onednn = torch.ops.onednn
@@ -140,16 +140,9 @@ def absorb(old: Any, call: Call, *, at: fx.Node) -> fx.Node:
     """
     node = emit(call, like=at)
     qdq.copy_origin(node, old)
-    node.meta["x86q_absorbed"] = [*old.meta.get("x86q_absorbed", ()), describe(at)]
+    node.meta["x86q_absorbed"] = [*old.meta.get("x86q_absorbed", ()), operators.name(at)]
     node.meta["x86q_macs"] = old.meta.get("x86q_macs")
     return node
-
-
-def describe(node: fx.Node) -> str:
-    """How the report names an absorbed node."""
-    if qdq.is_quantize(node):
-        return "quantize"
-    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 def with_output(call: Call, parameters: QParams) -> Call:

@@ -135,6 +135,16 @@ def is_constant(node: fx.Node) -> bool:
     return True
 
 
+def constants(graph: fx.Graph) -> set[fx.Node]:
+    """All nodes of which `is_constant` holds, found in one go."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (node.op != "placeholder" and inputs and all(x in found for x in inputs)):
+            found.add(node)
+    return found
+
+
 def has_constants(layer: fx.Node) -> bool:
     """Whether a convolution's or linear's weight and bias are constants, the weight quantized per output channel.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
+from inductor_x86q.inductor.autotuning import choices_followed
 from inductor_x86q.inductor.decompositions import decompositions
 from inductor_x86q.inductor.requirements import Interface, Needs
 from inductor_x86q.inductor.uncompiled import run_uncompiled
@@ -41,7 +43,7 @@ def compile_fx(
     """Inductor's entry point."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    with torch.no_grad():
+    with torch.no_grad(), choices_followed(options):
         return inductor_compile_fx(graph_module, example_inputs, config_patches=dict(options),
                                     decompositions=decompositions(), **keywords)  # fmt: skip
 
@@ -55,7 +57,7 @@ def aot_package(exported: torch.export.ExportedProgram, path: str, options: Mapp
     from torch.export.pt2_archive._package import package_pt2
 
     arguments, keywords = exported.example_inputs
-    with torch.no_grad():
+    with torch.no_grad(), choices_followed(options):
         files = torch._inductor.aot_compile(
             exported.module(check_guards=False), arguments, keywords, options={**options, "aot_inductor.package": True}
         )
@@ -71,9 +73,32 @@ def read_extra_file(path: str, name: str) -> str | None:
         return archive.read_string(EXTRA_DIR + name) if EXTRA_DIR + name in archive.get_file_names() else None
 
 
+def read_metadata(path: str) -> dict[str, str]:
+    """AOTInductor's metadata of a package; loads no code.
+
+    Relies on `AOTIModelPackageLoader.load_metadata_from_package`, as C++ has it, and on packages naming their one model
+    "model".
+    """
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader
+    return dict(loader.load_metadata_from_package(path, "model"))
+
+
 def load_package(path: str) -> Callable[..., Any]:
-    """Loads the code of a package."""
-    return torch._inductor.aoti_load_package(path)
+    """Loads the code of a package, for which it has to fit this CPU.
+
+    torch warns where the CPU has more than what the package was built for, which is what packages for lesser CPUs are for.
+    Relies on the name of its logger and on "AOTI_CPU_ISA" being in that warning.
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "AOTI_CPU_ISA" not in record.getMessage()
+
+    logger = logging.getLogger("torch.export.pt2_archive._package")
+    logger.addFilter(keep)
+    try:
+        return torch._inductor.aoti_load_package(path)
+    finally:
+        logger.removeFilter(keep)
 
 
 def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:

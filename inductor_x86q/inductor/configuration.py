@@ -42,6 +42,9 @@ DEFAULTS = {
     "cpp_wrapper_build_separate": True,
     # Inductor writes out vectors of up to 8 numbers in a kernel of their own, at each call: scales and biases stay data.
     "always_keep_tensor_constants": True,
+    # It prints a table for every choice on standard error otherwise; `autotuning` has the times in the debug log.
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
 }
 
 

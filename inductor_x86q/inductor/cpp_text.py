@@ -40,22 +40,28 @@ _BODY_END = "} // inductor_entry_impl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class KernelCall:
     """A kernel call in the wrapper."""
 
     name: str  # as `kernel_calls` counts it
     symbol: str  # of the function that the wrapper calls
     results: tuple[str, ...]  # the buffers that it writes
+    line: str
 
 
-def calls(code: str) -> Iterator[Call]:
+def calls(code: str) -> Iterator[KernelCall]:
     """The wrapper's kernel calls in their order."""
     ours = {name: _OURS.search(body) for name, _, body in _KERNEL_DEFINITION.findall(code)}
     for line in _body(code):
         if name := _called(line):
             shim, kernel = _SHIM.search(line), ours.get(name)
             symbol = f"aoti_torch_cpu_{shim[1]}" if shim else name
-            yield Call(f"x86q.{kernel[1]}" if kernel else name, symbol, tuple(results(line)))
+            yield KernelCall(f"x86q.{kernel[1]}" if kernel else name, symbol, tuple(results(line)), line.strip())
+
+
+def kernels(code: str) -> dict[str, str]:
+    """The generated kernels by their names."""
+    return {match.group(1): match.group() for match in _KERNEL_DEFINITION.finditer(code)}
 
 
 def kernel_calls(code: str) -> Counter[str]:
@@ -232,5 +238,5 @@ def only_layer(code: str, layer: str) -> str:
             f"no kernel call serves layer {layer!r}; those that are served: {', '.join(sorted(seen)) or 'none'}"
         )
     wanted = set(_KERNEL_NAME.findall("\n".join(calls)))
-    kernels = [m.group() for m in _KERNEL_DEFINITION.finditer(code) if m.group(1) in wanted]
-    return "\n\n".join(["\n".join(calls), *kernels]) + "\n"
+    called = [text for name, text in kernels(code).items() if name in wanted]
+    return "\n\n".join(["\n".join(calls), *called]) + "\n"

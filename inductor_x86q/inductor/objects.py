@@ -92,7 +92,7 @@ def file(kernel: Kernel) -> Path:
 
     flags = " ".join(kernel.flags)
     command = _builder(flags, "o", ["i"], "").get_command_line()
-    extra = f"{command} {_compiler(get_cpp_compiler())} {sorted(cpu.flags())}"
+    extra = f"{command} {_compiler(get_cpp_compiler())} {cpu.instruction_sets()}"
     _, path = codecache.write(f"{_FLAGS}{flags}\n{kernel.source()}", f"{_SUFFIX}.cpp", extra=extra)
     return Path(path).with_suffix(".o")
 

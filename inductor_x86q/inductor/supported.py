@@ -8,6 +8,7 @@ import torch
 
 from inductor_x86q.errors import CompileError
 from inductor_x86q.inductor import (
+    autotuning,
     caches,
     compiling,
     configuration,
@@ -56,6 +57,7 @@ INTERFACES: tuple[Interface, ...] = (
     uncompiled.INTERFACE,
     wrapper_source.INTERFACE,
     caches.INTERFACE,
+    autotuning.INTERFACE,
     profiling.INTERFACE,
     objects.INTERFACE,
 )

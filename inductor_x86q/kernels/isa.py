@@ -17,7 +17,7 @@ class Isa:
         dot: the instruction that adds four products a lane to sums of 32 bits, and the compilers' macro that says it is there;
             without one products are added two by two.
         compiler_flags: that make the compiler use it.
-        cpu_flags: what a CPU needs, as Linux names them.
+        cpu_flags: what a CPU needs, as torch names them.
     """
 
     lanes: int
@@ -33,7 +33,7 @@ class Isa:
 
 
 _AVX2, _AVX512 = ("-mavx2", "-mfma"), ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_HAS_AVX2, _HAS_AVX512 = {"avx2", "fma"}, {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_HAS_AVX2, _HAS_AVX512 = {"avx2", "fma3"}, {"avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
 
 # The best first. Those of 256 bits with AVX-512 are for few channels, and for CPUs that run 512 bits as two halves.
 ISAS: dict[str, Isa] = {

@@ -15,9 +15,8 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import qdq, weights
-from inductor_x86q.graph.movement import RESHAPES, SPLITS, is_item
+from inductor_x86q.graph.operators import RESHAPES, SPLITS, UNARIES, is_item
 from inductor_x86q.graph.reasons import No
-from inductor_x86q.passes.fuse.post_ops import UNARIES
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
@@ -78,25 +77,42 @@ def _along_channels(node: fx.Node) -> bool:
 
 def _origins(node: fx.Node) -> list[Channel]:
     """Where each channel of the node was computed, looking through what only orders channels."""
+    found: dict[fx.Node, list[Channel]] = {}
+    pending = [node]
+    while pending:
+        current = pending[-1]
+        ordered = _ordered_from(current) if current not in found else None
+        parts, numbers = ordered or ([], [])
+        missing = [part for part in parts if part not in found]
+        if missing:
+            pending += missing
+            continue
+        pending.pop()
+        if ordered is not None:
+            channels = [channel for part in parts for channel in found[part]]
+            found[current] = [channels[number] for number in numbers]
+        elif current not in found:
+            found[current] = [(current, channel) for channel in range(_channels(current))]
+    return found[node]
+
+
+def _ordered_from(node: fx.Node) -> tuple[list[fx.Node], list[int]] | None:
+    """The tensors whose channels the node only orders, and which of theirs, side by side, each of its own is."""
     shuffled = _shuffle_start(node)
     if shuffled:
-        inner = _origins(shuffled[0])
-        order = torch.arange(len(inner)).view(shuffled[1], -1).t().flatten()
-        return [inner[i] for i in order.tolist()]
+        order = torch.arange(_channels(shuffled[0])).view(shuffled[1], -1).t().flatten()
+        return [shuffled[0]], order.tolist()
     source: Any = node.args[0] if node.args else None
     if node.target is aten.cat.default and _along_channels(node):
-        return [channel for part in source for channel in _origins(part)]
+        return source, list(range(_channels(node)))
     if node.target is aten.slice.Tensor and _along_channels(node):
         start = qdq.schema_arguments(node)["start"] or 0
-        return _origins(source)[start:][: _channels(node)]
+        return [source], list(range(_channels(source)))[start:][: _channels(node)]
     if is_item(node) and source.target in SPLITS and _along_channels(source):
         start = sum(part.shape[1] for part in source.meta["val"][: node.args[1]])  # type: ignore[misc]
-        return _origins(source.args[0])[start:][: _channels(node)]
+        return [source.args[0]], list(range(start, start + _channels(node)))
     gathered = _gathered(node)
-    if gathered is not None:
-        inner = _origins(source)
-        return [inner[i] for i in gathered]
-    return [(node, channel) for channel in range(_channels(node))]
+    return None if gathered is None else ([source], gathered)
 
 
 def _gathered(node: fx.Node) -> list[int] | None:
@@ -113,14 +129,17 @@ def _orderings(node: fx.Node) -> set[fx.Node] | None:
     """All that orders the node's channels before a convolution reads them whose weight can follow; None where something
     else reads them too."""
     found = {node}
-    for user in node.users:
-        if qdq.is_dequantize(user) and all(_reader(reader) and reader.args[0] is user for reader in user.users):
-            continue
-        end = _ordered_by(user)
-        below = None if end is None or not end.users else _orderings(end)
-        if below is None:
-            return None
-        found |= below
+    pending = [node]
+    while pending:
+        for user in pending.pop().users:
+            if qdq.is_dequantize(user) and all(_reader(x) and x.args[0] is user for x in user.users):
+                continue
+            end = _ordered_by(user)
+            if end is None or not end.users:
+                return None
+            if end not in found:
+                found.add(end)
+                pending.append(end)
     return found
 
 

@@ -69,7 +69,7 @@ def _find_float16_quantize(node: fx.Node) -> Any:
 
 def _rewrite_float16_quantize(node: fx.Node, source: fx.Node) -> None:
     """quantize(fp16) → quantize(fp32(fp16)): Inductor's lowering takes float32 and bfloat16 only."""
-    node.update_arg(0, qdq.call(half.CONVERT, source, torch.float32, like=node))
+    node.update_arg(0, qdq.call(half.KEPT_CONVERT, source, torch.float32, like=node))
 
 
 # --- convolutions of lines ----------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _rewrite_line(node: fx.Node, call: calls.Call) -> fx.Node:
     return qdq.call(aten.squeeze.dim, new, 2, like=node)
 
 
-_CONVERSIONS = (*qdq.DEQUANTIZES, half.CONVERT)
+_CONVERSIONS = (*qdq.DEQUANTIZES, half.KEPT_CONVERT)
 _QUANTIZES = (qdq.QUANTIZE, qdq.QUANTIZE_CHANNEL)
 RULES = (
     Rule("weight left in float", _CONVERSIONS, _find_converted_constant, _rewrite_converted_constant),

@@ -54,8 +54,7 @@ def _find(node: fx.Node) -> _Layer | No:
     if epilogue.is_integer and not (convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
     specification = Specification(convolution, epilogue)
-    is_timed = configuration.is_autotuning() and all(isinstance(size, int) for size in qdq.value(call.x).shape)
-    if specification.is_call and not is_timed:
+    if specification.is_call and not _is_timed(call.x):
         return No("the call is thought faster")
     return _Layer(weight, numbers, specification)
 
@@ -136,12 +135,31 @@ def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
     from inductor_x86q.inductor.lowering import choice  # noqa: F401  registers with Inductor, which is slow to import
 
     given = layer.specification
-    objects.start(given.kernels if configuration.is_autotuning() else given.kernels[:1])
+    objects.start(given.kernels if _is_timed(node.args[0]) else given.kernels[:1])
     packed = given.convolution.constants(layer.weight, layer.numbers, given.epilogue)
     constants = qdq.new_constant(packed, like=node)
     new = node.graph.call_function(GENERATED[node.target], (constants, given.text(), *node.args))
     new.meta.update(node.meta)
     return new
+
+
+def choice(node: fx.Node) -> tuple[str, str]:
+    """What computes an operator that stands for a call, and why that."""
+    given = Specification.read(str(node.args[1]))
+    kernels = given.kernels
+    if _is_timed(node.args[2]):
+        return "the fastest", f"timed when it is compiled: {', '.join(kernel.name for kernel in kernels)} and the call"
+    others: list[cost.Choice] = [*kernels[1:], cost.ONEDNN]
+    times = [
+        f"{getattr(other, 'name', 'the call')} {cost.microseconds(other, given.convolution):.1f}" for other in others
+    ]
+    best = cost.microseconds(kernels[0], given.convolution)
+    return kernels[0].name, f"computed by {kernels[0].name}, thought to take {best:.1f} µs; {', '.join(times)}"
+
+
+def _is_timed(x: Any) -> bool:
+    """Whether lowering times what may compute a layer of `x`; what is best for one size is not for another."""
+    return configuration.is_autotuning() and all(isinstance(size, int) for size in qdq.value(x).shape)
 
 
 RULES = (Rule("generated kernel", tuple(GENERATED), _find, _rewrite),)

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import qdq
-from inductor_x86q.graph.movement import (
+from inductor_x86q.graph.operators import (
     JOINS,
     LARGE_MAX_POOLS,
-    MAX_POOL,
+    LOW_MEMORY_MAX_POOL,
     MAX_POOLS,
     MOVEMENTS,
     SPLITS,
@@ -206,7 +206,7 @@ RULES = (
     # A cast meets the dequantize only now where data was moved in between.
     normalize.CAST,
     Rule("dequantize below movement", (*MOVEMENTS, *JOINS), _find_down, _rewrite_down),
-    Rule("dequantize below split", (*SPLITS, MAX_POOL), _find_down, _rewrite_down_items),
+    Rule("dequantize below split", (*SPLITS, LOW_MEMORY_MAX_POOL), _find_down, _rewrite_down_items),
     Rule("dequantize below large max pool", LARGE_MAX_POOLS, _find_down_large_pool, _rewrite_down_items),
     Rule("dequantize below pad", (PAD,), _find_down_pad, _rewrite_down_pad),
     Rule("dequantize below relu", (aten.relu.default,), _find_down_relu, _rewrite_down_relu),

@@ -1,27 +1,24 @@
-"""The front door: export, prepare, calibrate, convert, on torchao's PT2E steps."""
+"""The front door: quantize, prepare_qat and convert, on torchao's PT2E steps."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import inspect
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from inductor_x86q.errors import QuantizationError
-from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import qat, torchao
+from inductor_x86q.quantization.calibration import calibrate, finite_values_only, is_observer
+from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
+from inductor_x86q.quantization.export import batch_size, export
 from inductor_x86q.quantization.quantizer import X86Quantizer
-
-aten = torch.ops.aten
 
 log = logging.getLogger(__name__)
 
@@ -73,16 +70,16 @@ def quantize(
             "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs], "
             "or dynamic=True to compute the ranges at every call"
         )
-    exported, any_batch = _export(model, example_inputs, dynamic_shapes)
+    exported, any_batch = export(model, example_inputs, dynamic_shapes)
     quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=bool(dynamic))
-    prepared = _prepare(exported, quantizer)
+    prepared = prepare(exported, quantizer)
     if calibration is None:
         calibration = [example_inputs]  # one call, in which the weights' observers see the weights
-    with torch.no_grad(), _finite_values_only(prepared):
-        _calibrate(prepared, calibration, None if any_batch else _batch_size(example_inputs))
+    with torch.no_grad(), finite_values_only(prepared):
+        calibrate(prepared, calibration, None if any_batch else batch_size(example_inputs))
     converted = convert(prepared)
     if dynamic == "per_token":
-        _quantize_per_token(converted)
+        quantize_per_token(converted)
     return converted
 
 
@@ -113,9 +110,9 @@ def prepare_qat(
     _check_model(model, training=True)
     _check_inputs(example_inputs)
     # Exported graphs share the parameters and statistics of what they were exported from.
-    exported, _ = _export(copy.deepcopy(model), example_inputs, dynamic_shapes)
+    exported, _ = export(copy.deepcopy(model), example_inputs, dynamic_shapes)
     quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, is_qat=True)
-    prepared = _prepare(exported, quantizer, torchao.prepare_for_training)
+    prepared = prepare(exported, quantizer, torchao.prepare_for_training)
     qat.drop_counters(prepared.graph)
     trainable = qat.TrainingGraph(prepared, prepared.graph)
     trainable.meta.update(prepared.meta)  # by which torchao knows it again when converting
@@ -141,14 +138,28 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
         converted = torchao.convert_pt2e(prepared, fold_quantize=False)
     torchao.forget_graphs()
     qat.show_batch_norms(converted.graph)
-    _fold_weights(converted)
-    _log_left_out(converted)
+    fold_weights(converted)
+    if left := left_out(converted):
+        log.info("not quantized, stays float: %s", ", ".join(left))
     quantized = side_by_side(converted)  # without what the graph does not read: the float weights above all
-    _freeze_parameters(quantized)
+    freeze_parameters(quantized)
     return quantized
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
+def prepare(
+    exported: fx.GraphModule, quantizer: X86Quantizer, step: Callable[..., fx.GraphModule] = torchao.prepare_pt2e
+) -> fx.GraphModule:
+    """The graph with an observer at each value that the quantizer annotates; `step` is torchao's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepared = step(exported, quantizer)
+    if not any(is_observer(module) for module in prepared.modules()):
+        excluded = ", ".join(layer(node) for node in quantizer.excluded)
+        raise QuantizationError(
+            "there is nothing to quantize: the model has no convolution or linear with a constant weight"
+            + (f" that is not excluded ({excluded})" if excluded else "")
+        )
+    return prepared
 
 
 def _check_model(model: Any, training: bool = False) -> None:
@@ -173,312 +184,3 @@ def _check_inputs(example_inputs: Any) -> None:
             f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of positional arguments, "
             "e.g. (torch.randn(1, 3, 224, 224),)"
         )
-
-
-# --- export -----------------------------------------------------------------------------------------------------------
-
-
-def _export(
-    model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any
-) -> tuple[fx.GraphModule, bool]:
-    """The model's graph, and whether it takes any batch size."""
-    # Training goes through the graph: grad mode is part of what is exported.
-    with torch.set_grad_enabled(model.training):
-        if dynamic_shapes is not None:
-            return _export_as_asked(model, example_inputs, dynamic_shapes), True
-        for inputs, shapes in _any_batch(example_inputs):
-            try:
-                exported = torch.export.export(model, inputs, dynamic_shapes=shapes)
-            except Exception as error:  # whatever it is, the export with fixed shapes says it better
-                log.debug("no export with a dynamic batch: %s", error)
-                continue
-            first = next(
-                n
-                for n in exported.graph.nodes
-                if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs
-            )
-            dynamic = not isinstance(first.meta["val"].shape[0], int) and _takes_other_batches(exported, example_inputs)
-            if dynamic or _batch_size(inputs) == _batch_size(example_inputs):
-                return exported.module(), dynamic  # type: ignore[return-value]
-        return torch.export.export(model, example_inputs).module(), False  # type: ignore[return-value]
-
-
-def _export_as_asked(model: torch.nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any) -> fx.GraphModule:
-    """The graph with the dimensions open that `dynamic_shapes` names; warns of those that the model fixes."""
-    asked = _open_dimensions(model, example_inputs, dynamic_shapes)
-    inputs = list(example_inputs)
-    for position, dimension in asked:  # export takes a size of 1 to be fixed
-        x = inputs[position]
-        if x.shape[dimension] == 1:
-            inputs[position] = torch.cat([x, x], dimension)
-    try:
-        exported = torch.export.export(model, tuple(inputs), dynamic_shapes=dynamic_shapes)
-    except Exception as error:  # the example as it was given says better what is wrong
-        log.debug("no export with sizes of 1 doubled: %s", error)
-        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    values = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
-    names = exported.graph_signature.user_inputs
-    for position, dimension in asked if len(names) == len(inputs) else ():
-        size = values[names[position]].shape[dimension]
-        if isinstance(size, int):
-            warnings.warn(
-                f"dimension {dimension} of input {names[position]!r} was asked to be dynamic, and the model fixes it to "
-                f"{size}: the graph takes no other size",
-                stacklevel=4,
-            )
-    return exported.module()  # type: ignore[return-value]
-
-
-def _open_dimensions(model: torch.nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> list[tuple[int, int]]:
-    """The dimensions that `dynamic_shapes` leaves open, as positions of tensors among `inputs` and dimensions of each."""
-    if isinstance(dynamic_shapes, Mapping):
-        parameters = list(inspect.signature(model.forward).parameters)[: len(inputs)]
-        shapes = [dynamic_shapes.get(name) for name in parameters]
-    else:
-        shapes = list(dynamic_shapes) if isinstance(dynamic_shapes, (tuple, list)) else []
-    found = []
-    for position, (x, shape) in enumerate(zip(inputs, shapes, strict=False)):
-        if isinstance(x, torch.Tensor) and shape is not None:
-            sizes = shape.items() if isinstance(shape, Mapping) else enumerate(shape)
-            fixed = (None, torch.export.Dim.STATIC)
-            found += [(position, d) for d, size in sizes if size not in fixed and not isinstance(size, int)]
-    return found
-
-
-def _takes_other_batches(exported: Any, example_inputs: tuple[Any, ...]) -> bool:
-    """Whether a program with an open batch runs on the example and on one row more.
-
-    Export leaves a size open and guards it where a shape is written out in the model: view(4, 2, 8) of a batch of four.
-    """
-    module = copy.deepcopy(exported.module())  # in train mode a call changes the statistics of batch norms
-    more = tuple(torch.cat([x, x[:1]]) for x in example_inputs)
-    try:
-        module(*example_inputs)
-        module(*more)
-    except Exception as error:  # a guard raises AssertionError, an operator whatever it likes
-        log.debug("the batch stays fixed: %s", error)
-        return False
-    return True
-
-
-def _any_batch(example_inputs: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Inputs and shapes to export with so that the first dimension of all inputs stays open, if they agree on it."""
-    if _batch_size(example_inputs) is None:
-        return
-    inputs = example_inputs
-    if _batch_size(inputs) == 1:  # export takes a size of 1 to be fixed
-        inputs = tuple(torch.cat([x, x]) for x in inputs)
-    yield inputs, tuple({0: torch.export.Dim.AUTO} for _ in inputs)
-
-
-def _batch_size(inputs: Sequence[Any]) -> int | None:
-    """The size of the first dimension of all inputs; None where they have none in common."""
-    if not inputs or not all(isinstance(x, torch.Tensor) and x.dim() for x in inputs):
-        return None
-    sizes = {x.shape[0] for x in inputs}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-# --- prepare and calibrate --------------------------------------------------------------------------------------------
-
-
-def _prepare(
-    exported: fx.GraphModule, quantizer: X86Quantizer, prepare: Callable[..., fx.GraphModule] = torchao.prepare_pt2e
-) -> fx.GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        prepared = prepare(exported, quantizer)
-    if not any(_is_observer(module) for module in prepared.modules()):
-        excluded = ", ".join(layer(node) for node in quantizer.excluded)
-        raise QuantizationError(
-            "there is nothing to quantize: the model has no convolution or linear with a constant weight"
-            + (f" that is not excluded ({excluded})" if excluded else "")
-        )
-    return prepared
-
-
-def _is_observer(module: torch.nn.Module) -> bool:
-    return hasattr(module, "calculate_qparams")
-
-
-@contextlib.contextmanager
-def _finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
-    """Within this context an observer that sees NaN or infinity raises QuantizationError with the layer's name."""
-    hooks = []
-    for node in prepared.graph.nodes:
-        if node.op != "call_module" or not _is_observer(prepared.get_submodule(node.target)):
-            continue
-        source = node.args[0]
-        name = f"input {source.name!r}" if source.op == "placeholder" else f"the output of {layer(source)!r}"
-
-        def check(module: torch.nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
-            # NaN and infinity both reach the extremes, which take a fraction of the time of isfinite on every element.
-            if arguments[0].numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(arguments[0])):
-                raise QuantizationError(f"calibration met NaN or infinity in {name}: check the data and the weights")
-
-        hooks.append(prepared.get_submodule(node.target).register_forward_pre_hook(check))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:
-    """Runs all calls; where the graph takes one batch size only, cuts and pads batches to it."""
-    if not isinstance(calibration, Iterable):
-        raise QuantizationError(
-            f"calibration is a {type(calibration).__name__}: expected an iterable of calls, each a tuple of arguments"
-        )
-    count = 0
-    for call in _progress(calibration):
-        inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
-        try:
-            for part in _fitted(inputs, fixed_batch):
-                prepared(*part)
-        except QuantizationError:
-            raise
-        except Exception as error:  # whatever the model, or the guards of its export, raise
-            got = ", ".join(str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs)
-            reason = next(iter(str(error).splitlines()), "")
-            raise QuantizationError(
-                f"calibration call {count} does not fit the model: ({got}): {type(error).__name__}: {reason[:300]}"
-            ) from error
-        count += 1
-    if not count:
-        raise QuantizationError("no calibration data: the iterable was empty")
-
-
-def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[Any, ...]]:
-    size = _batch_size(inputs)
-    if fixed_batch is None or size is None or size == fixed_batch:
-        yield inputs
-        return
-    for start in range(0, size, fixed_batch):
-        part = [x[start : start + fixed_batch] for x in inputs]
-        missing = fixed_batch - part[0].shape[0]
-        # Rows that stand twice in a batch do not change the range, and hardly the histogram.
-        yield tuple(x[torch.arange(fixed_batch) % (fixed_batch - missing)] for x in part)
-
-
-def _progress(calls: Iterable[Any]) -> Iterator[Any]:
-    """A progress bar on a terminal, nothing elsewhere (tqdm where it is installed, else the one in torch.hub)."""
-    from torch.hub import tqdm
-
-    total = len(calls) if isinstance(calls, Sized) else None
-    with tqdm(total=total, desc="calibrating", unit="batch", disable=total is None or not sys.stderr.isatty()) as bar:
-        for call in calls:
-            yield call
-            bar.update(1)
-
-
-# --- convert ----------------------------------------------------------------------------------------------------------
-
-
-def _fold_weights(converted: fx.GraphModule) -> None:
-    """Stores each weight in int8 under its own name, with `_scale` and `_zero_point` beside it, and drops the float one."""
-    graph = converted.graph
-    for node in list(graph.nodes):
-        if not qdq.is_quantize(node) or not qdq.is_constant(node):
-            continue
-        name = _weight_name(node)
-        values: dict[fx.Node, Any] = {}
-        with torch.no_grad():
-            integers = _evaluate(converted, node, values)
-        parameters = qdq.qparams(node)
-        stored = {f"{name}_int8": integers}
-        for suffix, value in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
-            if isinstance(value, fx.Node):
-                stored[f"{name}_{suffix}"] = values[value]
-        nodes = {key: qdq.store(converted, key, tensor, node) for key, tensor in stored.items()}
-        for dequantize in list(node.users):
-            for old, suffix in ((parameters.scale, "scale"), (parameters.zero_point, "zero_point")):
-                if isinstance(old, fx.Node):
-                    dequantize.replace_input_with(old, nodes[f"{name}_{suffix}"])
-        node.replace_all_uses_with(nodes[f"{name}_int8"])
-        qdq.erase_dead(node)
-    graph.eliminate_dead_code()
-    converted.recompile()
-
-
-def _quantize_per_token(converted: fx.GraphModule) -> None:
-    """Gives each row of a dynamically quantized input its own scale, symmetric around the middle of the range."""
-    graph = converted.graph
-    for node in list(graph.nodes):
-        if node.target is not qdq.DEQUANTIZE_TENSOR:
-            continue
-        quantize: Any = node.args[0]
-        parameters = qdq.qparams(node)
-        x, low, high = quantize.args[0], parameters.quant_min, parameters.quant_max
-        middle = (low + high + 1) // 2
-
-        def call(target: Any, *arguments: Any, like: fx.Node = node, **keywords: Any) -> fx.Node:
-            new = graph.call_function(target, arguments, keywords)
-            qdq.copy_origin(new, like)
-            return new
-
-        with graph.inserting_before(node):
-            largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
-            scales = call(aten.clamp_min.default, call(aten.div.Tensor, largest, high - middle), _SMALLEST_SCALE)
-            zero_points = call(aten.full_like.default, scales, middle)
-            arguments = (scales, zero_points, low, high, parameters.dtype)
-            integers = call(qdq.QUANTIZE_TOKEN, x, *arguments)
-            new = call(qdq.DEQUANTIZE_TOKEN, integers, *arguments, output_dtype=torch.float32)
-        node.replace_all_uses_with(new)
-        qdq.erase_dead(node)
-    converted.recompile()
-
-
-_SMALLEST_SCALE = 2.0**-24  # of a row of zeros
-
-
-def _freeze_parameters(quantized: QuantizedGraph) -> None:
-    """Gives the graph parameters of its own, without gradients: those that it was exported with are the model's."""
-    own: dict[int, torch.nn.Parameter] = {}
-    for name, parameter in list(quantized.named_parameters(remove_duplicate=False)):
-        if id(parameter) not in own:
-            own[id(parameter)] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        setattr(quantized, name, own[id(parameter)])
-
-
-def _weight_name(node: fx.Node) -> str:
-    while node.op != "get_attr":
-        node = node.all_input_nodes[0]
-    return str(node.target)
-
-
-def _evaluate(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    if node not in values:
-        if node.op == "get_attr":
-            values[node] = qdq.constant(node)
-        else:
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(module, n, values))
-            values[node] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-    return values[node]
-
-
-def _log_left_out(converted: fx.GraphModule) -> None:
-    """Says which convolutions, linears and matrix products stay float."""
-    left = left_out(converted)
-    if left:
-        log.info("not quantized, stays float: %s", ", ".join(left))
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors that the node multiplies: the bias, first or last, is not one of them."""
-    tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
-    return tensors[1:3] if str(node.target).startswith(("aten.addmm", "aten.baddbmm")) else tensors[:2]
-
-
-_PRODUCTS = ("conv", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product", "lstm", "gru")
-
-
-def left_out(converted: fx.GraphModule) -> list[str]:
-    """The layers of a q/dq graph that compute products in float."""
-    names = []
-    for node in converted.graph.nodes:
-        operator = str(node.target).removeprefix("aten.").split(".")[0]
-        is_product = node.op == "call_function" and operator.startswith(_PRODUCTS)
-        if is_product and not all(qdq.is_dequantize(operand) for operand in _operands(node)):
-            names.append(f"{layer(node)} ({operator})")
-    return names

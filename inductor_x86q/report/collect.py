@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.calls import is_call, read
-from inductor_x86q.graph.movement import is_movement
+from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
 from inductor_x86q.inductor import fake_tensors
@@ -18,18 +19,10 @@ from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
 from inductor_x86q.report.report import Report
 
-_PRODUCTS: dict[Any, str] = {
-    torch.ops.aten.convolution.default: "conv", torch.ops.aten.linear.default: "linear",
-    torch.ops.aten.mm.default: "matmul", torch.ops.aten.addmm.default: "matmul",
-    torch.ops.onednn.linear_dynamic_fp16.default: "linear", torch.ops.onednn.linear_relu_dynamic_fp16.default: "linear",
-    torch.ops.aten._int_mm.default: "matmul", torch.ops.aten.bmm.default: "matmul", torch.ops.aten.baddbmm.default: "matmul",
-}  # fmt: skip
-
-
-_ATTENTION = "scaled_dot_product"
-
-
-_RECURRENT = "mkldnn_rnn_layer"  # one direction of one layer of an LSTM
+# What a report counts as layers: all that computes products.
+_LAYERS = frozenset({
+    Role.CONVOLUTION, Role.LINEAR, Role.LINEAR_16, Role.PRODUCT, Role.INTEGER_PRODUCT, Role.ATTENTION, Role.RECURRENT,
+})  # fmt: skip
 
 
 def collect(graph: fx.Graph) -> Report:
@@ -88,49 +81,24 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "fused"
     if _is_product(node):
         return "product"
-    if qdq.is_quantize(node) or node.target is qdq.QUANTIZE_TOKEN:
-        return "quantize"
-    return "dequantize" if qdq.is_dequantize(node) or node.target is qdq.DEQUANTIZE_TOKEN else "generated"
+    return {Role.QUANTIZE: "quantize", Role.DEQUANTIZE: "dequantize"}.get(role(node), "generated")  # type: ignore[arg-type]
 
 
 def _is_product(node: fx.Node) -> bool:
-    return node.target in _PRODUCTS or _operator(node).startswith(_ATTENTION) or _operator(node) == _RECURRENT
-
-
-def _operator(node: fx.Node) -> str:
-    """The operator's name without namespace and overload."""
-    if node.op != "call_function":
-        return node.op
-    schema = getattr(node.target, "_schema", None)
-    name = schema.name.split("::")[-1] if schema else getattr(node.target, "__name__", str(node.target))
-    return _PLAIN_NAMES.get(name, name.lstrip("_"))
-
-
-_PLAIN_NAMES = {
-    "_low_memory_max_pool_with_offsets": "max_pool",
-    "quantize_per_token": "quantize", "dequantize_per_token": "dequantize",
-    "quantize_per_tensor": "quantize", "quantize_per_channel": "quantize",
-    "dequantize_per_tensor": "dequantize", "dequantize_per_channel": "dequantize", "convert_element_type": "cast",
-    "constant_pad_nd": "pad", "_softmax": "softmax",
-}  # fmt: skip
+    return role(node) in _LAYERS
 
 
 def _miss(node: fx.Node) -> Miss:
-
-    if _operator(node) == _RECURRENT:
-        operator, macs = "lstm", _recurrent_macs(node)
-    elif node.target in _PRODUCTS:
-        operator, macs = _PRODUCTS[node.target], node.meta.get("x86q_macs") or compute.macs(node)
-    else:
-        operator, macs = "attention", _attention_macs(node)
-    if operator == "matmul" and _moved_from(_operands(node)[1]).op == "get_attr":
+    operator = operators.name(node)
+    if operator == "matmul" and moved_from(factors(node)[1], through_qdq=True).op == "get_attr":
         operator = "linear"
+    macs = _MACS[role(node)](node) if role(node) in _MACS else node.meta.get("x86q_macs") or compute.macs(node)
     return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
 
 
 def _attention_macs(node: fx.Node) -> int | None:
     """Of queries with keys (…, queries, width) and of their weights with values."""
-    query, key = (argument.meta["val"].shape for argument in node.args[:2])  # type: ignore[union-attr]
+    query, key = (qdq.value(argument).shape for argument in factors(node))
     total = 2 * math.prod(query) * key[-2]
     return int(total) if isinstance(total, int) else None
 
@@ -143,8 +111,12 @@ def _recurrent_macs(node: fx.Node) -> int | None:
     return int(total) if isinstance(total, int) else None
 
 
-def _obstacle(node: fx.Node) -> Obstacle:
+_MACS: dict[Any, Callable[[fx.Node], int | None]] = {
+    Role.ATTENTION: _attention_macs, Role.RECURRENT: _recurrent_macs,
+}  # fmt: skip
 
+
+def _obstacle(node: fx.Node) -> Obstacle:
     if _is_recurrent(node):
         return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
     found = _layer_obstacle(node)
@@ -157,11 +129,10 @@ def _obstacle(node: fx.Node) -> Obstacle:
 def _is_recurrent(node: fx.Node) -> bool:
     """Whether the node is an LSTM's layer or comes from a module of torch.nn.modules.rnn."""
     stack = node.meta.get("nn_module_stack") or {}
-    return _operator(node) == _RECURRENT or any("torch.nn.modules.rnn." in str(kind) for _, kind in stack.values())
+    return role(node) is Role.RECURRENT or any("torch.nn.modules.rnn." in str(kind) for _, kind in stack.values())
 
 
 def _layer_obstacle(node: fx.Node) -> Obstacle:
-
     if node.target in half.CALLS:
         return Obstacle(Reason.NOT_QUANTIZED, f"its weight is float16: {node.target}")
     with fake_tensors.disable_modes():  # it looks at the weights' numbers
@@ -176,20 +147,20 @@ def _product_obstacle(node: fx.Node) -> Obstacle:
     """Of a matrix product that the normalize stage did not turn into a linear."""
     if any(isinstance(size, int) and size == 0 for size in _shape(node)):
         return Obstacle(Reason.NO_KERNEL, "an empty result")
-    x, weight = _operands(node)
-    if node.target is torch.ops.aten._int_mm.default:
+    x, weight = factors(node)
+    if role(node) is Role.INTEGER_PRODUCT:
         return Obstacle(Reason.NO_KERNEL, "its integer result is read as such, or its second factor is no constant")
-    source = _moved_from(weight)
+    source = moved_from(weight, through_qdq=True)
     if source.op == "get_attr":
-        if qdq.is_dequantize(_moved_from(x, through_qdq=False)):
+        if qdq.is_dequantize(moved_from(x)):
             return Obstacle(Reason.WEIGHT_NOT_QUANTIZED)
         if _holds_int8(qdq.constant(source)):
             return Obstacle(Reason.NOT_QUANTIZED, "only its weight is int8: left to Inductor, which computes in float")
         return Obstacle(Reason.NOT_QUANTIZED)
-    dequantize: Any = _moved_from(weight, through_qdq=False)
+    dequantize: Any = moved_from(weight)
     # An input of the graph that is int8, or is quantized as weights are, is taken for one, any other for an activation.
     if source.op == "placeholder" and qdq.is_dequantize(dequantize):
-        given = _moved_from(dequantize.args[0], through_qdq=False) is source
+        given = moved_from(dequantize.args[0]) is source
         if not given and not _is_symmetric(qdq.qparams(dequantize)):
             return Obstacle(Reason.NO_KERNEL, "product of two tensors that are both computed at run time")
         return Obstacle(Reason.WEIGHT_NOT_CONSTANT)
@@ -204,21 +175,8 @@ def _holds_int8(weight: torch.Tensor | None) -> bool:
     return bool(-128 <= low < 0 < high <= 127) and bool((weight == weight.round()).all())
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The two factors of a product; of attention, queries and keys."""
-    position = 1 if _operator(node) in ("addmm", "baddbmm") else 0
-    return node.args[position], node.args[position + 1]  # type: ignore[return-value]
-
-
 def _is_symmetric(parameters: Any) -> bool:
     return parameters.dtype == torch.int8 and isinstance(parameters.zero_point, int) and parameters.zero_point == 0
-
-
-def _moved_from(node: fx.Node, through_qdq: bool = True) -> fx.Node:
-    """Where the elements of `node` come from, through what only moves them and, if asked for, q/dq."""
-    while is_movement(node) or (through_qdq and (qdq.is_quantize(node) or qdq.is_dequantize(node))):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
@@ -230,7 +188,9 @@ def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
             continue
         users = [user for user in node.users if not _is_product(user)]
         if users:
-            detail = f"its weight is read by {_operator(users[0])}: the product is too small for a kernel of its own"
+            detail = (
+                f"its weight is read by {operators.name(users[0])}: the product is too small for a kernel of its own"
+            )
             obstacle = Obstacle(Reason.NO_KERNEL, detail)
             macs = math.prod(qdq.value(node).shape)
             found.append(
@@ -241,12 +201,12 @@ def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
 
 def _operation(node: fx.Node) -> Operation:
     inputs = tuple(_dtype(source) for source in node.all_input_nodes if source.op != "get_attr")
-    return Operation(layer(node), _operator(node), inputs, _dtype(node), _shape(node), source(node), node.name)
+    return Operation(layer(node), operators.name(node), inputs, _dtype(node), _shape(node), source(node), node.name)
 
 
 def _described(node: fx.Node, kind: str, shown: set[fx.Node]) -> Node:
     inputs = tuple(source.name for source in node.all_input_nodes if source in shown)
-    operator = _PRODUCTS.get(node.target, _operator(node)) if kind != "input" else "input"
+    operator = operators.name(node) if kind != "input" else "input"
     return Node(node.name, kind, operator, layer(node), _dtype(node), _shape(node), inputs)
 
 
@@ -258,7 +218,6 @@ def _dtype(node: fx.Node) -> str:
 
 
 def _fusion(node: fx.Node) -> Fusion:
-
     call = read(node)
     return Fusion(
         layer=layer(node),

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import fx
 
 from inductor_x86q import passes
+from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
@@ -52,7 +53,9 @@ def answers(stage: str, nodes: Iterable[fx.Node]) -> list[Answer]:
         asked = [rule for rule in rules if node.target in rule.targets]
         for rule in asked:
             found.append(_answer(stage, node, rule.name, _ask(rule, node)))
-        if not asked:
+        if node.target in STANDS_FOR:
+            found.append(_answer(stage, node, "generated kernel", passes.generate.choice(node)[1]))
+        elif not asked:
             found.append(_answer(stage, node, "", "no rule of this stage looks at this operator"))
     return found
 

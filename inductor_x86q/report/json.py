@@ -15,6 +15,7 @@
     passes    {"stage", "rule", "matches", "seconds"}: what each rule of each stage did; seconds are the stage's
     nodes     the graph after fusing, in order: the fields of Node
     kernels   calls in the order in which they run: the fields of Kernel; empty where nothing was measured
+    code      calls of the generated C++ in their order: the fields of Code; empty where it was not asked for
     notes     what else is to be said, a line each
     drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
 

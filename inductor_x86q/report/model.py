@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.reasons import Obstacle, Reason
+from inductor_x86q.report import tables
+from inductor_x86q.report.tables import Column, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Fusion:
     macs: int | None
     source: str = ""  # the line in the model's source, where known
     node: str = ""  # the name of the call in the graph
+    computed_by: str = ""  # the kernel of ours that computes it, where one does
     input_scale: float | None = None  # None: computed at run time
     input_zero_point: int | None = None
     output_scale: float | None = None  # None: the output is float
@@ -90,6 +94,16 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Code:
+    """A call in the generated code, and the kernel that it calls."""
+
+    name: str
+    nodes: tuple[str, ...]
+    call: str
+    kernel: str  # its C++; empty where the call is of a library's operator
+
+
+@dataclasses.dataclass(frozen=True)
 class RuleCount:
     """How often a rule of a stage matched; seconds are those of its whole stage."""
 
@@ -121,20 +135,18 @@ class Drift:
     excluded: float | None = None  # of the output then
 
     def __str__(self) -> str:
-        rows = [("layer", "operator", "at the layer", "at the output, alone", "share of the noise")]
-        rows += [(x.layer, x.operator, _db(x.here), _db(x.alone), f"{x.share:.0%}") for x in self.layers]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = [f"drift from float32, as signal-to-noise ratio: {_db(self.output)} at the output"]
-        for row in rows:
-            cells = [
-                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells))
-        if self.exclude:
-            lines.append(f"exclude={list(self.exclude)!r} pays: {_db(self.excluded)} at the output")
+        return tables.plain(self.__rich__(), tables.UNLIMITED)
+
+    def __rich__(self) -> Any:
+        numbers = ("at the layer", "at the output, alone", "share of the noise")
+        table = Table(Column("layer", style="cyan"), "operator", *(Column(title, right=True) for title in numbers))
+        for x in self.layers:
+            table.add(x.layer, x.operator, _db(x.here), _db(x.alone), f"{x.share:.0%}")
+        lines = [f"exclude={list(self.exclude)!r} pays: {_db(self.excluded)} at the output"] if self.exclude else []
         if not self.weights:
             lines.append("what the rounding of weights costs is not in it: that needs the float model")
-        return "\n".join(lines)
+        title = f"drift from float32, as signal-to-noise ratio: {_db(self.output)} at the output"
+        return tables.group(title, table, *lines)
 
 
 def _db(ratio: float | None) -> str:
@@ -154,6 +166,7 @@ class Content:
     nodes: list[Node] = dataclasses.field(default_factory=list)
     passes: list[RuleCount] = dataclasses.field(default_factory=list)
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
+    code: list[Code] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     drift: Drift | None = None  # where it was asked for
 
@@ -210,7 +223,7 @@ class Content:
 
 KINDS: dict[str, Any] = {
     "fused": Fusion, "missed": Miss, "kept_float": Miss, "quantizes_left": str, "dequantizes_left": str,
-    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "notes": str,
+    "generated": Operation, "nodes": Node, "passes": RuleCount, "kernels": Kernel, "code": Code, "notes": str,
 }  # fmt: skip
 
 
@@ -230,7 +243,7 @@ def _renamed(report: Content, taken: set[str]) -> Content:
             return name(item)
         if isinstance(item, Node):
             return dataclasses.replace(item, name=name(item.name), inputs=tuple(map(name, item.inputs)))
-        if isinstance(item, Kernel):
+        if isinstance(item, (Kernel, Code)):
             return dataclasses.replace(item, nodes=tuple(map(name, item.nodes)))
         return item if isinstance(item, RuleCount) else dataclasses.replace(item, node=name(item.node))
 
@@ -243,25 +256,19 @@ def _total(items: Iterable[Fusion | Miss]) -> int:
 
 
 def _count_islands(nodes: Sequence[Node]) -> int:
-    """Groups of float operations that read from int8 and write to int8, by union of neighbours."""
+    """Groups of float operations that read from int8 and write to int8."""
     by_name = {node.name: node for node in nodes}
     inside = {
         n.name for n in nodes if n.kind in ("generated", "missed", "kept_float") and n.dtype.startswith(("float", "bf"))
     }
-    root = {name: name for name in inside}
-
-    def find(name: str) -> str:
-        while root[name] != name:
-            name = root[name]
-        return name
-
+    islands: DisjointSets[str] = DisjointSets()
     reads, writes = set(), set()
     for node in nodes:
         for source in node.inputs:
             if node.name in inside and source in inside:
-                root[find(node.name)] = find(source)
+                islands.join(source, node.name)
             elif node.name in inside and by_name[source].kind in ("dequantize", "fused"):
                 reads.add(node.name)
             elif source in inside and node.kind == "quantize":
                 writes.add(source)
-    return len({find(name) for name in reads} & {find(name) for name in writes})
+    return len({islands.root(name) for name in reads} & {islands.root(name) for name in writes})

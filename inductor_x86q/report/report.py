@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+from typing import TYPE_CHECKING
 
-from inductor_x86q.report import html, json, text
+from inductor_x86q.report import html, json, model_explorer, tables, text
 from inductor_x86q.report.model import Content
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclasses.dataclass
@@ -21,7 +24,10 @@ class Report(Content):
         return text.summary(self)
 
     def __str__(self) -> str:
-        return self.table(shutil.get_terminal_size((120, 40)).columns)
+        return self.table(tables.terminal_width())
+
+    def __rich__(self) -> RenderableType:
+        return text.renderable(self)
 
     def table(self, width: int = 120) -> str:
         """The report as text, no line of the table longer than `width` characters (at least 60)."""
@@ -40,6 +46,18 @@ class Report(Content):
         """
         return cls(**json.read(content))
 
-    def to_html(self, title: str = "int8 report") -> str:
-        """One self-contained page: totals, the graph, a table of all layers; it needs no network."""
-        return html.page(self, title)
+    def to_html(self, title: str = "int8 report", *, compare: Report | None = None) -> str:
+        """One self-contained page: totals, the graph, a table of all layers; it needs no network.
+
+        Args:
+            compare: the report of before, of the same model: the page says layer by layer what has changed since.
+        """
+        return html.page(self, title, compare)
+
+    def to_model_explorer(self, title: str = "int8 report") -> str:
+        """The graph as JSON that model-explorer opens."""
+        return model_explorer.write(self, title)
+
+    def _repr_html_(self) -> str:
+        """The page inside a frame: what Jupyter shows of a report."""
+        return html.frame(self.to_html())

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from inductor_x86q.report import tables
 from inductor_x86q.report.model import Content, Fusion, Miss
+from inductor_x86q.report.tables import Column
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 _SHORT = {"uint8": "u8", "int8": "s8", "float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
@@ -53,44 +58,34 @@ def summary(report: Content) -> str:
 
 def table(report: Content, width: int) -> str:
     """All of it, no line of the table longer than `width` characters (at least 60)."""
-    parts = [_table(report.fused, max(width, 60))] if report.fused else []
-    for title, misses in (
-        ("missed, should be int8", report.missed),
-        ("float by design", report.kept_float),
+    return tables.plain(renderable(report), max(width, tables.LEAST_WIDTH))
+
+
+def renderable(report: Content) -> Group:
+    """All of it, to be printed by rich."""
+    parts: list[Any] = [_table(report.fused)] if report.fused else []
+    for title, misses, style in (
+        ("missed, should be int8", report.missed, "bold red"),
+        ("float by design", report.kept_float, "bold"),
     ):
         if misses:
-            parts.append(f"{title}:\n" + "\n".join(_grouped(misses)))
+            parts.append(tables.group(tables.styled(f"{title}:", style), *_grouped(misses)))
     if report.drift is not None:
-        parts.append(str(report.drift))
-    return "\n\n".join([*parts, *dict.fromkeys(report.notes), summary(report)])
+        parts.append(report.drift)
+    parts += dict.fromkeys(report.notes)
+    return tables.group(*(piece for part in parts for piece in (part, "")), tables.styled(summary(report), "bold"))
 
 
-def _table(fused: Sequence[Fusion], width: int) -> str:
+def _table(fused: Sequence[Fusion]) -> tables.Table:
     timed = any(f.microseconds is not None for f in fused)
-    rows = [["layer", "kernel", "types", "output", "MACs", *(["µs"] if timed else [])]]
+    found = tables.Table(
+        Column("layer", cut="beginning", style="cyan"), Column("kernel", cut="end"), "types", "output",
+        Column("MACs", right=True), *([Column("µs", right=True)] if timed else []),
+    )  # fmt: skip
     for f in fused:
         row = [f.layer, short_kernel(f), short_types(f), short_shape(f.output_shape), short_count(f.macs)]
-        rows.append(row + ([f"{f.microseconds:.1f}" if f.microseconds is not None else ""] if timed else []))
-    sizes = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    over = sum(sizes) + 2 * (len(sizes) - 1) - width
-    for column in (0, 1):  # the widest columns give way: of a path the end tells more, of a kernel the beginning
-        give = min(max(over, 0), max(sizes[column] - 16, 0))
-        sizes[column], over = sizes[column] - give, over - give
-    lines = []
-    for row in rows:
-        cells = [_cut(row[0], sizes[0], keep_end=True), _cut(row[1], sizes[1]), *row[2:]]
-        aligned = [
-            cell.rjust(size) if i >= 4 else cell.ljust(size)
-            for i, (cell, size) in enumerate(zip(cells, sizes, strict=True))
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join([lines[0], "─" * min(width, max(map(len, lines))), *lines[1:]])
-
-
-def _cut(text: str, size: int, keep_end: bool = False) -> str:
-    if len(text) <= size:
-        return text
-    return "…" + text[-(size - 1) :] if keep_end else text[: size - 1] + "…"
+        found.add(*row, *([f"{f.microseconds:.1f}" if f.microseconds is not None else ""] if timed else []))
+    return found
 
 
 def _grouped(misses: Sequence[Miss]) -> list[str]:

@@ -30,11 +30,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from inductor_x86q import progress
+from inductor_x86q.report.tables import Column, Table, group, show
 from inductor_x86q.tools.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PACKAGE_VARIABLE, PEAK, PEAK_SIZE
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @dataclasses.dataclass
@@ -255,45 +260,42 @@ def geometric_means(table: dict[str, list[Result]], baseline: str = BASELINE) ->
     return {engine: math.exp(statistics.fmean(values)) for engine, values in logs.items() if values}
 
 
-def text(table: dict[str, list[Result]]) -> str:
-    """A table for a terminal: milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to start."""
-    starts = any(not math.isnan(r.cold_seconds) for results in table.values() for r in results)
-    lines = [
-        f"{'network':24s} {'engine':25s} {'ms':>8s} {'10%':>8s} {'90%':>8s} {'speed':>6s} {'of peak':>7s} {'SNR dB':>7s} {'compile s':>9s}"
-        + (f" {'cold s':>7s} {'warm s':>7s} {'peak MB':>7s} {'MB':>7s}" if starts else "")
-    ]
-    for network, results in table.items():
-        base = next((r.median for r in results if r.engine == BASELINE and not r.error), math.nan)
-        for r in results:
-            if r.error:
-                lines.append(f"{network:24s} {r.engine:25s} failed: {r.error}")
-                continue
-            lines.append(
-                f"{network:24s} {r.engine:25s} {r.median:8.2f} {r.low:8.2f} {r.high:8.2f} {base / r.median:6.2f} "
-                f"{r.of_peak:7.1%} {r.snr:7.1f} {r.compile_seconds:9.1f}"
-                + (f" {r.cold_seconds:7.1f} {r.warm_seconds:7.1f}" if starts else "")
-                + (f" {r.peak_megabytes:7.0f} {r.resident_megabytes:7.0f}" if starts else "")
-            )
-    means = geometric_means(table)
-    if means:
-        lines.append(
-            "geometric mean of speed over fp32 Inductor: " + ", ".join(f"{e} {m:.2f}" for e, m in means.items())
-        )
-    return "\n".join(lines)
+_NUMBERS = ("ms", "10%", "90%", "speed", "of peak", "SNR dB", "compile s")
+_STARTS = ("cold s", "warm s", "peak MB", "MB")
+
+
+def text(results: dict[str, list[Result]]) -> Group:
+    """Milliseconds, how many times as fast as fp32 Inductor, SNR and seconds to start, to be printed by rich."""
+    starts = any(not math.isnan(r.cold_seconds) for rows in results.values() for r in rows)
+    numbers = [*_NUMBERS, *(_STARTS if starts else ())]
+    failed = any(r.error for rows in results.values() for r in rows)
+    table = Table(
+        "network", "engine", *(Column(title, right=True) for title in numbers), *(["failed"] if failed else [])
+    )
+    for network, rows in results.items():
+        base = next((r.median for r in rows if r.engine == BASELINE and not r.error), math.nan)
+        for r in rows:
+            cells = [f"{r.median:.2f}", f"{r.low:.2f}", f"{r.high:.2f}", f"{base / r.median:.2f}", f"{r.of_peak:.1%}"]
+            cells += [f"{r.snr:.1f}", f"{r.compile_seconds:.1f}"]
+            if starts:
+                cells += [f"{r.cold_seconds:.1f}", f"{r.warm_seconds:.1f}"]
+                cells += [f"{r.peak_megabytes:.0f}", f"{r.resident_megabytes:.0f}"]
+            shown = [""] * len(numbers) if r.error else cells
+            table.add(network, r.engine, *shown, *([r.error] if failed else []), style="red" if r.error else "")
+    means = ", ".join(f"{engine} {mean:.2f}" for engine, mean in geometric_means(results).items())
+    return group(table, *([f"geometric mean of speed over fp32 Inductor: {means}"] if means else []))
 
 
 def run(
     networks: Iterable[str], engines: Sequence[str], settings: Settings, rounds: int = 8, starts: bool = False
 ) -> dict[str, list[Result]]:
     """The whole benchmark, with a progress bar on a terminal."""
-    from torch.hub import tqdm
-
     names = list(networks)
     table: dict[str, list[Result]] = {}
-    with tqdm(total=len(names), disable=not sys.stderr.isatty()) as bar:
+    with progress.task("measuring", total=len(names)) as advance:
         for network in names:
             table[network] = measure(network, engines, settings, rounds, starts)
-            bar.update(1)
+            advance()
     return table
 
 
@@ -368,7 +370,7 @@ def _command(parsed: Any) -> int:
         return 2
     settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.seconds)
     table = run(parsed.network, engines, settings, starts=parsed.starts)
-    print(text(table))
+    show(text(table))
     if parsed.json:
         Path(parsed.json).write_text(to_json(table, settings))
     if parsed.plot:

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from inductor_x86q import progress
+from inductor_x86q.report.tables import Column, Table, show
+
 INT8_CALLS = ("qconv", "qconv.binary", "qlinear", "qlinear.binary")
 LIMIT = 900  # seconds for one network on one path
 
@@ -127,21 +130,20 @@ def _in_process(expression: str) -> Any:
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"error": f"exit code {done.returncode}"}
 
 
-def text(table: Iterable[Row]) -> Iterable[str]:
-    """The table, line by line as rows arrive."""
-    yield (
-        f"{'network':30s} {'layers':>6s} {'int8':>5s} {'MACs':>6s} {'int8 + other calls':>18s} {'stock':>12s} "
-        f"{'q left':>6s}  behind what; why not int8"
-    )
-    for one in table:
+def table(rows: Iterable[Row]) -> Table:
+    """A row a network."""
+    numbers = ("layers", "int8", "MACs", "int8 + other calls", "stock", "q left")
+    found = Table("network", *(Column(title, right=True) for title in numbers), "behind what; why not int8")
+    for one in rows:
         if one.error:
-            yield f"{one.network:30s} failed: {one.error}"
+            found.add(one.network, *[""] * len(numbers), f"failed: {one.error}", style="red")
             continue
         calls = f"{one.int8_calls} + {one.float_kernels}" if one.int8_calls else "-"
-        yield (
-            f"{one.network:30s} {one.layers:6d} {one.int8_layers:5d} {one.int8_share_of_macs:6.1%} {calls:>18s} "
-            f"{one.stock or '-':>12s} {one.quantizes_left:6d}  {'; '.join(filter(None, (one.quantized, one.why)))}"
+        found.add(
+            *(one.network, str(one.layers), str(one.int8_layers), f"{one.int8_share_of_macs:.1%}", calls),
+            *(one.stock or "-", str(one.quantizes_left), "; ".join(filter(None, (one.quantized, one.why)))),
         )
+    return found
 
 
 def add_command(commands: Any) -> None:
@@ -159,13 +161,13 @@ def add_command(commands: Any) -> None:
 def _command(parsed: Any) -> int:
     from inductor_x86q.tools.zoo import ZOO
 
+    networks = parsed.network or list(ZOO)
     found: list[Row] = []
-
-    def keep(table: Iterable[Row]) -> Iterable[Row]:
-        for one in table:
-            found.append(one)
-            yield one
-
-    for line in text(keep(rows(parsed.network or list(ZOO), stock=parsed.stock))):
-        print(line, flush=True)
+    try:
+        with progress.task("counting", total=len(networks)) as advance:
+            for one in rows(networks, stock=parsed.stock):
+                found.append(one)
+                advance()
+    finally:  # what is known by then, where somebody has waited for long enough
+        show(table(found))
     return int(any(one.error or one.int8_layers < one.layers for one in found))

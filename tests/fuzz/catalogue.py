@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from inductor_x86q.graph.operators import OPERATORS, Role
 
 # How the operators that Python has a sign for are called.
 SIGNS = {"+": "add", "-": "sub", "*": "mul"}
 
-# How each activation is written; the kernels take the first group, or some of them do.
-UNARIES = (
+# How activations are written; the kernels take the first group, or some of them do.
+_SPELLED = (
     "torch.relu({0})", "F.hardtanh({0}, -0.5, 1.25)", "F.relu6({0})", "torch.clamp({0}, -1, 2)",
     "torch.clamp({0}, min=0)", "torch.clamp({0}, max=1.5)", "F.hardswish({0})", "F.silu({0})", "F.gelu({0})",
     'F.gelu({0}, approximate="tanh")', "F.leaky_relu({0}, 0.1)", "torch.tanh({0})", "{0} * torch.sigmoid({0})",
     "F.hardsigmoid({0}) * {0}",
     "torch.sigmoid({0})", "F.hardsigmoid({0})", "F.elu({0})", "F.mish({0})", "torch.abs({0})", "torch.neg({0})",
 )  # fmt: skip
+_NAMES = frozenset(re.findall(r"\b(?:torch|F)\.(\w+)\(", " ".join(_SPELLED)))
+# And those that have a row in the table of operators and nothing that need be said of them here.
+UNARIES = _SPELLED + tuple(
+    f"torch.ops.{row.overloads[0]}({{0}})"
+    for row in OPERATORS
+    if row.role is Role.ACTIVATION and not _NAMES & {target._schema.name.split("::")[1] for target in row.overloads}
+)
 
 # How often each step is drawn; they are methods of `tests.fuzz.steps.Steps`.
 STEPS = (

@@ -114,7 +114,7 @@ class Graph:
 
 def _operator(expression: str) -> str:
     """The operator that a line computes; empty for quantize, dequantize, conversions and the parts of a split."""
-    called = re.match(r"(?:torch|F)\.(\w+)\(", expression)
+    called = re.match(r"(?:torch\.ops\.aten|torch|F)\.(\w+)(?:\.default)?\(", expression)
     if called:
         return called[1]
     sign = re.match(r"\(?[vx]\d+ ([+*-]) ", expression)

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from inductor_x86q.graph.operators import Role, targets
+
 _q = torch.ops.quantized_decomposed
 
 # Relative to the sum of the magnitudes of what is added up: scaling and bias of a product, and each of its terms, which
@@ -135,9 +137,11 @@ def _typed(result: Any, dtype: torch.dtype) -> Any:
 
 def rule(target: Any) -> Callable[..., Any]:
     """How to run `target` on intervals."""
-    for targets, found in _RULES:
-        if target in targets:
+    for known, found in _RULES:
+        if target in known:
             return found
+    if target in targets(Role.ACTIVATION):
+        return _monotone  # what else has a row in the table of operators; one that is not monotone needs a rule
     raise NotImplementedError(f"no interval rule for {target}")
 
 

@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.calls import Call, emit
-from inductor_x86q.graph.movement import is_movement
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.passes.stage import Rule
@@ -73,18 +72,13 @@ _OUTSIDE = (
 )
 
 
-def _moved_from(node: fx.Node) -> fx.Node:
-    """What the node's elements come from, through operators that only move them."""
-    while is_movement(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
 def _activation_obstacle(node: fx.Node, x: fx.Node, weight: fx.Node) -> Obstacle | None:
     if x.target is qdq.DEQUANTIZE_TOKEN:
         return Obstacle(Reason.ACTIVATION_TYPE, "its rows differ in zero point; a scale for each of them is fine")
     if not qdq.is_dequantize(x):
-        return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, _OUTSIDE if _moved_from(x).op == "placeholder" else "")
+        return Obstacle(
+            Reason.ACTIVATION_NOT_QUANTIZED, _OUTSIDE if operators.moved_from(x).op == "placeholder" else ""
+        )
     parameters = qdq.qparams(x)
     if parameters.axis is not None:
         return Obstacle(Reason.ACTIVATION_TYPE, "quantized per channel")

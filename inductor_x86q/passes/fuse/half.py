@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import qdq
-from inductor_x86q.graph.movement import RESHAPES
+from inductor_x86q.graph.operators import RESHAPES
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.fuse import compute
 from inductor_x86q.passes.stage import Rule
@@ -20,8 +20,7 @@ from inductor_x86q.passes.stage import Rule
 aten = torch.ops.aten
 onednn = torch.ops.onednn
 
-CONVERT = torch.ops.quantized_decomposed.convert_element_type.no_fuse
-PRODUCTS = (aten.mm.default, aten.addmm.default)
+KEPT_CONVERT = torch.ops.quantized_decomposed.convert_element_type.no_fuse
 CALL, CALL_WITH_RELU = onednn.linear_dynamic_fp16.default, onednn.linear_relu_dynamic_fp16.default
 CALLS = (CALL, CALL_WITH_RELU)
 
@@ -31,8 +30,8 @@ def _find(node: fx.Node) -> Any:
     if node.kwargs or not isinstance(transposed, fx.Node) or transposed.target is not aten.permute.default:
         return No("its second factor is no transposed weight")
     widened: Any = transposed.args[0]
-    rounded: Any = widened.args[0] if widened.target is CONVERT else widened
-    if rounded.target is not CONVERT or rounded.args[1] != torch.float16 or widened.args[1] != torch.float32:
+    rounded: Any = widened.args[0] if widened.target is KEPT_CONVERT else widened
+    if rounded.target is not KEPT_CONVERT or rounded.args[1] != torch.float16 or widened.args[1] != torch.float32:
         return No("its weight is not rounded to float16")
     weight = rounded.args[0]
     if qdq.constant(weight) is None or qdq.value(x).dtype != torch.float32:  # type: ignore[arg-type]
@@ -67,6 +66,6 @@ def _rewrite_relu(node: fx.Node, call: fx.Node) -> Any:
 
 
 RULES = (
-    Rule("linear of a float16 weight", PRODUCTS, _find, _rewrite),
+    Rule("linear of a float16 weight", (aten.mm.default, aten.addmm.default), _find, _rewrite),
     Rule("relu of a float16 linear", (aten.relu.default,), _find_relu, _rewrite_relu),
 )

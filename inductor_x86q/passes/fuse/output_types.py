@@ -17,10 +17,9 @@ from torch import fx
 from inductor_x86q import cpu
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.calls import TARGETS, Call, emit, is_call, read
+from inductor_x86q.graph.operators import CONVERT
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.stage import Rule
-
-CONVERT = torch.ops.prims.convert_element_type.default
 
 # The types that calls need not have kernels for, and whether they have.
 HAS_KERNELS: dict[torch.dtype, Callable[[], bool]] = {

@@ -13,7 +13,7 @@ from torch import fx
 
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.library import POOL
-from inductor_x86q.graph.movement import MAX_POOLS, is_item
+from inductor_x86q.graph.operators import MAX_POOLS, is_item
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.stage import Rule
 

@@ -1,60 +1,40 @@
-"""A call absorbs what stands behind it: an activation, an addition, the quantize of its output.
-
-Which activation which kernel takes was found by trying each on both supported versions of torch; a test tries again.
-"""
+"""A call absorbs what stands behind it: an activation, an addition, the quantize of its output."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q.graph import aliasing, qdq
-from inductor_x86q.graph.calls import Binary, Call, Unary, absorb, describe, is_call, read, with_output
+from inductor_x86q.graph import aliasing, operators, qdq
+from inductor_x86q.graph.calls import Binary, Call, Unary, absorb, is_call, read, with_output
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
-# How each activation is spelled for the kernels, from the node's arguments by name.
-UNARIES: dict[Any, Callable[[dict[str, Any]], Unary]] = {
-    aten.relu.default: lambda a: Unary("relu"),
-    aten.hardtanh.default: lambda a: Unary("hardtanh", (float(a["min_val"]), float(a["max_val"]))),
-    aten.hardswish.default: lambda a: Unary("hardswish"),
-    aten.silu.default: lambda a: Unary("swish"),
-    aten.gelu.default: lambda a: Unary("gelu", (), a["approximate"]),
-    aten.leaky_relu.default: lambda a: Unary("leaky_relu", (float(a["negative_slope"]),)),
-    aten.tanh.default: lambda a: Unary("tanh"),
-}
 
-# The activations that each kernel accepts. Refused by all: sigmoid, hardsigmoid, elu, mish, abs.
-ACTIVATIONS = {
-    "conv1d": {"relu"},
-    "conv2d": {"relu", "hardtanh", "hardswish", "swish"},
-    "conv3d": set(),
-    "linear": {"relu", "hardtanh", "hardswish", "swish", "gelu", "leaky_relu", "tanh"},
-}
-# The same behind an addition.
-ACTIVATIONS_AFTER_ADDITION = {"conv2d": {"relu"}, "linear": {"relu"}}
-# The additions that each kernel accepts.
-ADDITIONS = {"conv1d": set(), "conv2d": {"sum"}, "conv3d": set(), "linear": {"sum", "add"}}
+def spelled(node: fx.Node) -> Unary:
+    """The activation as the kernels spell it."""
+    (post,) = operators.post_operations(node)
+    arguments = qdq.schema_arguments(node)
+    scalars = tuple(float(arguments[name]) for name in post.scalars)
+    return Unary(post.name, scalars, arguments[post.algorithm] if post.algorithm else "")
 
 
 def accepts(call: Call, unary: Unary) -> bool:
     """Whether the call's kernel can end in this activation."""
-    table = ACTIVATIONS_AFTER_ADDITION if call.binary else ACTIVATIONS
-    return unary.name == "none" or unary.name in table[call.kernel]
+    return unary.name == "none" or operators.takes(call.kernel, unary.name, after_addition=call.binary is not None)
 
 
 def _absorbable(node: Any) -> Call | No:
     """The call behind `node` if it may still absorb its only user."""
     if not is_call(node):
-        return No(f"its input is {describe(node) if isinstance(node, fx.Node) else node}, not a fused call")
+        return No(f"its input is {operators.name(node) if isinstance(node, fx.Node) else node}, not a fused call")
     if len(node.users) != 1:
         return No(f"the call's result has {len(node.users)} users")
     call = read(node)
@@ -70,7 +50,7 @@ def _find_unary(node: fx.Node) -> Any:
     call = _absorbable(node.args[0])
     if isinstance(call, No):
         return call
-    unary = UNARIES[node.target](qdq.schema_arguments(node))
+    unary = spelled(node)
     merged = _merge(call.unary, unary)
     if merged is None:
         return No(f"the call already ends in {call.unary.name}")
@@ -128,7 +108,7 @@ def _added(node: fx.Node, source: fx.Node, other: fx.Node) -> tuple[fx.Node, Cal
         return call
     if call.binary or call.unary.name != "none":
         return No(f"the call already ends in {call.binary.kind if call.binary else call.unary.name}")
-    if not ADDITIONS[call.kernel]:
+    if not operators.takes(call.kernel, "sum"):
         return No(f"the {call.kernel} kernel takes no addition")
     found = _find_accumulator(node, call, other)
     return found if isinstance(found, No) else (source, *found)
@@ -157,7 +137,7 @@ def _find_accumulator(node: fx.Node, call: Call, other: fx.Node) -> tuple[Call, 
     free = aliasing.may_overwrite(other, after=node) if quantized is None else int8_result
     if free:
         return dataclasses.replace(call, binary=Binary("sum", other)), True
-    if "add" in ADDITIONS[call.kernel]:
+    if operators.takes(call.kernel, "add"):
         return dataclasses.replace(call, binary=Binary("add", other)), True
     return No(f"a convolution's sum overwrites the accumulator, which it may not here: {free.why}")
 
@@ -247,7 +227,7 @@ def _rewrite_implied_relu(node: fx.Node, relu: fx.Node) -> None:
 
 RULES = (
     Rule("implied relu", (qdq.QUANTIZE,), _find_implied_relu, _rewrite_implied_relu),
-    Rule("activation", tuple(UNARIES), _find_unary, _rewrite_unary),
+    Rule("activation", operators.UNARIES, _find_unary, _rewrite_unary),
     Rule("addition", (aten.add.Tensor,), _find_addition, _rewrite_addition),
     Rule("quantized output", (qdq.QUANTIZE,), _find_quantize, _rewrite_quantize),
 )

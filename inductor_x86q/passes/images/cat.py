@@ -68,16 +68,25 @@ def _find_continued(node: fx.Node) -> Any:
 
 def _images(cat: fx.Node) -> list[fx.Node]:
     """The images that a cat joins, itself or through cats that it adds to."""
-    images: Any = cat.args[0]
-    return [part for image in images for part in (_images(image) if image.target is CAT else [image])]
+    found: list[fx.Node] = []
+    pending: list[Any] = [cat]
+    while pending:
+        node = pending.pop()
+        if node.target is CAT:
+            pending += reversed(node.args[0])
+        else:
+            found.append(node)
+    return found
 
 
 def _beginning_with(image: fx.Node) -> Iterator[fx.Node]:
     """The cats whose first image it is, themselves or through cats that they add to."""
-    for user in image.users:
-        if user.target is CAT and user.args[0][0] is image:  # type: ignore[index]
-            yield user
-            yield from _beginning_with(user)
+    pending = [image]
+    while pending:
+        node = pending.pop()
+        if node is not image:
+            yield node
+        pending += [user for user in reversed(node.users) if user.target is CAT and user.args[0][0] is node]  # type: ignore[index]
 
 
 def _rewrite_continued(node: fx.Node, found: tuple[fx.Node, list[fx.Node]]) -> fx.Node:

@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq, weights
+from inductor_x86q.graph import operators, qdq, weights
+from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
-# Which dimension the output channels of each layer are.
-CHANNELS = {aten.convolution.default: 1, aten.linear.default: -1}
-
 
 def _is_layer(node: Any) -> bool:
     """Whether the node is a quantized layer of constants that nobody else reads."""
-    if not isinstance(node, fx.Node) or node.target not in CHANNELS or len(node.users) != 1:
+    if operators.role(node) not in (Role.CONVOLUTION, Role.LINEAR) or len(node.users) != 1:
         return False
     return qdq.is_dequantize(node.args[0]) and qdq.has_constants(node)
 
@@ -35,7 +33,7 @@ def _find(node: fx.Node) -> Any:
         factor = _constant(other)
         if not _is_layer(layer) or factor is None:
             continue
-        if isinstance(other, fx.Node) and not qdq.is_channel_factor(other, layer, CHANNELS[layer.target]):
+        if isinstance(other, fx.Node) and not qdq.is_channel_factor(other, layer, operators.channels(layer)):
             return No("the factor differs along another dimension than the output channels")
         if qdq.value(node).dtype != qdq.value(layer).dtype:
             return No("the product has a wider type than the layer")

@@ -14,14 +14,14 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import qdq, weights
+from inductor_x86q.graph.operators import CONVERT, ROW_MOVEMENTS
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
-from inductor_x86q.passes.normalize.spelling import ROW_MOVEMENTS, keeps_rows, move_rows
+from inductor_x86q.passes.normalize.spelling import keeps_rows, move_rows
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
 
-CONVERT = torch.ops.prims.convert_element_type.default
 LINEAR = aten.linear.default
 INTEGER_PRODUCT = aten._int_mm.default
 FILLS = (aten.full.default, aten.full_like.default, aten.new_full.default)

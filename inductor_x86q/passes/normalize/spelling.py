@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq, weights
-from inductor_x86q.graph.movement import MOVEMENTS, RESHAPES
+from inductor_x86q.graph import operators, qdq, weights
+from inductor_x86q.graph.operators import CONVERT, MOVEMENTS, PRODUCTS, RESHAPES, ROW_MOVEMENTS
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.graph.weights import Weight
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,18 +127,9 @@ def _without_batch(weight: Any) -> Any:
     return source if source is weight or list(qdq.value(source).shape[:-2]) in ([], [1]) else weight
 
 
-# Each product's factors, by the names of its schema.
-PRODUCTS = {
-    aten.mm.default: ("self", "mat2"),
-    aten.addmm.default: ("mat1", "mat2"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.baddbmm.default: ("batch1", "batch2"),
-}
-
-
 def _find_matrix_product(node: fx.Node) -> Any:
     arguments = qdq.schema_arguments(node)
-    x, factor = (arguments[name] for name in PRODUCTS[node.target])  # type: ignore[index]
+    x, factor = operators.factors(node)
     weight = weights.read(_without_batch(factor))
     if weight is None:
         return No("its second operand is not a dequantized constant")
@@ -242,13 +232,10 @@ def _rewrite_bias(node: fx.Node, found: tuple[fx.Node, torch.Tensor]) -> fx.Node
 
 # --- pools ------------------------------------------------------------------------------------------------------------
 
-# Of how many dimensions an image is.
-AVERAGE_POOLS = {aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
-
 
 def _find_average_of_all(node: fx.Node) -> Any:
     x, kernel, _, padding, _, _, divisor = qdq.schema_arguments(node).values()
-    dimensions = AVERAGE_POOLS[node.target]  # type: ignore[index]
+    dimensions = operators.image_dimensions(node)
     window = qdq.full(kernel, dimensions)
     if not fake_tensors.same_shape(qdq.value(x).shape[-dimensions:], window) or any(padding) or divisor is not None:
         return No("its window is not the whole image")
@@ -315,23 +302,25 @@ def _rewrite_activation(node: fx.Node, found: tuple[Any, ...]) -> fx.Node:
     return qdq.call(*found, like=node)
 
 
-ROW_MOVEMENTS = (
-    *RESHAPES, aten.clone.default, aten.permute.default, aten.select.int, aten.slice.Tensor,
-)  # fmt: skip
 _TENSOR_SPELLINGS = tuple(t for t in (*qdq.QUANTIZES, *qdq.DEQUANTIZES) if "tensor" in t._overloadname)
 
-CAST = Rule("cast", (prims.convert_element_type.default,), _find_cast, _rewrite_cast)
+CAST = Rule("cast", (CONVERT,), _find_cast, _rewrite_cast)
 
 RULES = (
     Rule("constant parameters", _TENSOR_SPELLINGS, _find_constant_parameters, _rewrite_constant_parameters),
     Rule("weight spelled short", (qdq.DEQUANTIZE, qdq.DEQUANTIZE_CHANNEL), _find_short_weight, _rewrite_weight),
     CAST,
-    Rule("view of a weight", tuple(MOVEMENTS), _find_constant_view, _rewrite_weight),
-    Rule("matrix product", tuple(PRODUCTS), _find_matrix_product, _rewrite_matrix_product),
+    Rule("view of a weight", MOVEMENTS, _find_constant_view, _rewrite_weight),
+    Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
     Rule("view of a view", RESHAPES, _find_view_of_view, _rewrite_view_of_view),
     Rule("bias behind a linear", (aten.add.Tensor,), _find_bias, _rewrite_bias),
-    Rule("average of a whole image", tuple(AVERAGE_POOLS), _find_average_of_all, _rewrite_average_of_all),
+    Rule(
+        "average of a whole image",
+        (aten.avg_pool2d.default, aten.avg_pool3d.default),
+        _find_average_of_all,
+        _rewrite_average_of_all,
+    ),
     Rule("stride of one column", (aten.convolution.default,), _find_single_column, _rewrite_single_column),
     Rule("clamp", (aten.clamp.default, aten.clamp_min.default), _find_clamp, _rewrite_activation),
     Rule("gated by itself", (aten.mul.Tensor,), _find_gated, _rewrite_activation),

@@ -1,0 +1,59 @@
+"""What all commands share: exit codes, errors in a line, progress, and files to write."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from inductor_x86q import progress
+
+DONE, FAILED, UNUSABLE = 0, 1, 2
+EXITS = "exit codes: 0 done, 1 something was missed under --strict, 2 the model or its inputs cannot be used as given"
+
+
+class Unusable(Exception):
+    """What was given on the command line cannot be used; the message says why."""
+
+
+@contextlib.contextmanager
+def step(what: str) -> Iterator[None]:
+    """Says on a terminal what takes its time, and how long; turns the package's own errors into Unusable."""
+    from inductor_x86q.errors import CompileError
+
+    try:
+        with progress.task(what):
+            yield
+    except CompileError as error:
+        raise Unusable(str(error)) from error
+    except Exception as error:
+        if cause := _of_ours(error):
+            raise Unusable(str(cause)) from error
+        raise
+
+
+def _of_ours(error: BaseException | None) -> BaseException | None:
+    """The CompileError that torch wrapped in an error of its own, None if there is none."""
+    from inductor_x86q.errors import CompileError
+
+    while error is not None:
+        error = getattr(error, "inner_exception", None) or error.__cause__
+        if isinstance(error, CompileError):
+            return error
+    return None
+
+
+def write(path: Path, content: str) -> None:
+    if path == Path("-"):
+        sys.stdout.write(content)
+        return
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise Unusable(f"cannot write {path}: {error.strerror}") from error
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

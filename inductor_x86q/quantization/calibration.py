@@ -1,0 +1,87 @@
+"""Calibration: the prepared graph runs on typical inputs, and its observers take the ranges."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import progress
+from inductor_x86q.errors import QuantizationError
+from inductor_x86q.graph.origin import layer
+from inductor_x86q.quantization.export import batch_size
+
+
+def is_observer(module: torch.nn.Module) -> bool:
+    return hasattr(module, "calculate_qparams")
+
+
+@contextlib.contextmanager
+def finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
+    """Within this context an observer that sees NaN or infinity raises QuantizationError with the layer's name."""
+    hooks = []
+    for node in prepared.graph.nodes:
+        if node.op != "call_module" or not is_observer(prepared.get_submodule(node.target)):
+            continue
+        source = node.args[0]
+        name = f"input {source.name!r}" if source.op == "placeholder" else f"the output of {layer(source)!r}"
+
+        def check(module: torch.nn.Module, arguments: tuple[Any, ...], name: str = name) -> None:
+            # NaN and infinity both reach the extremes, which take a fraction of the time of isfinite on every element.
+            if arguments[0].numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(arguments[0])):
+                raise QuantizationError(f"calibration met NaN or infinity in {name}: check the data and the weights")
+
+        hooks.append(prepared.get_submodule(node.target).register_forward_pre_hook(check))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:
+    """Runs all calls; where the graph takes one batch size only, cuts and pads batches to it."""
+    if not isinstance(calibration, Iterable):
+        raise QuantizationError(
+            f"calibration is a {type(calibration).__name__}: expected an iterable of calls, each a tuple of arguments"
+        )
+    count = 0
+    for call in _progress(calibration):
+        inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
+        try:
+            for part in _fitted(inputs, fixed_batch):
+                prepared(*part)
+        except QuantizationError:
+            raise
+        except Exception as error:  # whatever the model, or the guards of its export, raise
+            got = ", ".join(str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs)
+            reason = next(iter(str(error).splitlines()), "")
+            raise QuantizationError(
+                f"calibration call {count} does not fit the model: ({got}): {type(error).__name__}: {reason[:300]}"
+            ) from error
+        count += 1
+    if not count:
+        raise QuantizationError("no calibration data: the iterable was empty")
+
+
+def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[Any, ...]]:
+    size = batch_size(inputs)
+    if fixed_batch is None or size is None or size == fixed_batch:
+        yield inputs
+        return
+    for start in range(0, size, fixed_batch):
+        part = [x[start : start + fixed_batch] for x in inputs]
+        missing = fixed_batch - part[0].shape[0]
+        # Rows that stand twice in a batch do not change the range, and hardly the histogram.
+        yield tuple(x[torch.arange(fixed_batch) % (fixed_batch - missing)] for x in part)
+
+
+def _progress(calls: Iterable[Any]) -> Iterator[Any]:
+    """The calls one by one, with progress on a terminal."""
+    with progress.task("calibrating", len(calls) if isinstance(calls, Sized) else None) as advance:
+        for call in calls:
+            yield call
+            advance()

@@ -1,0 +1,114 @@
+"""From a calibrated graph to the q/dq graph: weights in int8, rows with scales of their own, and what stays float."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph.operators import Role, role
+from inductor_x86q.graph.origin import layer
+from inductor_x86q.graph.quantized_graph import QuantizedGraph
+
+aten = torch.ops.aten
+
+
+def fold_weights(converted: fx.GraphModule) -> None:
+    """Stores each weight in int8 under its own name, with `_scale` and `_zero_point` beside it, and drops the float one."""
+    graph = converted.graph
+    for node in list(graph.nodes):
+        if not qdq.is_quantize(node) or not qdq.is_constant(node):
+            continue
+        name = _weight_name(node)
+        values: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            integers = _evaluate(node, values)
+        parameters = qdq.qparams(node)
+        stored = {f"{name}_int8": integers}
+        for suffix, value in (("scale", parameters.scale), ("zero_point", parameters.zero_point)):
+            if isinstance(value, fx.Node):
+                stored[f"{name}_{suffix}"] = values[value]
+        nodes = {key: qdq.store(converted, key, tensor, node) for key, tensor in stored.items()}
+        for dequantize in list(node.users):
+            for old, suffix in ((parameters.scale, "scale"), (parameters.zero_point, "zero_point")):
+                if isinstance(old, fx.Node):
+                    dequantize.replace_input_with(old, nodes[f"{name}_{suffix}"])
+        node.replace_all_uses_with(nodes[f"{name}_int8"])
+        qdq.erase_dead(node)
+    graph.eliminate_dead_code()
+    converted.recompile()
+
+
+def quantize_per_token(converted: fx.GraphModule) -> None:
+    """Gives each row of a dynamically quantized input its own scale, symmetric around the middle of the range."""
+    graph = converted.graph
+    for node in list(graph.nodes):
+        if node.target is not qdq.DEQUANTIZE_TENSOR:
+            continue
+        quantize: Any = node.args[0]
+        parameters = qdq.qparams(node)
+        x, low, high = quantize.args[0], parameters.quant_min, parameters.quant_max
+        middle = (low + high + 1) // 2
+
+        def call(target: Any, *arguments: Any, like: fx.Node = node, **keywords: Any) -> fx.Node:
+            new = graph.call_function(target, arguments, keywords)
+            qdq.copy_origin(new, like)
+            return new
+
+        with graph.inserting_before(node):
+            largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
+            scales = call(aten.clamp_min.default, call(aten.div.Tensor, largest, high - middle), _SMALLEST_SCALE)
+            zero_points = call(aten.full_like.default, scales, middle)
+            arguments = (scales, zero_points, low, high, parameters.dtype)
+            integers = call(qdq.QUANTIZE_TOKEN, x, *arguments)
+            new = call(qdq.DEQUANTIZE_TOKEN, integers, *arguments, output_dtype=torch.float32)
+        node.replace_all_uses_with(new)
+        qdq.erase_dead(node)
+    converted.recompile()
+
+
+_SMALLEST_SCALE = 2.0**-24  # of a row of zeros
+
+
+def freeze_parameters(quantized: QuantizedGraph) -> None:
+    """Gives the graph parameters of its own, without gradients: those that it was exported with are the model's."""
+    own: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in list(quantized.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in own:
+            own[id(parameter)] = torch.nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        setattr(quantized, name, own[id(parameter)])
+
+
+def _weight_name(node: fx.Node) -> str:
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return str(node.target)
+
+
+def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The value of a node that is computed of constants alone; what it is computed of is added to `values`."""
+    for current in sorted({node, *qdq.compute_ancestors(node)}):  # in the order of the graph
+        if current in values:
+            continue
+        if current.op == "get_attr":
+            values[current] = qdq.constant(current)
+        else:
+            arguments, keywords = fx.map_arg((current.args, current.kwargs), values.__getitem__)
+            values[current] = current.target(*arguments, **keywords)  # type: ignore[operator]
+    return values[node]
+
+
+def left_out(converted: fx.GraphModule) -> list[str]:
+    """The layers of a q/dq graph that compute products in float."""
+    names = []
+    for node in converted.graph.nodes:
+        if role(node) in _PRODUCTS and not all(qdq.is_dequantize(factor) for factor in operators.factors(node)):
+            names.append(f"{layer(node)} ({operators.own_name(node)})")
+    return names
+
+
+_PRODUCTS = frozenset({
+    Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION, Role.LINEAR, Role.PRODUCT, Role.ATTENTION, Role.RECURRENT,
+})  # fmt: skip
