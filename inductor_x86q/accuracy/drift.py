@@ -28,7 +28,7 @@ from inductor_x86q.report.model import Drift, LayerDrift
 WORTH = 10 * math.log10(2)
 
 
-def measure(quantized: fx.GraphModule, inputs: tuple[Any, ...], float_model: torch.nn.Module | None = None) -> Drift:
+def measure(quantized: torch.nn.Module, inputs: tuple[Any, ...], float_model: torch.nn.Module | None = None) -> Drift:
     """Runs the graph once for each layer, eagerly.
 
     Args:
