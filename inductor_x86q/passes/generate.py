@@ -41,7 +41,7 @@ def _find(node: fx.Node) -> _Layer | No:
     if not cpu.int8_lanes():
         return No("this CPU has no AVX2")
     call = calls.read(node)
-    weight = qdq.constant(call.weight.args[0])  # type: ignore[arg-type]
+    weight = qdq.constant(call.weight.args[0])
     if weight is None or (call.family == "conv" and weight.dim() != 4):
         return No(f"no kernel is generated for a {call.kernel}")
     if not isinstance(qdq.value(call.x).shape[1 if call.family == "conv" else -1], int):
