@@ -307,13 +307,29 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_json(table: dict[str, list[Result]], settings: Settings) -> str:
-    """The results with the settings, the CPU's abilities and torch's version."""
-    from inductor_x86q import __version__, cpu
+    """The results with the settings, the date, the CPU's abilities and torch's version."""
+    from inductor_x86q import __version__
 
-    machine = {"vnni": cpu.has_vnni(), "bf16": cpu.has_bf16(), "amx": cpu.has_amx(), "torch": torch.__version__}
     results = {network: [_finite(dataclasses.asdict(r)) for r in rows] for network, rows in table.items()}
-    body = {"version": __version__, "machine": machine, "settings": dataclasses.asdict(settings), "results": results}
-    return json.dumps(body, indent=1)
+    body = {"source": "x86q bench", "date": time.strftime("%Y-%m-%d"), "version": __version__, "machine": machine()}
+    return json.dumps({**body, "settings": dataclasses.asdict(settings), "results": results}, indent=1)
+
+
+def from_json(body: dict[str, Any]) -> dict[str, list[Result]]:
+    """The results that `to_json` wrote; what was not measured is NaN again."""
+    return {
+        network: [Result(**{name: value for name, value in row.items() if value is not None}) for row in rows]
+        for network, rows in body["results"].items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on: the CPU and torch's version."""
+    from inductor_x86q import cpu
+
+    name = f"{cpu.capabilities().get('cpu_name', 'unknown CPU')}, {os.cpu_count()} cores"
+    abilities = {"vnni": cpu.has_vnni(), "bf16": cpu.has_bf16(), "amx": cpu.has_amx()}
+    return {"name": name, **abilities, "torch": torch.__version__}
 
 
 def plot(table: dict[str, list[Result]], path: str) -> None:

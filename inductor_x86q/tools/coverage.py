@@ -7,8 +7,10 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,6 +148,15 @@ def table(rows: Iterable[Row]) -> Table:
     return found
 
 
+def to_json(rows: Iterable[Row]) -> str:
+    """The counts with the date, the CPU's abilities and torch's version."""
+    from inductor_x86q import __version__
+    from inductor_x86q.tools.bench import machine
+
+    body = {"source": "x86q coverage", "date": time.strftime("%Y-%m-%d"), "version": __version__, "machine": machine()}
+    return json.dumps({**body, "rows": [dataclasses.asdict(one) for one in rows]}, indent=1)
+
+
 def add_command(commands: Any) -> None:
     """`x86q coverage` on the command line."""
     parser = commands.add_parser(
@@ -155,6 +166,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("network", nargs="*", help="names of torchvision models (default: one of each family)")
     parser.add_argument("--stock", action="store_true", help="count the kernels, also of the stock path (minutes each)")
+    parser.add_argument("--json", metavar="FILE", help="write the counts as JSON")
     parser.set_defaults(run=_command)
 
 
@@ -170,4 +182,6 @@ def _command(parsed: Any) -> int:
                 advance()
     finally:  # what is known by then, where somebody has waited for long enough
         show(table(found))
+        if parsed.json:
+            Path(parsed.json).write_text(to_json(found))
     return int(any(one.error or one.int8_layers < one.layers for one in found))
