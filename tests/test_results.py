@@ -14,7 +14,7 @@ from inductor_x86q.tools import bench, coverage, results
 FILES = sorted(results.FOLDER.glob("*.json"))
 
 
-@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", results.PAGES, ids=["README", "benchmarks"])
 def test_pages_are_up_to_date(page: Path) -> None:
     """Else run `python -m inductor_x86q.tools.results --write`."""
     text = page.read_text()
