@@ -8,7 +8,7 @@ from inductor_x86q.testing import snr
 
 model = trained()
 with torch.no_grad():  # one weight that is far larger than the others of its channel, as happens in trained networks
-    model[3].weight[:, 0, 0, 0] = 6.0
+    model.get_parameter("3.weight")[:, 0, 0, 0] = 6.0
 batches = [images(16, seed=100 + batch)[0] for batch in range(4)]
 x = batches[0]
 with torch.no_grad():
@@ -16,6 +16,7 @@ with torch.no_grad():
 
 q = inductor_x86q.quantize(model, (x,), calibration=batches)
 report = inductor_x86q.explain(q, (x,), drift=model)
+assert report.drift is not None
 print(report.drift)
 worst = report.drift.layers[0]
 

@@ -1,5 +1,7 @@
 """A pass of one's own: a factor between dequantize and a layer goes into the scale, and the layer becomes int8."""
 
+from typing import Any
+
 import torch
 
 from inductor_x86q import No, Rule, explain, register_pass, testing
@@ -7,15 +9,17 @@ from inductor_x86q.graph import qdq
 
 
 def find(node: torch.fx.Node) -> float | No:
-    source, factor = node.args
+    arguments: tuple[Any, ...] = node.args
+    source, factor = arguments
     if not qdq.is_dequantize(source) or not qdq.qparams(source).is_static:
         return No("its input is not dequantized with a constant scale", (source,))
     return factor if isinstance(factor, (int, float)) and factor > 0 else No(f"{factor} is not a positive number")
 
 
 def rewrite(node: torch.fx.Node, factor: float) -> torch.fx.Node:
-    source = qdq.operand(node)
-    integers, scale, *others = source.args
+    (source,) = node.all_input_nodes
+    arguments: tuple[Any, ...] = source.args
+    integers, scale, *others = arguments
     return qdq.call(source.target, integers, scale * factor, *others, like=source)
 
 
@@ -25,7 +29,8 @@ class Scaled(torch.nn.Module):
         self.linear = testing.QLinear(64, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(testing.quantize_dequantize(x) * 0.125)
+        y: torch.Tensor = self.linear(testing.quantize_dequantize(x) * 0.125)
+        return y
 
 
 inputs = (torch.randn(16, 64),)

@@ -18,10 +18,11 @@ class Encoder(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
+        x: torch.Tensor = self.embedding(tokens)
         query, key, value = self.project(self.norm(x)).chunk(3, dim=-1)
         x = x + self.out(nn.functional.scaled_dot_product_attention(query, key, value))
-        return (x + self.feed_forward(self.norm(x))).mean(1)
+        x = x + self.feed_forward(self.norm(x))
+        return x.mean(1)
 
 
 torch.manual_seed(0)

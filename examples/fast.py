@@ -14,7 +14,7 @@ x, _ = images(8)
 q = inductor_x86q.quantize(model, (x,), calibration=[x])
 
 report = inductor_x86q.explain(q, (x,), mode="max-autotune")
-print(report)  # which layers have a generated kernel to choose from, and why others have none
+print(report)  # which layers have a kernel of this package to choose from, and why others have none
 compiled = torch.compile(q, backend="inductor_x86q", mode="max-autotune")
 with torch.no_grad():
     expected, result = q(x), compiled(x)

@@ -33,24 +33,26 @@ def network() -> nn.Sequential:
     )
 
 
-def train(model: nn.Module, steps: int = 60, rate: float = 2e-3) -> nn.Module:
+def train(model: nn.Module, steps: int = 60, rate: float = 2e-3) -> None:
     """An ordinary training loop, on new images at each step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     for step in range(steps):
         batch, labels = images(64, seed=step + 1)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(batch), labels).backward()
+        loss = nn.functional.cross_entropy(model(batch), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return model
 
 
-def trained() -> nn.Module:
+def trained() -> nn.Sequential:
     """The network, trained and in eval mode."""
-    return train(network()).eval()
+    model = network()
+    train(model)
+    return model.eval()
 
 
 def accuracy(model: nn.Module) -> float:
     """The share of 1,000 images that it has not seen for which its answer is right."""
     batch, labels = images(1000, seed=999)
     with torch.no_grad():
-        return (model(batch).argmax(1) == labels).float().mean().item()
+        return float((model(batch).argmax(1) == labels).float().mean())

@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 PAGES = sorted(EXAMPLES.glob("*.md"))
 TASKS = [page.stem for page in PAGES if page.stem != "README"]
 _BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-_LINK = re.compile(r"\]\((?!\w+://)([^)#]+)\)")
+_LINK = re.compile(r"\]\((?!\w+://)([^)#]+)(?:#[^)]*)?\)")
 WRITTEN = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "fuzz" / "README.md",
            EXAMPLES / "serving" / "README.md", *(ROOT / "inductor_x86q").rglob("*.md")]  # fmt: skip
 
@@ -45,6 +45,15 @@ def test_a_script_runs(task: str, tmp_path: Path) -> None:
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "passed" in done.stdout or task != "regression_test"
+
+
+def test_types_are_complete_for_users() -> None:
+    """mypy's strict mode on the cookbook: what it calls of ours has types."""
+    pytest.importorskip("mypy")
+    scripts = [EXAMPLES / f"{task}.py" for task in (*TASKS, "shapes")]
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *scripts]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ class _EagerInterpreter(fx.Interpreter):
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
-        if str(target).startswith("inductor_x86q.q"):  # may become the call that it stands for, behind its own arguments
+        if str(target).startswith(
+            "inductor_x86q.q"
+        ):  # may become the call that it stands for, behind its own arguments
             target, args = _call(target), args[2:]
         if str(target).startswith("onednn.") and ".binary" in str(target):
             return _binary(target, args)
