@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sized
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[
 
 def _progress(calls: Iterable[Any]) -> Iterator[Any]:
     """The calls one by one, with progress on a terminal."""
-    with progress.task("calibrating", len(calls) if isinstance(calls, Sized) else None) as advance:
+    with progress.task("calibrating", operator.length_hint(calls) or None) as advance:
         for call in calls:
             yield call
             advance()
