@@ -51,7 +51,7 @@ def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch:
         )
     count = 0
     for call in _progress(calibration):
-        inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
+        inputs = _arguments(call)
         try:
             for part in _fitted(inputs, fixed_batch):
                 prepared(*part)
@@ -66,6 +66,21 @@ def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch:
         count += 1
     if not count:
         raise QuantizationError("no calibration data: the iterable was empty")
+
+
+def first_calls(calibration: Iterable[Any], fixed_batch: int | None, rows: int) -> list[tuple[Any, ...]]:
+    """Calls of the graph with the first of the data, as many as make up that many rows."""
+    found: list[tuple[Any, ...]] = []
+    for call in calibration:
+        found += _fitted(_arguments(call), fixed_batch)
+        rows -= batch_size(found[-1]) or 1
+        if rows <= 0:
+            break
+    return found
+
+
+def _arguments(call: Any) -> tuple[Any, ...]:
+    return call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
 
 
 def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[Any, ...]]:

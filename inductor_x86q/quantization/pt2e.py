@@ -14,8 +14,8 @@ from torch import fx
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
-from inductor_x86q.quantization import qat, torchao
-from inductor_x86q.quantization.calibration import calibrate, finite_values_only, is_observer
+from inductor_x86q.quantization import corrections, qat, torchao
+from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
 from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
 from inductor_x86q.quantization.data import Calls
 from inductor_x86q.quantization.export import batch_size, export
@@ -36,6 +36,7 @@ def quantize(
     config: Any = None,
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
+    accuracy: str | Iterable[str] | None = None,
 ) -> QuantizedGraph:
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
 
@@ -66,6 +67,10 @@ def quantize(
             weights in mind as `LayerConfig(weight=…)`, or a LayerConfig with several of these.
         transform: makes a call of each thing that `calibration` yields.
         max_batches: read no more of `calibration`.
+        accuracy: what to correct with the calibration data, one or several of "ranges" (those of least squared error),
+            "equalize" (channels between convolutions), "smooth" (channels in front of linears, as SmoothQuant),
+            "rounding" (of weights, for the least error of each layer's output, as GPTQ) and "bias" (takes out the mean
+            error of each channel); "best" tries each and keeps what helps. For dynamic layers the data may be given too.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
@@ -75,24 +80,47 @@ def quantize(
     _check_inputs(example_inputs)
     if dynamic not in (False, True, "per_tensor", "per_token"):
         raise QuantizationError(f"dynamic is {dynamic!r}: expected False, True, 'per_tensor' or 'per_token'")
-    if dynamic and config is None and calibration is not None:
+    switches = corrections.switches(accuracy)
+    if dynamic and config is None and not switches and calibration is not None:
         raise QuantizationError(
             "calibration was given with dynamic=True, which computes the ranges at every call: leave one of them out"
         )
     if not dynamic and config is None and calibration is None:
         raise QuantizationError(_NO_DATA)
     exported, any_batch = export(model, example_inputs, dynamic_shapes)
-    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=config)
-    prepared = prepare(exported, quantizer)
-    if calibration is None:
-        if quantizer.static:
+    fixed_batch = None if any_batch else batch_size(example_inputs)
+
+    def prepared_for(given: Any) -> fx.GraphModule:
+        quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given)
+        # Preparing takes the exported graph over, and there may be several attempts.
+        prepared = prepare(copy.deepcopy(exported) if switches else exported, quantizer)
+        if calibration is None and quantizer.static:
             raise QuantizationError(f"{_NO_DATA}; {layer(quantizer.static[0])!r} is to be static")
-        calibration = [example_inputs]  # one call, in which the weights' observers see the weights
-    calls = calibration
-    if isinstance(calibration, Iterable):
-        calls = Calls(calibration, example_inputs, transform, max_batches)
-    with torch.no_grad(), finite_values_only(prepared):
-        calibrate(prepared, calls, None if any_batch else batch_size(example_inputs))
+        return prepared
+
+    # Without data, one call in which the weights' observers see the weights.
+    calls: Any = [example_inputs] if calibration is None else calibration
+    if isinstance(calls, Iterable):
+        calls = Calls(calls, example_inputs, transform, max_batches)
+
+    def run(prepared: fx.GraphModule) -> None:
+        with torch.no_grad(), finite_values_only(prepared):
+            calibrate(prepared, calls, fixed_batch)
+
+    if switches:
+        calls = list(calls)
+        return convert(
+            corrections.corrected(
+                prepared_for,
+                run,
+                first_calls(calls, fixed_batch, corrections.ROWS),
+                switches,
+                config,
+                best=accuracy == "best",
+            )
+        )
+    prepared = prepared_for(config)
+    run(prepared)
     return convert(prepared)
 
 
