@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from inductor_x86q.version import __version__
 
 if TYPE_CHECKING:
+    from inductor_x86q.accuracy.budget import quantize
     from inductor_x86q.aot import load, package
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
     from inductor_x86q.quantization.config import LayerConfig
-    from inductor_x86q.quantization.pt2e import convert, prepare_qat, quantize
+    from inductor_x86q.quantization.pt2e import convert, prepare_qat
     from inductor_x86q.quantization.quantizer import X86Quantizer, from_x86_inductor
     from inductor_x86q.report import Report
 
@@ -38,7 +39,7 @@ _HOME = {
     "load": "aot",
     "package": "aot",
     "prepare_qat": "quantization.pt2e",
-    "quantize": "quantization.pt2e",
+    "quantize": "accuracy.budget",
     "register_pass": "passes",
     "why": "inspection",
 }

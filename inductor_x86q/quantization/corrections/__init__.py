@@ -42,11 +42,12 @@ def corrected(
 ) -> fx.GraphModule:
     """A calibrated graph with the chosen corrections; with `best`, those of them that raise the signal-to-noise ratio.
 
-    Where there are four calls or more, what helps is judged by calls that nothing was corrected with.
+    Where there are several calls, what helps is judged by some that nothing was corrected with.
     """
-    fit, judged = (calls[: -(len(calls) // 4)], calls[-(len(calls) // 4) :]) if len(calls) >= 4 else (calls, calls)
+    held_out = max(1, len(calls) // 4) if len(calls) > 1 else 0
+    fit, judged = (calls[:-held_out], calls[-held_out:]) if held_out else (calls, calls)
 
-    def attempt(names: Sequence[str]) -> fx.GraphModule:
+    def attempt(names: Sequence[str], fit: Sequence[tuple[Any, ...]] = calls) -> fx.GraphModule:
         prepared = prepare(_with_ranges(config) if "ranges" in names else config)
         if "equalize" in names:
             equalize(prepared, fit)
@@ -60,14 +61,13 @@ def corrected(
     if not best:
         return attempt(chosen)
     kept: list[str] = []
-    found = attempt(kept)
-    ratio = _ratio(found, judged)
+    ratio = _ratio(attempt(kept, fit), judged)
     for name in chosen:
-        other = attempt([*kept, name])
-        if (here := _ratio(other, judged)) > ratio:
+        here = _ratio(attempt([*kept, name], fit), judged)
+        if here > ratio:
             log.info("%s helps: %.1f dB, before %.1f dB", name, here, ratio)
-            kept, found, ratio = [*kept, name], other, here
-    return found
+            kept, ratio = [*kept, name], here
+    return attempt(kept)
 
 
 def _ratio(prepared: fx.GraphModule, calls: Sequence[tuple[Any, ...]]) -> float:
