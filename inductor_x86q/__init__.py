@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 from inductor_x86q.version import __version__
 
 if TYPE_CHECKING:
+    from inductor_x86q.accuracy.budget import quantize
     from inductor_x86q.aot import load, package
     from inductor_x86q.errors import CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
-    from inductor_x86q.quantization.pt2e import convert, prepare_qat, quantize
-    from inductor_x86q.quantization.quantizer import X86Quantizer
+    from inductor_x86q.quantization.config import LayerConfig
+    from inductor_x86q.quantization.pt2e import convert, prepare_qat
+    from inductor_x86q.quantization.quantizer import X86Quantizer, from_x86_inductor
     from inductor_x86q.report import Report
 
 # Imported when first used: torch.compile loads the backend alone, without torchao.
 _HOME = {
     "CompileError": "errors",
     "QuantizationError": "errors",
+    "LayerConfig": "quantization.config",
     "No": "passes",
     "Report": "report",
     "Rule": "passes",
@@ -32,17 +35,18 @@ _HOME = {
     "convert": "quantization.pt2e",
     "cpp_code": "inspection",
     "explain": "inspection",
+    "from_x86_inductor": "quantization.quantizer",
     "load": "aot",
     "package": "aot",
     "prepare_qat": "quantization.pt2e",
-    "quantize": "quantization.pt2e",
+    "quantize": "accuracy.budget",
     "register_pass": "passes",
     "why": "inspection",
 }
 
 __all__ = [
-    "CompileError", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer", "__version__", "convert",
-    "cpp_code", "explain", "load", "package", "prepare_qat", "quantize", "register_pass", "why",
+    "CompileError", "LayerConfig", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer",
+    "__version__", "convert", "cpp_code", "explain", "from_x86_inductor", "load", "package", "prepare_qat", "quantize", "register_pass", "why",
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def measure(quantized: torch.nn.Module, inputs: tuple[Any, ...], float_model: to
         raise CompileError(
             f"drift is measured on a graph that quantize() returned, not on a {type(quantized).__name__}"
         )
-    layers = [node for node in quantized.graph.nodes if _is_layer(node)]
+    layers = [node for node in quantized.graph.nodes if is_layer(node)]
     if not layers:
         raise CompileError("drift: the model has no layer with quantized inputs or weights")
     weights = _float_weights(quantized, inputs, float_model) if float_model is not None else {}
@@ -97,7 +97,7 @@ class _Run(fx.Interpreter):
             return self.env[qdq.operand(node)]
         if qdq.is_dequantize(node):
             return self._skipped(node)
-        if not _is_layer(node):
+        if not is_layer(node):
             value = super().run_node(node)
             if node.op == "output":
                 self.outputs = _tensors(value)
@@ -126,7 +126,7 @@ class _Run(fx.Interpreter):
         return value if value.is_floating_point() else qdq.evaluate(node, value, *arguments[1:], **keywords)
 
 
-def _is_layer(node: fx.Node) -> bool:
+def is_layer(node: fx.Node) -> bool:
     """Whether the node is a convolution, linear or matrix product that reads a dequantized operand."""
     known = operators.role(node) in (Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT)
     return known and any(qdq.is_dequantize(operand) for operand in node.all_input_nodes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sized
+import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch:
         )
     count = 0
     for call in _progress(calibration):
-        inputs = call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
+        inputs = _arguments(call)
         try:
             for part in _fitted(inputs, fixed_batch):
                 prepared(*part)
@@ -67,6 +68,21 @@ def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch:
         raise QuantizationError("no calibration data: the iterable was empty")
 
 
+def first_calls(calibration: Iterable[Any], fixed_batch: int | None, rows: int) -> list[tuple[Any, ...]]:
+    """Calls of the graph with the first of the data, as many as make up that many rows."""
+    found: list[tuple[Any, ...]] = []
+    for call in calibration:
+        found += _fitted(_arguments(call), fixed_batch)
+        rows -= batch_size(found[-1]) or 1
+        if rows <= 0:
+            break
+    return found
+
+
+def _arguments(call: Any) -> tuple[Any, ...]:
+    return call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
+
+
 def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[Any, ...]]:
     size = batch_size(inputs)
     if fixed_batch is None or size is None or size == fixed_batch:
@@ -81,7 +97,7 @@ def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[
 
 def _progress(calls: Iterable[Any]) -> Iterator[Any]:
     """The calls one by one, with progress on a terminal."""
-    with progress.task("calibrating", len(calls) if isinstance(calls, Sized) else None) as advance:
+    with progress.task("calibrating", operator.length_hint(calls) or None) as advance:
         for call in calls:
             yield call
             advance()

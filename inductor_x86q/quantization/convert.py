@@ -11,6 +11,7 @@ from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
+from inductor_x86q.quantization import specs
 
 aten = torch.ops.aten
 
@@ -42,10 +43,12 @@ def fold_weights(converted: fx.GraphModule) -> None:
 
 
 def quantize_per_token(converted: fx.GraphModule) -> None:
-    """Gives each row of a dynamically quantized input its own scale, symmetric around the middle of the range."""
+    """Gives each row of an input its own scale, symmetric around the middle of the range, where a layer asks for it."""
     graph = converted.graph
     for node in list(graph.nodes):
         if node.target is not qdq.DEQUANTIZE_TENSOR:
+            continue
+        if not any(user.meta.get(specs.GRANULARITY) == "per_token" for user in node.users):
             continue
         quantize: Any = node.args[0]
         parameters = qdq.qparams(node)

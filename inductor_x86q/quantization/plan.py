@@ -44,24 +44,26 @@ class Plan:
     one the operator and what the call does behind it. `wanted`: the values to quantize. `norms`: of each convolution
     and linear the batch norm that will be folded into it, while training.
 
-    A `dynamic` plan has linears only, and quantizes what they read and nothing else: to know the range of a value, all
-    of it has to be there, so that no kernel could write it in int8.
+    `dynamic`: linears of which only what they read is quantized, apart from all else: to know the range of a value,
+    all of it has to be there, so that no kernel could write it in int8.
     """
 
-    def __init__(
-        self, graph: fx.Graph, is_excluded: Callable[[fx.Node], bool], *, dynamic: bool = False, folds: bool = False
-    ) -> None:
+    def __init__(self, graph: fx.Graph, mode: Callable[[fx.Node], str], *, folds: bool = False) -> None:
+        """`mode` says how a layer is quantized: "static", "float", or else dynamically."""
         self.nodes = list(graph.nodes)
-        self.dynamic = dynamic
         self._constants = qdq.constants(graph)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.excluded: list[fx.Node] = []
         for node in self.nodes:
-            layer = None if dynamic and role(node) is Role.CONVOLUTION else self._layer_operands(node)
-            if layer is not None and is_excluded(node):
+            layer = self._layer_operands(node)
+            if layer is None:
+                continue
+            how = mode(node)
+            if how == "float":
                 self.excluded.append(node)
-            elif layer is not None:
-                self.compute[node] = layer
+            else:
+                (self.compute if how == "static" else self.dynamic)[node] = layer
         self.norms: dict[fx.Node, fx.Node] = {}
         for node in self.compute if folds else ():
             norm = qat.batch_norm_behind(node)
@@ -170,8 +172,6 @@ class Plan:
         """Whether `user` should read `value` in int8."""
         if user in self.compute:
             return self.compute[user][0] is value
-        if self.dynamic:
-            return False
         if shares(user):
             moves = role(user) is Role.JOIN or user.args[0] is value  # and does not look at its shape only
             return moves and self._results_wanted(user)
@@ -192,8 +192,6 @@ class Plan:
         """Whether whatever makes the value clips it to any range on the way: a generated kernel does, and a call that
         ends in nothing else than a clip. It need not where data is only moved: that shares its range with the source.
         """
-        if self.dynamic:  # every input is quantized by a generated kernel, and loses more by a bit than a weight does
-            return False
         if value not in self.starts:
             return True
         start, *rest = self.starts[value]
@@ -204,7 +202,9 @@ class Plan:
         if value not in self._slots:
             edges: list[Slot] = [(value, user) for user in value.users if self.passes_on(value, user)]
             whole = len(edges) == len(value.users) or value in self._int8_sources
-            self._slots[value] = [value] if whole and not self.dynamic else edges
+            # A dynamic layer rounds what it reads by itself, and once is enough.
+            apart = any(user in self.dynamic for user in value.users)
+            self._slots[value] = [value] if whole and not apart else edges
         return self._slots[value]
 
 

@@ -14,9 +14,10 @@ from torch import fx
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
-from inductor_x86q.quantization import qat, torchao
-from inductor_x86q.quantization.calibration import calibrate, finite_values_only, is_observer
+from inductor_x86q.quantization import corrections, qat, torchao
+from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
 from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
+from inductor_x86q.quantization.data import Calls
 from inductor_x86q.quantization.export import batch_size, export
 from inductor_x86q.quantization.quantizer import X86Quantizer
 
@@ -32,6 +33,10 @@ def quantize(
     exclude: Iterable[str | type] = (),
     reduce_range: bool | None = None,
     dynamic_shapes: Any = None,
+    config: Any = None,
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = None,
+    accuracy: str | Iterable[str] | None = None,
 ) -> QuantizedGraph:
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
 
@@ -42,7 +47,8 @@ def quantize(
         model: a float32 module in eval mode, on the CPU. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
-            tensor counting as one argument. Batches may differ in size from the example's. Required unless `dynamic`.
+            tensor counting as one argument; a DataLoader as it is, since what the model does not take, labels, is left
+            out. Batches may differ in size from the example's. Required unless `dynamic`.
         dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
             every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
             row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
@@ -52,6 +58,19 @@ def quantize(
             need it. None decides by this machine.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it. Examples of
             size 1 are fine; a warning names each dimension that the model fixes.
+        config: how layers are quantized: a choice for all, or a dictionary from what selects layers to their choice.
+            Select by a module's name, a glob pattern of names, a module type, an operator
+            (`torch.ops.aten.linear.default`), or "" for the whole model; of several that match, the one that comes
+            first in this list wins, and of two of a kind that of the inner module. A choice is an observer of the
+            activations ("minmax", "histogram", "percentile:99.99", "mse", one of torchao or a QuantizationSpec), a mode
+            ("static", "per_tensor" and "per_token" as of `dynamic`, "float"), "per_channel" or "per_tensor" with
+            weights in mind as `LayerConfig(weight=…)`, or a LayerConfig with several of these.
+        transform: makes a call of each thing that `calibration` yields.
+        max_batches: read no more of `calibration`.
+        accuracy: what to correct with the calibration data, one or several of "ranges" (those of least squared error),
+            "equalize" (channels between convolutions), "smooth" (channels in front of linears, as SmoothQuant),
+            "rounding" (of weights, for the least error of each layer's output, as GPTQ) and "bias" (takes out the mean
+            error of each channel); "best" tries each and keeps what helps. For dynamic layers the data may be given too.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
@@ -61,26 +80,54 @@ def quantize(
     _check_inputs(example_inputs)
     if dynamic not in (False, True, "per_tensor", "per_token"):
         raise QuantizationError(f"dynamic is {dynamic!r}: expected False, True, 'per_tensor' or 'per_token'")
-    if dynamic and calibration is not None:
+    switches = corrections.switches(accuracy)
+    if dynamic and config is None and not switches and calibration is not None:
         raise QuantizationError(
             "calibration was given with dynamic=True, which computes the ranges at every call: leave one of them out"
         )
-    if not dynamic and calibration is None:
-        raise QuantizationError(
-            "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs], "
-            "or dynamic=True to compute the ranges at every call"
-        )
+    if not dynamic and config is None and calibration is None:
+        raise QuantizationError(_NO_DATA)
     exported, any_batch = export(model, example_inputs, dynamic_shapes)
-    quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=bool(dynamic))
-    prepared = prepare(exported, quantizer)
-    if calibration is None:
-        calibration = [example_inputs]  # one call, in which the weights' observers see the weights
-    with torch.no_grad(), finite_values_only(prepared):
-        calibrate(prepared, calibration, None if any_batch else batch_size(example_inputs))
-    converted = convert(prepared)
-    if dynamic == "per_token":
-        quantize_per_token(converted)
-    return converted
+    fixed_batch = None if any_batch else batch_size(example_inputs)
+
+    def prepared_for(given: Any) -> fx.GraphModule:
+        quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given)
+        # Preparing takes the exported graph over, and there may be several attempts.
+        prepared = prepare(copy.deepcopy(exported) if switches else exported, quantizer)
+        if calibration is None and quantizer.static:
+            raise QuantizationError(f"{_NO_DATA}; {layer(quantizer.static[0])!r} is to be static")
+        return prepared
+
+    # Without data, one call in which the weights' observers see the weights.
+    calls: Any = [example_inputs] if calibration is None else calibration
+    if isinstance(calls, Iterable):
+        calls = Calls(calls, example_inputs, transform, max_batches)
+
+    def run(prepared: fx.GraphModule) -> None:
+        with torch.no_grad(), finite_values_only(prepared):
+            calibrate(prepared, calls, fixed_batch)
+
+    if switches:
+        calls = list(calls)
+        return convert(
+            corrections.corrected(
+                prepared_for,
+                run,
+                first_calls(calls, fixed_batch, corrections.ROWS),
+                switches,
+                config,
+                best=accuracy == "best",
+            )
+        )
+    prepared = prepared_for(config)
+    run(prepared)
+    return convert(prepared)
+
+
+_NO_DATA = (
+    "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs], or "
+    "dynamic=True to compute the ranges at every call"
+)
 
 
 def prepare_qat(
@@ -138,6 +185,7 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
         converted = torchao.convert_pt2e(prepared, fold_quantize=False)
     torchao.forget_graphs()
     qat.show_batch_norms(converted.graph)
+    quantize_per_token(converted)
     fold_weights(converted)
     if left := left_out(converted):
         log.info("not quantized, stays float: %s", ", ".join(left))

@@ -1,8 +1,7 @@
-"""X86Quantizer, as torchao's PT2E steps take it: annotates a graph with what the plan says."""
+"""X86Quantizer, as torchao's PT2E steps take it: annotates a graph with what plan and configuration say."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,9 +9,19 @@ from torch import fx
 
 from inductor_x86q import cpu
 from inductor_x86q.errors import QuantizationError
+from inductor_x86q.graph import operators
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import Role, role
+from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.quantization import qat, specs, torchao
+from inductor_x86q.quantization.config import (
+    DYNAMIC,
+    Config,
+    LayerConfig,
+    is_layer_operator,
+    is_module,
+    module_stack,
+)
 from inductor_x86q.quantization.plan import Plan, Slot, is_float, shares
 
 
@@ -29,7 +38,9 @@ class X86Quantizer(torchao.Quantizer):
             or module types (torch.nn.Linear).
         is_qat: for a graph exported in train mode: fake quantization that gradients pass, and each batch norm behind a
             layer becomes part of its weight.
-        dynamic: linears only, each input's scale and zero point computed from its values at every call.
+        dynamic: linears only, each input's scale and zero point computed from its values at every call; "per_token" for
+            each row of it.
+        config: as of `quantize`.
     """
 
     def __init__(
@@ -38,7 +49,8 @@ class X86Quantizer(torchao.Quantizer):
         reduce_range: bool | None = None,
         exclude: Iterable[str | type] = (),
         is_qat: bool = False,
-        dynamic: bool = False,
+        dynamic: bool | str = False,
+        config: Any = None,
     ) -> None:
         super().__init__()
         if dynamic and is_qat:
@@ -46,28 +58,95 @@ class X86Quantizer(torchao.Quantizer):
         self.reduce_range = not cpu.has_vnni() if reduce_range is None else reduce_range
         self.exclude = _rules(exclude)
         self.is_qat = is_qat
-        self.dynamic = dynamic
+        if is_qat and config is not None:
+            raise QuantizationError("config is for quantizing after training: prepare_qat() and is_qat take none")
+        mode = ("per_tensor" if dynamic is True else dynamic) or "static"
+        self.config = Config(config, LayerConfig(mode=str(mode)))
         self.excluded: list[fx.Node] = []
+        self.static: list[fx.Node] = []  # layers whose inputs' ranges are to be calibrated
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = Plan(model.graph, self._is_excluded, dynamic=self.dynamic, folds=self.is_qat)
-        self.excluded = plan.excluded
-        _annotate(plan, self.reduce_range, self.is_qat)
+        plan = Plan(model.graph, self._mode, folds=self.is_qat)
+        self.config.check([*plan.compute, *plan.dynamic], plan.excluded)
+        self.excluded, self.static = plan.excluded, list(plan.compute)
+        self._annotate_static(plan)
+        self._annotate_dynamic(plan)
         qat.scale_weights(plan.norms)
         return model
 
     def validate(self, model: fx.GraphModule) -> None:
         """Nothing to check: `annotate` writes only what it knows to be supported."""
 
-    def _is_excluded(self, node: fx.Node) -> bool:
-        for path, kind in _module_stack(node):
-            for rule in self.exclude:
-                if isinstance(rule, str):
-                    if path == rule or fnmatch.fnmatchcase(path, rule):
-                        return True
-                elif kind in (f"{rule.__module__}.{rule.__qualname__}", rule):
-                    return True
-        return False
+    def _mode(self, node: fx.Node) -> str:
+        if any(is_module(rule, path, kind) for path, kind in module_stack(node) for rule in self.exclude):
+            return "float"
+        choice, ranks = self.config.of(node)
+        if choice.mode in DYNAMIC and role(node) is Role.CONVOLUTION:
+            if "mode" in ranks and ranks["mode"] >= (1,):
+                raise QuantizationError(
+                    f"config asks for {choice.mode!r} on layer {layer_of(node)!r}, a convolution ({operators.own_name(node)})"
+                    ": ranges computed at every call are for linears; 'static' and 'float' are possible here"
+                )
+            return "float"  # what the whole model is said to be holds where it can
+        return str(choice.mode)
+
+    def _annotate_static(self, plan: Plan) -> None:
+        groups = _grouped(plan)
+        chosen = self._chosen(plan, groups)
+        bits: dict[Slot, int] = {}
+        for root, members in groups.sets().items():
+            values = [slot if isinstance(slot, fx.Node) else slot[0] for slot in members]
+            bits[root] = 7 if self.reduce_range and all(plan.clips(value) for value in values) else 8
+            own = specs.activation(bits[root], is_qat=self.is_qat, chosen=chosen.get(root))
+            for slot in members:
+                specs.put(slot, own if slot == root else torchao.SharedQuantizationSpec(root))
+        for node, (activation, weight) in plan.compute.items():
+            group = groups.root(_read(plan, node, activation))
+            self._annotate_weight(node, weight, 7 if self.reduce_range and bits[group] == 8 else 8)
+
+    def _annotate_dynamic(self, plan: Plan) -> None:
+        """Layers that read one value share its range."""
+        first: dict[tuple[fx.Node, Any], Slot] = {}
+        # Every input is quantized by a generated kernel, and would lose more by a bit than a weight does.
+        for node, (activation, weight) in plan.dynamic.items():
+            choice, _ = self.config.of(node)
+            node.meta[specs.GRANULARITY] = choice.mode
+            edge: Slot = (activation, node)
+            kind = (choice.mode, choice.activation if specs.is_dynamic(choice.activation) else None)
+            root = first.setdefault((activation, kind), edge)
+            own = specs.dynamic_activation(8, kind[1])
+            specs.put(edge, own if root == edge else torchao.SharedQuantizationSpec(root))
+            self._annotate_weight(node, weight, 7 if self.reduce_range else 8)
+
+    def _annotate_weight(self, node: fx.Node, weight: fx.Node, bits: int) -> None:
+        axis = weight.meta["val"].dim() - 1 if role(node) is Role.PRODUCT else 0
+        spec = specs.weight(bits, axis, is_qat=self.is_qat, chosen=self.config.of(node)[0].weight)
+        specs.annotation(node).input_qspec_map[weight] = spec
+
+    def _chosen(self, plan: Plan, groups: DisjointSets[Slot]) -> dict[Slot, Any]:
+        """What observes each group of values that share their range: the choice of the layers that read them."""
+        found: dict[Slot, tuple[tuple[int, int], Any, fx.Node]] = {}
+        general: Any = self.config.whole.activation
+        for node, (activation, _) in plan.compute.items():
+            choice, ranks = self.config.of(node)
+            if choice.activation is None or specs.is_dynamic(choice.activation):
+                continue
+            root, rank = groups.root(_read(plan, node, activation)), ranks["activation"]
+            other = found.get(root)
+            if other is not None and other[0] == rank and other[1] != choice.activation:
+                raise QuantizationError(
+                    f"config gives layer {layer_of(other[2])!r} the activation {other[1]!r} and layer {layer_of(node)!r} "
+                    f"{choice.activation!r}, and both read the same values: give them the same"
+                )
+            if other is None or rank > other[0]:
+                found[root] = (rank, choice.activation, node)
+        given = {root: choice for root, (_, choice, _) in found.items()}
+        return {root: given.get(root, None if specs.is_dynamic(general) else general) for root in groups.sets()}
+
+
+def _read(plan: Plan, node: fx.Node, activation: fx.Node) -> Slot:
+    """Where what the layer reads is quantized."""
+    return activation if plan.slots(activation) == [activation] else (activation, node)
 
 
 def _rules(exclude: Any) -> tuple[str | type, ...]:
@@ -79,31 +158,6 @@ def _rules(exclude: Any) -> tuple[str | type, ...]:
             f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types"
         )
     return rules
-
-
-def _module_stack(node: fx.Node) -> list[tuple[str, Any]]:
-    """Path and type of each module around the node, outermost first, spelled alike for both export modes."""
-    found = []
-    for path, kind in (node.meta.get("nn_module_stack") or {}).values():
-        path = path.replace("L['self']", "").removeprefix("L__self__").removeprefix(".")
-        found.append((path, kind))
-    return found
-
-
-def _annotate(plan: Plan, reduce_range: bool, is_qat: bool) -> None:
-    groups = _grouped(plan)
-    bits: dict[Slot, int] = {}
-    for root, members in groups.sets().items():
-        values = [slot if isinstance(slot, fx.Node) else slot[0] for slot in members]
-        bits[root] = 7 if reduce_range and all(plan.clips(value) for value in values) else 8
-        for slot in members:
-            own = specs.dynamic_activation(bits[root]) if plan.dynamic else specs.activation(bits[root], is_qat=is_qat)
-            specs.put(slot, own if slot == root else torchao.SharedQuantizationSpec(root))
-    for node, (activation, weight) in plan.compute.items():
-        axis = weight.meta["val"].dim() - 1 if role(node) is Role.PRODUCT else 0
-        read: Slot = activation if plan.slots(activation) == [activation] else (activation, node)
-        weight_bits = 7 if reduce_range and bits[groups.root(read)] == 8 else 8
-        specs.annotation(node).input_qspec_map[weight] = specs.weight(weight_bits, axis, is_qat=is_qat)
 
 
 def _grouped(plan: Plan) -> DisjointSets[Slot]:
@@ -129,3 +183,32 @@ def _grouped(plan: Plan) -> DisjointSets[Slot]:
                 for result in [user] if is_float(user) else [item for item in user.users if item in plan.wanted]:
                     groups.join(slots[0], plan.slots(result)[0])
     return groups
+
+
+def from_x86_inductor(quantizer: Any, *, reduce_range: bool | None = None) -> X86Quantizer:
+    """The X86Quantizer that quantizes as torchao's X86InductorQuantizer is configured to.
+
+    What it says of convolutions and linears, for the whole model, operators and modules, is taken over. Which values
+    between them are quantized follows from these layers here, so that what it says of other operators is not needed.
+
+    Raises:
+        QuantizationError: the quantizer is none of torchao's, is for training, or asks for what no int8 kernel takes.
+    """
+    parts = ("global_config", "operator_type_qconfig", "module_name_qconfig")
+    if not all(hasattr(quantizer, part) for part in parts):
+        raise QuantizationError(f"quantizer is a {type(quantizer).__name__}: expected torchao's X86InductorQuantizer")
+    operator_types = {
+        operator: given for operator, given in quantizer.operator_type_qconfig.items() if is_layer_operator(operator)
+    }
+    entries = {"": quantizer.global_config, **operator_types, **quantizer.module_name_qconfig}
+    if any(given is not None and given.is_qat for given in entries.values()):
+        raise QuantizationError("the quantizer is configured for training: use prepare_qat() with the float model")
+    return X86Quantizer(
+        reduce_range=reduce_range,
+        config={
+            selector: LayerConfig(mode="float")
+            if given is None
+            else LayerConfig(activation=given.input_activation, weight=given.weight)
+            for selector, given in entries.items()
+        },
+    )

@@ -16,8 +16,10 @@ with warnings.catch_warnings():
         from torchao.quantization.pt2e import (
             FakeQuantize,
             HistogramObserver,
+            MinMaxObserver,
             MovingAverageMinMaxObserver,
             MovingAveragePerChannelMinMaxObserver,
+            ObserverBase,
             PerChannelMinMaxObserver,
             PlaceholderObserver,
         )
@@ -69,8 +71,10 @@ __all__ = [
     "ANNOTATION_KEY",
     "FakeQuantize",
     "HistogramObserver",
+    "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
+    "ObserverBase",
     "PerChannelMinMaxObserver",
     "PlaceholderObserver",
     "QuantizationAnnotation",
