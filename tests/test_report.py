@@ -231,7 +231,7 @@ def test_misses_of_one_reason_share_a_line() -> None:
 
 
 def test_code_of_each_call(net: torch.fx.GraphModule) -> None:
-    report = explain(net, INPUTS, code=True)
+    report = explain(net, INPUTS, code=True, options={"kernels": "onednn"})
     calls = {node: call for call in report.code for node in call.nodes}
     conv1, pool = report.fused[0], next(o for o in report.generated if o.operator == "avg_pool2d")
     assert (calls[conv1.node].name, calls[conv1.node].kernel) == ("qconv", "")
@@ -246,7 +246,7 @@ def test_code_of_each_call(net: torch.fx.GraphModule) -> None:
 
 
 def test_timing_covers_every_call(net: torch.fx.GraphModule) -> None:
-    report = explain(net, INPUTS, timing=True)
+    report = explain(net, INPUTS, timing=True, options={"kernels": "onednn"})
     names = [kernel.name for kernel in report.kernels]
     assert names.count("qconv") == 2
     assert names.count("qlinear") == 1
