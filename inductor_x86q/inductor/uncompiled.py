@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from inductor_x86q.inductor.requirements import Interface, Needs
 
@@ -55,7 +56,14 @@ class _EagerInterpreter(fx.Interpreter):
             return values.to(args[0].dtype), offsets
         if str(target).startswith("onednn.") and ".binary" in str(target):
             return _binary(target, args)
+        if isinstance(target, HigherOrderOperator):
+            args = tuple(_eagerly(value) if isinstance(value, fx.GraphModule) else value for value in args)
         return super().call_function(target, args, kwargs)
+
+
+def _eagerly(module: fx.GraphModule) -> Callable[..., Any]:
+    """What a branch or a loop's body computes, run like the graph around it."""
+    return lambda *operands: _EagerInterpreter(module).run(*operands)
 
 
 def _binary(target: Any, args: tuple[Any, ...]) -> torch.Tensor:
