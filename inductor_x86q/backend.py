@@ -16,9 +16,9 @@ from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.inductor import compiling, configuration, dynamo, objects, patches, supported
+from inductor_x86q.inductor import compiling, configuration, dynamo, objects, patches, regions, supported
 from inductor_x86q.report import Report, RuleCount, dump
-from inductor_x86q.report.collect import collect
+from inductor_x86q.report.collect import collect, inside_regions
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ def compile_graph(
         on_report(report)
 
     inputs = list(example_inputs)
+    regions.inline_nested(graph_module)
     kept = dynamo.bind_parameters(graph_module, inputs)
     remaining = [inputs[position] for position in kept]
     generating = "inner_compile" not in keywords
@@ -127,6 +128,31 @@ def run_passes(
     observe: Callable[[str, fx.Graph], None] = lambda stage, graph: None,
 ) -> Report:
     """Runs the pipeline and returns its report; raises StrictError under `strict` when something was missed."""
+    report = _run_everywhere(graph, chosen, observe)
+    if report.missed:
+        if chosen.strict:
+            raise StrictError(
+                f"{len(report.missed)} layers that should run in int8 do not:\n{report.missed_text()}", report
+            )
+        log.warning("%d layers that should run in int8 do not:\n%s", len(report.missed), report.missed_text())
+    return report
+
+
+def _run_everywhere(graph: fx.Graph, chosen: Settings, observe: Callable[[str, fx.Graph], None]) -> Report:
+    """Runs the pipeline on the graph, and on those inside of it whose weights are known; the report names all layers."""
+    inside = regions.with_constants(graph)
+    report = _run(graph, chosen, observe)
+    for region in inside:
+        report.extend(_run_everywhere(region.module.graph, chosen, observe))
+        regions.finish(region)
+    done = {region.module for region in inside}
+    for region in regions.regions(graph):
+        if region.module not in done:
+            report.extend(inside_regions(region))
+    return report
+
+
+def _run(graph: fx.Graph, chosen: Settings, observe: Callable[[str, fx.Graph], None]) -> Report:
     require_usable_parameters(graph)
     report: Report | None = None
     record = dump.Dump.from_environment(graph)
@@ -152,12 +178,6 @@ def run_passes(
     ]
     report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
     record.finish(results, report)
-    if report.missed:
-        if chosen.strict:
-            raise StrictError(
-                f"{len(report.missed)} layers that should run in int8 do not:\n{report.missed_text()}", report
-            )
-        log.warning("%d layers that should run in int8 do not:\n%s", len(report.missed), report.missed_text())
     return report
 
 

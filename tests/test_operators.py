@@ -16,7 +16,7 @@ from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import OPERATORS, Role, targets
 from inductor_x86q.inductor import decompositions
-from inductor_x86q.kernels import convolution
+from inductor_x86q.kernels import epilogue
 from tests.fuzz import catalogue, graphs, intervals
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def test_what_the_kernels_take_is_kept_whole() -> None:
 
 def test_generated_kernels_name_activations_as_the_table_does() -> None:
     names = {post.name for row in OPERATORS if row.role is Role.ACTIVATION for post in row.post_operations}
-    assert set(convolution.ACTIVATIONS) - {"none"} <= names
+    assert set(epilogue.ACTIVATIONS) - {"none"} <= names
     assert set(convolution.LIMITS) <= {"none", *names}
     clips = {post.name for row in OPERATORS if row.clips for post in row.post_operations}
     assert set(convolution.LIMITS) - {"none"} == clips

@@ -22,6 +22,10 @@ class Reason(enum.Enum):
     WEIGHT_TYPE = "its weight is not symmetric int8 with one scale a tensor or output channel: quantize it so"
     ACTIVATION_TYPE = "its input is not uint8 or int8 with one scale for the tensor: quantize it so"
     BAD_PARAMETERS = "a scale or zero point is not usable: calibrate again, with data that reaches this layer"
+    IN_A_REGION = (
+        "it runs inside of a call that gets its weight at each run, where nothing is fused: have the call be `torch.cond` or "
+        "`while_loop`, one call a graph, or take the layer out of it"
+    )
     SATURATES = (
         "this CPU has no VNNI and adds pairs of 8-bit products in 16 bits, which can overflow: quantize with "
         "reduce_range=True on this machine"

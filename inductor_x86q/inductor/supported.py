@@ -18,6 +18,7 @@ from inductor_x86q.inductor import (
     matcher,
     objects,
     profiling,
+    regions,
     uncompiled,
     wrapper_source,
 )
@@ -52,6 +53,7 @@ INTERFACES: tuple[Interface, ...] = (
     compiling.INTERFACE,
     decompositions.INTERFACE,
     matcher.INTERFACE,
+    regions.INTERFACE,
     fake_tensors.INTERFACE,
     _LOWERING,
     uncompiled.INTERFACE,

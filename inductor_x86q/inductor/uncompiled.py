@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from inductor_x86q.inductor.requirements import Interface, Needs
 
@@ -54,18 +55,24 @@ class _EagerInterpreter(fx.Interpreter):
         if target is prims._low_memory_max_pool_with_offsets.default and not args[0].is_floating_point():
             values, offsets = target(args[0].float(), *args[1:], **kwargs)
             return values.to(args[0].dtype), offsets
-        if str(target).startswith(
-            "inductor_x86q.q"
-        ):  # may become the call that it stands for, behind its own arguments
+        if str(target).startswith("inductor_x86q.q"):
+            # It may become the call that it stands for, whose arguments come behind two of its own.
             target, args = _call(target), args[2:]
         if str(target).startswith("onednn.") and ".binary" in str(target):
             return _binary(target, args)
+        if isinstance(target, HigherOrderOperator):
+            args = tuple(_eagerly(value) if isinstance(value, fx.GraphModule) else value for value in args)
         return super().call_function(target, args, kwargs)
 
 
 def _call(target: Any) -> Any:
     """The operator of `torch.ops.onednn` that one of ours of the same name stands for."""
     return operator.attrgetter(str(target).removeprefix("inductor_x86q."))(torch.ops.onednn)
+
+
+def _eagerly(module: fx.GraphModule) -> Callable[..., Any]:
+    """What a branch or a loop's body computes, run like the graph around it."""
+    return lambda *operands: _EagerInterpreter(module).run(*operands)
 
 
 def _binary(target: Any, args: tuple[Any, ...]) -> torch.Tensor:

@@ -15,6 +15,7 @@ from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
 from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.inductor.regions import Region, regions
 from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
 from inductor_x86q.report.report import Report
@@ -85,6 +86,23 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
     return kinds.get(role(node), "generated")
 
 
+def inside_regions(region: Region) -> Report:
+    """The layers of a graph inside of another, and of those inside of it, that the passes did not see."""
+    report = Report([], [], [])
+    for node in region.module.graph.nodes:
+        if not _is_product(node):
+            continue
+        is_quantized = any(qdq.is_dequantize(moved_from(factor)) for factor in factors(node))
+        kind, reason = ("missed", Reason.IN_A_REGION) if is_quantized else ("kept_float", Reason.NOT_QUANTIZED)
+        obstacle = Obstacle(reason, f"inside of {operators.own_name(region.call)}")
+        miss = Miss(layer(node), operators.name(node), obstacle, _shape(node), _macs(node), source(node), node.name)
+        getattr(report, kind).append(miss)
+        report.nodes.append(_described(node, kind, set()))
+    for inner in regions(region.module.graph):
+        report.extend(inside_regions(inner))
+    return report
+
+
 def _is_product(node: fx.Node) -> bool:
     return role(node) in _LAYERS
 
@@ -93,8 +111,11 @@ def _miss(node: fx.Node) -> Miss:
     operator = operators.name(node)
     if operator == "matmul" and moved_from(factors(node)[1], through_qdq=True).op == "get_attr":
         operator = "linear"
-    macs = _MACS[role(node)](node) if role(node) in _MACS else node.meta.get("x86q_macs") or compute.macs(node)
-    return Miss(layer(node), operator, _obstacle(node), _shape(node), macs, source(node), node.name)
+    return Miss(layer(node), operator, _obstacle(node), _shape(node), _macs(node), source(node), node.name)
+
+
+def _macs(node: fx.Node) -> int | None:
+    return _MACS[role(node)](node) if role(node) in _MACS else node.meta.get("x86q_macs") or compute.macs(node)
 
 
 def _attention_macs(node: fx.Node) -> int | None:

@@ -20,7 +20,7 @@ from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering import cat, tuning
 from inductor_x86q.inductor.lowering.layer import LayerTemplate, specified
 from inductor_x86q.inductor.lowering.template import computed
-from inductor_x86q.inductor.patches.constants_once import readers
+from inductor_x86q.inductor.patches.constants_once import outer_graphs, readers
 from inductor_x86q.kernels.specification import Specification
 
 
@@ -57,7 +57,8 @@ def _forget(*constants: Any) -> None:
         others.discard(V.graph.current_node)
         if not others:
             # The module keeps it until the compile is done: whoever asks for the code only runs the graph itself.
-            V.graph.constants.pop(constant.get_name(), None)
+            for graph in (V.graph, *outer_graphs(V.graph)):
+                graph.constants.pop(constant.get_name(), None)
 
 
 for _target, _call in STANDS_FOR.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q.graph.layers import full
 from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.quantization import specs
@@ -35,7 +36,7 @@ class Layer:
         """Of a convolution: stride, padding and dilation, a number for each dimension, and groups."""
         weight: Any = qdq.constant(self.weight)  # the observer in front of it has no shape that the node would know
         arguments = qdq.schema_arguments(self.node)
-        sizes = (qdq.full(arguments[name], weight.dim() - 2) for name in ("stride", "padding", "dilation"))
+        sizes = (full(arguments[name], weight.dim() - 2) for name in ("stride", "padding", "dilation"))
         return (*sizes, arguments["groups"])  # type: ignore[return-value]
 
     @property

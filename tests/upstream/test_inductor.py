@@ -1,0 +1,54 @@
+"""Inductor's lowerings and decompositions of quantized_decomposed, in plain torch.compile without any backend of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._inductor.exc import InductorError
+
+import inductor_x86q.graph.qdq  # noqa: F401 - registers quantized_decomposed
+
+q = torch.ops.quantized_decomposed
+X = torch.linspace(-20, 20, 64)
+
+
+def assert_compiled_is_eager(function: Callable[..., Any], *inputs: torch.Tensor) -> None:
+    with torch.no_grad():
+        expected = function(*inputs)
+        torch.testing.assert_close(torch.compile(function, fullgraph=True)(*inputs), expected)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_range_of_a_quantize_with_tensors() -> None:
+    """Inductor's lowering of quantized_decomposed.quantize_per_tensor.tensor forgets quant_min and quant_max
+
+    Compiled, integers are clipped to what their type holds and not to the range that was asked for. The overload with
+    numbers (.default) is right.
+    Expected: -10 to 10, as eager mode gives; seen: -128 to 127.
+    """
+    scale, zero_point = torch.tensor([0.1]), torch.tensor([0])
+    assert_compiled_is_eager(lambda x: q.quantize_per_tensor.tensor(x, scale, zero_point, -10, 10, torch.int8), X)
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_range_that_does_not_include_zero() -> None:
+    """Inductor's decomposition of quantized_decomposed.choose_qparams.tensor forgets that the range has to include 0
+
+    For an input whose numbers are all above 0 (or all below) the scale is made from the least and the largest number, where
+    the operator itself widens that range to include 0, and the zero point is clipped: the least numbers are all lost.
+    Expected: the scale of 0 to 40, as eager mode gives; seen: that of 21 to 40.
+    """
+    assert_compiled_is_eager(lambda x: q.choose_qparams.tensor(x.abs() + 21, 0, 255, 1e-5, torch.uint8), X)
+
+
+@pytest.mark.xfail(strict=True, raises=(InductorError, AssertionError))
+def test_quantize_of_float16() -> None:
+    """Inductor has no lowering for quantized_decomposed.quantize_per_tensor of float16, which eager mode computes
+
+    LoweringException: AssertionError: Expecting input to have dtype torch.float32, but got dtype: torch.float16. bfloat16
+    is taken. Expected: as eager mode, which widens the input first.
+    """
+    assert_compiled_is_eager(lambda x: q.quantize_per_tensor.default(x, 0.1, 0, -128, 127, torch.int8), X.half())
