@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph.layers import full
 from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph.layers import full
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.quantization import specs
 from inductor_x86q.quantization.calibration import is_observer
