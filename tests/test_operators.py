@@ -53,9 +53,9 @@ def test_what_the_kernels_take_is_kept_whole() -> None:
 def test_generated_kernels_name_activations_as_the_table_does() -> None:
     names = {post.name for row in OPERATORS if row.role is Role.ACTIVATION for post in row.post_operations}
     assert set(epilogue.ACTIVATIONS) - {"none"} <= names
-    assert set(convolution.LIMITS) <= {"none", *names}
+    assert set(epilogue.LIMITS) <= {"none", *names}
     clips = {post.name for row in OPERATORS if row.clips for post in row.post_operations}
-    assert set(convolution.LIMITS) - {"none"} == clips
+    assert set(epilogue.LIMITS) - {"none"} == clips
 
 
 @pytest.mark.parametrize(
