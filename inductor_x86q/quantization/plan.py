@@ -97,7 +97,7 @@ class Plan:
         if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
             return None
         dimensions = weight.meta["val"].dim()
-        if dimensions == 3 and role(node) is Role.PRODUCT and not _repeats_one_matrix(weight):
+        if dimensions > 2 and role(node) is Role.PRODUCT and not _repeats_one_matrix(weight):
             return None
         if weight not in self._constants or activation in self._constants or not is_float(activation) or dimensions < 2:
             return None
@@ -223,11 +223,9 @@ def shares(node: fx.Node) -> bool:
 
 
 def _repeats_one_matrix(weight: fx.Node) -> bool:
-    """Whether a batch of matrices is one matrix, expanded."""
-    if weight.target is not aten.expand.default:
-        return False
-    source: Any = weight.args[0]
-    return source.meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
+    """Whether a batch of matrices is one matrix, alone or expanded."""
+    source: Any = weight.args[0] if weight.target is aten.expand.default else weight
+    return source.meta["val"].shape.numel() == weight.meta["val"].shape[-2:].numel()
 
 
 def _is_list(node: fx.Node) -> bool:

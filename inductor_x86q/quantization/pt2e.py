@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import qat, torchao
+from inductor_x86q.quantization.arguments import batch_size, checked, positional
 from inductor_x86q.quantization.calibration import calibrate, finite_values_only, is_observer
 from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
-from inductor_x86q.quantization.export import batch_size, export
+from inductor_x86q.quantization.export import export
 from inductor_x86q.quantization.quantizer import X86Quantizer
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def quantize(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     dynamic: bool | str = False,
     exclude: Iterable[str | type] = (),
@@ -41,8 +43,11 @@ def quantize(
     Args:
         model: a float32 module in eval mode, on the CPU. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
+        kwargs: the call's arguments by name, e.g. what a tokenizer returns; `example_inputs` is () then as a rule. The
+            result takes all of them by name, and by position in the example's order.
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
-            tensor counting as one argument. Batches may differ in size from the example's. Required unless `dynamic`.
+            tensor counting as one argument, or of dictionaries of arguments by name. Batches may differ in size from the
+            example's. Required unless `dynamic`.
         dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
             every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
             row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
@@ -54,11 +59,11 @@ def quantize(
             size 1 are fine; a warning names each dimension that the model fixes.
 
     Raises:
-        QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
-            calibration data, or it holds NaN or infinity where a layer is named.
+        QuantizationError: the model is in train mode or has nothing to quantize, it does not take the example, there is
+            no calibration data, or it holds NaN or infinity where a layer is named.
     """
     _check_model(model)
-    _check_inputs(example_inputs)
+    args, named = checked(example_inputs, kwargs, QuantizationError)
     if dynamic not in (False, True, "per_tensor", "per_token"):
         raise QuantizationError(f"dynamic is {dynamic!r}: expected False, True, 'per_tensor' or 'per_token'")
     if dynamic and calibration is not None:
@@ -70,13 +75,13 @@ def quantize(
             "no calibration data: pass calibration=[...], calls with typical inputs, e.g. calibration=[example_inputs], "
             "or dynamic=True to compute the ranges at every call"
         )
-    exported, any_batch = export(model, example_inputs, dynamic_shapes)
+    exported, any_batch = export(model, args, named, dynamic_shapes)
     quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=bool(dynamic))
     prepared = prepare(exported, quantizer)
     if calibration is None:
-        calibration = [example_inputs]  # one call, in which the weights' observers see the weights
+        calibration = [positional(exported, args, named)]  # one call, in which the weights' observers see the weights
     with torch.no_grad(), finite_values_only(prepared):
-        calibrate(prepared, calibration, None if any_batch else batch_size(example_inputs))
+        calibrate(prepared, calibration, None if any_batch else batch_size((args, named)))
     converted = convert(prepared)
     if dynamic == "per_token":
         quantize_per_token(converted)
@@ -87,6 +92,7 @@ def prepare_qat(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     exclude: Iterable[str | type] = (),
     reduce_range: bool | None = None,
     dynamic_shapes: Any = None,
@@ -100,17 +106,18 @@ def prepare_qat(
     Args:
         model: a float32 module in train mode, on the CPU; batch norms in eval mode stay frozen. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
+        kwargs: the call's arguments by name.
         exclude: what stays float: module names, glob patterns of them, or module types.
         reduce_range: as of `quantize`.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
 
     Raises:
-        QuantizationError: the model is in eval mode or has nothing to quantize, or the inputs are no tuple.
+        QuantizationError: the model is in eval mode or has nothing to quantize, or does not take the example.
     """
     _check_model(model, training=True)
-    _check_inputs(example_inputs)
+    args, named = checked(example_inputs, kwargs, QuantizationError)
     # Exported graphs share the parameters and statistics of what they were exported from.
-    exported, _ = export(copy.deepcopy(model), example_inputs, dynamic_shapes)
+    exported, _ = export(copy.deepcopy(model), args, named, dynamic_shapes)
     quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, is_qat=True)
     prepared = prepare(exported, quantizer, torchao.prepare_for_training)
     qat.drop_counters(prepared.graph)
@@ -176,11 +183,3 @@ def _check_model(model: Any, training: bool = False) -> None:
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
             raise QuantizationError(f"parameter {name!r} is on {tensor.device}: move the model to the CPU")
-
-
-def _check_inputs(example_inputs: Any) -> None:
-    if not isinstance(example_inputs, tuple):
-        raise QuantizationError(
-            f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of positional arguments, "
-            "e.g. (torch.randn(1, 3, 224, 224),)"
-        )
