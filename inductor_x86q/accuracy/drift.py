@@ -136,7 +136,7 @@ class _Run(fx.Interpreter):
 
 def _is_layer(node: fx.Node) -> bool:
     """Whether the node is a convolution, linear or matrix product that reads a dequantized operand."""
-    known = operators.role(node) in (Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT)
+    known = operators.role(node) in (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION, Role.LINEAR, Role.PRODUCT)
     return known and any(qdq.is_dequantize(operand) for operand in node.all_input_nodes)
 
 

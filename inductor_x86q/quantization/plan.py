@@ -30,6 +30,7 @@ SHARING = frozenset({
 })  # fmt: skip
 # These compute in float between int8 tensors, in one generated kernel: int8 in, int8 out.
 POINTWISE = frozenset({Role.ACTIVATION, Role.ADDITION, Role.POINTWISE})
+_CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION})
 POOLS = frozenset({Role.AVERAGE_POOL, Role.MEAN})
 
 # Where to quantize: at a value, for all its users, or on the edge from a value to one user.
@@ -56,8 +57,10 @@ class Plan:
         self._constants = qdq.constants(graph)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.excluded: list[fx.Node] = []
+        # Training knows no transposed convolutions: their channels are not the weight's first dimension.
+        floats = _CONVOLUTIONS if dynamic else {Role.TRANSPOSED_CONVOLUTION} if folds else frozenset()
         for node in self.nodes:
-            layer = None if dynamic and role(node) is Role.CONVOLUTION else self._layer_operands(node)
+            layer = None if role(node) in floats else self._layer_operands(node)
             if layer is not None and is_excluded(node):
                 self.excluded.append(node)
             elif layer is not None:
@@ -89,7 +92,7 @@ class Plan:
 
     def _layer_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Activation and weight of a convolution or linear with a constant weight; None for any other node."""
-        if role(node) not in (Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT):
+        if role(node) not in (*_CONVOLUTIONS, Role.LINEAR, Role.PRODUCT):
             return None
         if node.target is aten.convolution.default and node.args[6]:
             return None  # transposed

@@ -157,9 +157,12 @@ def prepare(
     exported: fx.GraphModule, quantizer: X86Quantizer, step: Callable[..., fx.GraphModule] = torchao.prepare_pt2e
 ) -> fx.GraphModule:
     """The graph with an observer at each value that the quantizer annotates; `step` is torchao's."""
+    qat.hide_batch_norms_of_groups(exported.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepared = step(exported, quantizer)
+    qat.show_batch_norms(prepared.graph)
+    prepared.recompile()
     if not any(is_observer(module) for module in prepared.modules()):
         excluded = ", ".join(layer(node) for node in quantizer.excluded)
         raise QuantizationError(

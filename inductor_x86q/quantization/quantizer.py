@@ -100,10 +100,17 @@ def _annotate(plan: Plan, reduce_range: bool, is_qat: bool) -> None:
             own = specs.dynamic_activation(bits[root]) if plan.dynamic else specs.activation(bits[root], is_qat=is_qat)
             specs.put(slot, own if slot == root else torchao.SharedQuantizationSpec(root))
     for node, (activation, weight) in plan.compute.items():
-        axis = weight.meta["val"].dim() - 1 if role(node) is Role.PRODUCT else 0
+        axis = _output_axis(node, weight)
         read: Slot = activation if plan.slots(activation) == [activation] else (activation, node)
         weight_bits = 7 if reduce_range and bits[groups.root(read)] == 8 else 8
         specs.annotation(node).input_qspec_map[weight] = specs.weight(weight_bits, axis, is_qat=is_qat)
+
+
+def _output_axis(layer: fx.Node, weight: fx.Node) -> int:
+    """Which dimension of the weight the layer's output channels are."""
+    if role(layer) is Role.PRODUCT:
+        return int(weight.meta["val"].dim()) - 1
+    return 1 if role(layer) is Role.TRANSPOSED_CONVOLUTION else 0
 
 
 def _grouped(plan: Plan) -> DisjointSets[Slot]:

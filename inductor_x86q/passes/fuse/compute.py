@@ -28,7 +28,7 @@ def obstacle(node: fx.Node) -> Obstacle | None:
     arguments = qdq.schema_arguments(node)
     x, weight = arguments["input"], arguments["weight"]
     if arguments.get("transposed"):
-        return Obstacle(Reason.NO_KERNEL, "transposed convolution")
+        return Obstacle(Reason.NO_KERNEL, "transposed convolution, of other types or another shape than its rule takes")
     if not qdq.is_dequantize(x) and not qdq.is_dequantize(weight):
         return Obstacle(Reason.NOT_QUANTIZED)
     return (
