@@ -19,6 +19,7 @@ from inductor_x86q.errors import CompileError
 from inductor_x86q.graph import operators
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor import compiling, cpp_text, dynamo, profiling, uncompiled, wrapper_source
+from inductor_x86q.quantization.arguments import bind, checked
 from inductor_x86q.report import Code, Kernel, Report, dump
 from inductor_x86q.report.dump import Answer
 
@@ -27,6 +28,7 @@ def explain(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     timing: bool = False,
     drift: bool | torch.nn.Module = False,
     code: bool = False,
@@ -39,6 +41,7 @@ def explain(
     generates nor compiles code.
 
     Args:
+        kwargs: the call's arguments by name, beside the positional ones in `example_inputs`.
         timing: compile it all the same, and measure each kernel: the median of RUNS calls, in microseconds.
         drift: measure how far int8 is from float32 on these inputs, layer by layer, the worst first, and what excluding
             the worst would give. True: what rounding the activations costs, since the quantized graph holds no float
@@ -50,19 +53,20 @@ def explain(
             no graph of quantize(), or against another float model.
         StrictError: with `options={"strict": True}`, when something was missed.
     """
+    args, named = _checked(model, example_inputs, kwargs)
     if timing:
-        report = _timed(model, example_inputs, mode, options)
+        report = _timed(model, args, named, mode, options)
     elif code:
-        report = _generated(model, example_inputs, mode, options)
+        report = _generated(model, args, named, mode, options)
     else:
-        report = _explained(model, example_inputs, mode, options)
+        report = _explained(model, args, named, mode, options)
     if drift is not False:
         original: Any = None if drift is True else drift
-        report.drift = drift_module.measure(model, example_inputs, original)
+        report.drift = drift_module.measure(model, args, named, original)
     return report
 
 
-def _explained(model: Any, example_inputs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
+def _explained(model: Any, args: Any, kwargs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
     report = Report([], [], [])
     chosen = settings(mode, options)
 
@@ -71,11 +75,11 @@ def _explained(model: Any, example_inputs: Any, mode: str | None, options: Mappi
             graph_module, inputs, chosen, on_report=report.extend, inner_compile=uncompiled.run_uncompiled
         )
 
-    _call_once(model, example_inputs, backend)
+    _call_once(model, args, kwargs, backend)
     return report
 
 
-def _generated(model: Any, example_inputs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
+def _generated(model: Any, args: Any, kwargs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
     report = Report([], [], [])
     chosen = settings(mode, options)
 
@@ -85,14 +89,14 @@ def _generated(model: Any, example_inputs: Any, mode: str | None, options: Mappi
         )
 
     with wrapper_source.generated_code() as generated:
-        _call_once(model, example_inputs, backend)
+        _call_once(model, args, kwargs, backend)
     return dataclasses.replace(report, code=calls_of(generated))
 
 
 RUNS = 21
 
 
-def _timed(model: Any, example_inputs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
+def _timed(model: Any, args: Any, kwargs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
     report = Report([], [], [])
     chosen = settings(mode, {**(options or {}), "cpp.enable_kernel_profile": True})
     if not chosen.inductor["cpp_wrapper"]:
@@ -101,12 +105,11 @@ def _timed(model: Any, example_inputs: Any, mode: str | None, options: Mapping[s
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph_module, inputs, chosen, on_report=report.extend)
 
-    _check(model, example_inputs)
     with torch.no_grad():
         compiled = dynamo.compile_fresh(model, backend)
         with wrapper_source.generated_code() as generated:
-            compiled(*example_inputs)
-        events = profiling.profiled(lambda: compiled(*example_inputs), runs=RUNS)
+            compiled(*args, **kwargs)
+        events = profiling.profiled(lambda: compiled(*args, **kwargs), runs=RUNS)
     report = dataclasses.replace(report, code=calls_of(generated))
     return with_kernels(report, measured(generated, events))
 
@@ -181,12 +184,14 @@ def why(
     example_inputs: tuple[Any, ...],
     node: str,
     *,
+    kwargs: Mapping[str, Any] | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> list[Answer]:
     """Why the rules that could apply to a node, or to what reads it, did not, at the end of each stage.
 
     Args:
+        kwargs: the call's arguments by name.
         node: the name of a node in the graph of some stage (INDUCTOR_X86Q_DEBUG writes these graphs), or a layer's
             path, which stands for all its nodes.
 
@@ -207,7 +212,7 @@ def why(
     def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph_module, inputs, chosen, observe=observe, inner_compile=uncompiled.run_uncompiled)
 
-    _call_once(model, example_inputs, backend)
+    _call_once(model, *_checked(model, example_inputs, kwargs), backend)
     if not answers:
         close = difflib.get_close_matches(node, names, 5) or sorted(names)[:20]
         raise CompileError(f"no stage's graph has a node or layer named {node!r}; there are {', '.join(close)} ...")
@@ -218,6 +223,7 @@ def cpp_code(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     layer: str | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -227,6 +233,7 @@ def cpp_code(
     A comment in front of each kernel call says which layers it serves. Nothing is compiled.
 
     Args:
+        kwargs: the call's arguments by name.
         layer: a module's path, e.g. "layer1.0.conv1": only the calls that serve it, or modules inside it, and the
             kernels they call.
 
@@ -239,7 +246,7 @@ def cpp_code(
         return compile_graph(graph_module, inputs, chosen, inner_compile=compiling.generate_only)
 
     with wrapper_source.generated_code() as generated:
-        _call_once(model, example_inputs, backend)
+        _call_once(model, *_checked(model, example_inputs, kwargs), backend)
     code = "\n".join(annotated(part) for part in generated)
     if layer is None:
         return code
@@ -261,21 +268,29 @@ def layers_of(nodes: list[fx.Node]) -> list[str]:
     return list(dict.fromkeys(layer_of(node) for node in operators))
 
 
-def _call_once(model: torch.nn.Module, example_inputs: tuple[Any, ...], backend: Callable[..., Any]) -> Any:
+def _call_once(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], backend: Callable[..., Any]
+) -> Any:
     """Calls the model once, compiled by `backend`, leaving no trace in Dynamo's caches of the model's own code."""
-    _check(model, example_inputs)
     with torch.no_grad():
-        return dynamo.compile_fresh(model, backend)(*example_inputs)
+        return dynamo.compile_fresh(model, backend)(*args, **kwargs)
 
 
-def _check(model: Any, example_inputs: Any) -> None:
+def _checked(model: Any, example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that the model takes."""
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"model is a {type(model).__name__}: expected what quantize() or convert_pt2e() returned")
-    if not isinstance(example_inputs, tuple):
-        raise CompileError(f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of arguments")
+    args, named = checked(example_inputs, kwargs, CompileError)
+    try:
+        bind(model.forward, args, named)
+    except TypeError as error:
+        raise CompileError(f"the example does not fit the model: {error}") from None
+    return args, named
 
 
-def run_fused(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> tuple[Any, Report]:
+def run_fused(
+    model: torch.nn.Module, example_inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> tuple[Any, Report]:
     """What the fused graph computes, and its report: the graph is run eagerly, with no C++ generated or compiled.
 
     For tests of many graphs: the numbers of the fusions without the wait for the compiler.
@@ -288,4 +303,4 @@ def run_fused(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> tuple[
             graph_module, inputs, chosen, on_report=report.extend, inner_compile=uncompiled.run_uncompiled
         )
 
-    return _call_once(model, example_inputs, backend), report
+    return _call_once(model, *_checked(model, example_inputs, kwargs), backend), report

@@ -33,6 +33,7 @@ from inductor_x86q import inspection
 from inductor_x86q.backend import compile_graph, settings
 from inductor_x86q.inductor import dynamo, fake_tensors, wrapper_source
 from inductor_x86q.inductor.cpp_text import kernel_calls, stable
+from inductor_x86q.quantization.arguments import each_tensor
 from inductor_x86q.report import Report
 
 __all__ = [
@@ -149,11 +150,15 @@ class QLinear(_QWeight):
 
 
 def qdq_graph(
-    module: torch.nn.Module, example_inputs: tuple[Any, ...], *, dynamic_shapes: Any = None
+    module: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> fx.GraphModule:
     """The exported graph of a module whose forward quantizes and dequantizes by hand: what quantize() would return."""
     with torch.no_grad():
-        exported = torch.export.export(module.eval(), example_inputs, dynamic_shapes=dynamic_shapes)
+        exported = torch.export.export(module.eval(), example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     return exported.module()  # type: ignore[return-value]
 
 
@@ -178,6 +183,7 @@ def compile_once(
     q: torch.nn.Module,
     inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
@@ -188,13 +194,13 @@ def compile_once(
     def backend(graph_module: fx.GraphModule, arguments: list[Any]) -> Callable[..., Any]:
         return compile_graph(graph_module, arguments, chosen, on_report=report.extend)
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, **keywords: Any) -> Any:
         with torch.no_grad():
-            return compiled(*arguments)
+            return compiled(*arguments, **keywords)
 
     compiled = dynamo.compile_fresh(q, backend)
     with wrapper_source.generated_code() as generated:
-        outputs = run(*inputs)
+        outputs = run(*inputs, **(kwargs or {}))
     return Compiled(outputs, "\n".join(inspection.annotated(part) for part in generated), report, run)
 
 
@@ -221,6 +227,7 @@ def assert_fused(
     inputs: tuple[Any, ...],
     expected: Mapping[str, int],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> str:
@@ -236,14 +243,14 @@ def assert_fused(
         AssertionError: with the counts that differ, all calls, and what the report says was missed.
     """
     options = {"kernels": "onednn", **(options or {})}
-    code = inspection.cpp_code(q, inputs, mode=mode, options=options)
+    code = inspection.cpp_code(q, inputs, kwargs=kwargs, mode=mode, options=options)
     calls = kernel_calls(code)
     found = Counter(calls)
     found["cpp"] = sum(count for name, count in calls.items() if name.startswith("cpp_"))
     wanted = {**dict.fromkeys((*INT8_KERNELS, *FLOAT_KERNELS), 0), **expected}
     wrong = [f"{name}: {found[name]}, expected {count}" for name, count in wanted.items() if found[name] != count]
     if wrong:
-        report = inspection.explain(q, inputs, mode=mode, options=options)
+        report = inspection.explain(q, inputs, kwargs=kwargs, mode=mode, options=options)
         reasons = "\n".join(f"  {miss}" for miss in (*report.missed, *report.kept_float))
         raise AssertionError(
             f"kernel calls differ: {'; '.join(wrong)}\nall calls: {dict(calls)}"
@@ -286,6 +293,7 @@ def assert_close_to_reference(
     q: torch.nn.Module,
     inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     step: float | None = None,
@@ -307,14 +315,16 @@ def assert_close_to_reference(
     Raises:
         AssertionError: with the output's position, its largest difference and its signal-to-noise ratio.
     """
-    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    named = dict(kwargs or {})
+    copies, named_copies = each_tensor(torch.clone, (inputs, named))
     with torch.no_grad():
-        reference = q(*copies)
-    compiled = compile_once(q, inputs, mode=mode, options=options)
-    again = compiled.run(*inputs)
-    for position, (before, after) in enumerate(zip(copies, inputs, strict=True)):
+        reference = q(*copies, **named_copies)
+    compiled = compile_once(q, inputs, kwargs=named, mode=mode, options=options)
+    again = compiled.run(*inputs, **named)
+    for key, before in (*enumerate(copies), *named_copies.items()):
+        after = named[key] if isinstance(key, str) else inputs[key]
         if isinstance(before, torch.Tensor):
-            assert torch.equal(before, after), f"input {position} was written to"
+            assert torch.equal(before, after), f"input {key} was written to"
     for call, outputs in (("first", compiled.outputs), ("second", again)):
         assert_same(outputs, reference, step=step, min_snr=min_snr, where=f"{call} call, ")
     return compiled

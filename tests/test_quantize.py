@@ -137,6 +137,24 @@ def test_attention_has_all_its_projections_in_int8() -> None:
     assert [name for name in left_out(graph_module) if "linear" in name] == []
 
 
+class HeadsOfTheirOwn(nn.Module):
+    """A linear, whose result each head multiplies by a constant matrix of its own, as relative positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.matrices = nn.Linear(16, 16), nn.Parameter(torch.randn(1, 4, 4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x).unflatten(-1, (4, 4)).transpose(1, 2) @ self.matrices
+
+
+def test_a_batch_of_different_matrices_is_no_linear() -> None:
+    x = torch.randn(2, 6, 16)
+    graph_module = quantized(HeadsOfTheirOwn().eval(), (x,))
+    assert int8_layers(graph_module) == 1
+    assert inductor_x86q.explain(graph_module, (x,)).missed == []
+
+
 def test_stays_close_to_float() -> None:
     model, x = residual(), image(16)
     with torch.no_grad():

@@ -18,6 +18,7 @@ from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
 from inductor_x86q.quantization import pt2e
+from inductor_x86q.quantization.arguments import positional, split
 from inductor_x86q.quantization.config import module_stack
 from inductor_x86q.quantization.data import Calls
 
@@ -118,7 +119,7 @@ class _Search:
         calibration = options.get("calibration")
         if isinstance(calibration, Iterable) and not isinstance(calibration, (list, tuple)):
             calls = Calls(
-                calibration, inputs, self.options.pop("transform", None), self.options.pop("max_batches", None)
+                calibration, self._example(), self.options.pop("transform", None), self.options.pop("max_batches", None)
             )
             self.options["calibration"] = list(calls)  # read at every attempt
         exclude = options.get("exclude", ())
@@ -169,8 +170,8 @@ class _Search:
 
     def _ranked(self, default: QuantizedGraph) -> list[tuple[str, float, float]]:
         """Name, share of noise and share of multiply-accumulates of each layer, most harm for its cost first."""
-        measured = drift.measure(default, self.inputs, self.model)
-        macs = _macs(default, self.inputs)
+        measured = drift.measure(default, self.inputs, self.options.get("kwargs"), self.model)
+        macs = _macs(default, positional(default, self.inputs, self.options.get("kwargs") or {}))
         total = sum(macs.values()) or 1
         noises: dict[str, float] = {}
         for row in measured.layers:
@@ -249,18 +250,22 @@ class _Search:
             raise QuantizationError(f"validate gave {number} for {which}: expected a finite number")
         return number
 
+    def _example(self) -> tuple[Any, ...]:
+        """All arguments of the example, those by name behind the others."""
+        return (*self.inputs, *(self.options.get("kwargs") or {}).values())
+
     def _closeness(self) -> Callable[[torch.nn.Module], float]:
-        calls = self.options.get("calibration") or [self.inputs]
-        calls = Calls(calls, self.inputs, self.options.get("transform"), self.options.get("max_batches"))
-        inputs = [call if isinstance(call, tuple) else (call,) for call in calls]
+        calls = self.options.get("calibration") or [self.options.get("kwargs") or self.inputs]
+        calls = Calls(calls, self._example(), self.options.get("transform"), self.options.get("max_batches"))
+        inputs = [split(call) for call in calls]
         with torch.no_grad():
-            expected = [_floats(self.model(*call)) for call in inputs]
+            expected = [_floats(self.model(*args, **named)) for args, named in inputs]
         energy = sum(float(x.double().square().sum()) for values in expected for x in values) or 1.0
 
         def closeness(module: torch.nn.Module) -> float:
             noise = 0.0
-            for call, values in zip(inputs, expected, strict=True):
-                for x, y in zip(_floats(module(*call)), values, strict=True):
+            for (args, named), values in zip(inputs, expected, strict=True):
+                for x, y in zip(_floats(module(*args, **named)), values, strict=True):
                     noise += float((x.double() - y.double()).square().sum())
             return 1 - noise / energy
 

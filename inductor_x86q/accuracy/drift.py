@@ -19,6 +19,7 @@ from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.quantized_graph import SEPARATOR, attribute_of
+from inductor_x86q.quantization.arguments import checked, positional
 from inductor_x86q.quantization.export import export
 from inductor_x86q.quantization.pt2e import prepare
 from inductor_x86q.quantization.quantizer import X86Quantizer
@@ -28,7 +29,12 @@ from inductor_x86q.report.model import Drift, LayerDrift
 WORTH = 10 * math.log10(2)
 
 
-def measure(quantized: torch.nn.Module, inputs: tuple[Any, ...], float_model: torch.nn.Module | None = None) -> Drift:
+def measure(
+    quantized: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    float_model: torch.nn.Module | None = None,
+) -> Drift:
     """Runs the graph once for each layer, eagerly.
 
     Args:
@@ -45,7 +51,9 @@ def measure(quantized: torch.nn.Module, inputs: tuple[Any, ...], float_model: to
     layers = [node for node in quantized.graph.nodes if is_layer(node)]
     if not layers:
         raise CompileError("drift: the model has no layer with quantized inputs or weights")
-    weights = _float_weights(quantized, inputs, float_model) if float_model is not None else {}
+    args, named = checked(example_inputs, kwargs, CompileError)
+    weights = _float_weights(quantized, args, named, float_model) if float_model is not None else {}
+    inputs = positional(quantized, args, named)
 
     def run(rounded: Collection[fx.Node]) -> _Run:
         found = _Run(quantized, weights, frozenset(rounded))
@@ -128,7 +136,7 @@ class _Run(fx.Interpreter):
 
 def is_layer(node: fx.Node) -> bool:
     """Whether the node is a convolution, linear or matrix product that reads a dequantized operand."""
-    known = operators.role(node) in (Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT)
+    known = operators.role(node) in (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION, Role.LINEAR, Role.PRODUCT)
     return known and any(qdq.is_dequantize(operand) for operand in node.all_input_nodes)
 
 
@@ -139,7 +147,7 @@ def _weight_name(node: fx.Node) -> str | None:
 
 
 def _float_weights(
-    quantized: fx.GraphModule, inputs: tuple[Any, ...], float_model: torch.nn.Module
+    quantized: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], float_model: torch.nn.Module
 ) -> dict[str, torch.Tensor]:
     """The weights before they were rounded, batch-norms folded in, by name.
 
@@ -147,7 +155,7 @@ def _float_weights(
     """
     if not isinstance(float_model, torch.nn.Module):
         raise CompileError(f"drift is a {type(float_model).__name__}: expected True or the float model")
-    exported, _ = export(float_model, inputs, None)
+    exported, _ = export(float_model, args, kwargs, None)
     prepared = prepare(exported, X86Quantizer())
     parameters = {**dict(prepared.named_parameters(remove_duplicate=False)),
                   **dict(prepared.named_buffers(remove_duplicate=False))}  # fmt: skip

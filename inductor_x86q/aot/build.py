@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from inductor_x86q import progress
 from inductor_x86q.aot import lesser, local
@@ -15,6 +16,7 @@ from inductor_x86q.backend import require_compilable, settings
 from inductor_x86q.cpu import LEVELS, missing
 from inductor_x86q.errors import CompileError
 from inductor_x86q.inductor import configuration
+from inductor_x86q.quantization.arguments import bind, checked
 
 # What differs from Inductor's defaults, where this torch has the option: line tables make a tenth of a small package
 # and name directories of the machine that built it.
@@ -26,6 +28,7 @@ def package(
     example_inputs: tuple[Any, ...],
     path: str | os.PathLike[str],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     strict: bool = True,
     cpu: str | None = None,
@@ -43,6 +46,7 @@ def package(
     Args:
         model: what `quantize`, `convert` or `convert_pt2e` returned, or such a model after `torch.export.load`.
         example_inputs: the positional arguments of one call, a tuple.
+        kwargs: the call's arguments by name. The package takes by name what was given by name here.
         path: where to write, a name that ends in .pt2.
         dynamic_shapes: as of `torch.export.export`; None fixes all shapes. torch.export takes a size of 1 to be fixed:
             give an example of at least 2 along a dynamic dimension. The package runs with 1 there too, but refuses it
@@ -62,13 +66,18 @@ def package(
             compiler.
         StrictError: under `strict`, with the names of the layers and the reasons.
     """
-    target = _check_arguments(model, example_inputs, path)
+    target = _check_arguments(model, path)
+    args, named = checked(example_inputs, kwargs, CompileError)
+    try:
+        bind(model.forward, args, named)
+    except TypeError as error:
+        raise CompileError(f"the example does not fit the model: {error}") from None
     given = {**_defaults(), "strict": strict, **(options or {})}
     settings(None, given)  # raises for what is not known, before anything takes its time
     _check_cpu(cpu, given)
     with torch.no_grad(), progress.task("exporting"):
-        require_compilable(example_inputs)
-        exported = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+        require_compilable(pytree.tree_leaves((args, named)))
+        exported = torch.export.export(model, args, named, dynamic_shapes=dynamic_shapes)
     if cpu is None:
         local.build(exported, target, given)
     else:
@@ -76,11 +85,9 @@ def package(
     return target
 
 
-def _check_arguments(model: Any, example_inputs: Any, path: str | os.PathLike[str]) -> str:
+def _check_arguments(model: Any, path: str | os.PathLike[str]) -> str:
     if not isinstance(model, torch.nn.Module):
         raise CompileError(f"model is a {type(model).__name__}: expected what quantize() or convert_pt2e() returned")
-    if not isinstance(example_inputs, tuple):
-        raise CompileError(f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of arguments")
     target = os.fspath(path)
     if not target.endswith(".pt2"):
         raise CompileError(f"path is {target!r}: expected a name that ends in .pt2")

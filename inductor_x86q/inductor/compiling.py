@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
+from inductor_x86q.errors import CompileError
 from inductor_x86q.inductor.autotuning import choices_followed
 from inductor_x86q.inductor.decompositions import decompositions
 from inductor_x86q.inductor.requirements import Interface, Needs
@@ -87,7 +90,8 @@ def load_package(path: str) -> Callable[..., Any]:
     """Loads the code of a package, for which it has to fit this CPU.
 
     torch warns where the CPU has more than what the package was built for, which is what packages for lesser CPUs are for.
-    Relies on the name of its logger and on "AOTI_CPU_ISA" being in that warning.
+    Relies on the name of its logger and on "AOTI_CPU_ISA" being in that warning; on `loader.get_call_spec` giving its
+    arguments' and results' trees, which torch reads at the first call, and on their form.
     """
 
     def keep(record: logging.LogRecord) -> bool:
@@ -96,9 +100,23 @@ def load_package(path: str) -> Callable[..., Any]:
     logger = logging.getLogger("torch.export.pt2_archive._package")
     logger.addFilter(keep)
     try:
-        return torch._inductor.aoti_load_package(path)
+        loaded = torch._inductor.aoti_load_package(path)
     finally:
         logger.removeFilter(keep)
+    for spec in loaded.loader.get_call_spec():
+        try:
+            pytree.treespec_loads(spec)
+        except NotImplementedError as error:
+            raise CompileError(
+                f"{path!r} takes or gives a type that is not known here: import the library that it is of, e.g. "
+                f"transformers, before loading; {_types(spec)}"
+            ) from error
+    return loaded
+
+
+def _types(spec: str) -> str:
+    """The types that a serialized tree is made of, as torch registered them."""
+    return ", ".join(sorted(set(re.findall(r'"type": "([\w.]+\.[\w.]+)"', spec)))) or spec
 
 
 def generate_only(graph_module: fx.GraphModule, example_inputs: list[Any], **keywords: Any) -> Callable[..., Any]:

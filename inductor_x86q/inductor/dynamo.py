@@ -98,8 +98,8 @@ def compile_fresh(model: torch.nn.Module, backend: Callable[..., Any]) -> Callab
         fresh.meta.update(model.meta)
         return torch.compile(fresh, backend=backend)
 
-    def call(*arguments: Any) -> Any:
-        return model(*arguments)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return model(*arguments, **keywords)
 
     call.__code__ = call.__code__.replace(co_name=f"call_{id(backend)}")
     return torch.compile(call, backend=backend)

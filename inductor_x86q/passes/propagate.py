@@ -21,6 +21,7 @@ from inductor_x86q.graph.operators import (
     is_movement,
 )
 from inductor_x86q.graph.reasons import No
+from inductor_x86q.passes import transposed_convolution
 from inductor_x86q.passes.fuse import pool
 from inductor_x86q.passes.normalize import spelling as normalize
 from inductor_x86q.passes.stage import Rule
@@ -218,4 +219,6 @@ RULES = (
     Rule("dequantize below pad", (PAD,), _find_down_pad, _rewrite_down_pad),
     Rule("dequantize below relu", (aten.relu.default,), _find_down_relu, _rewrite_down_relu),
     Rule("quantize above movement", (qdq.QUANTIZE,), _find_up, _rewrite_up),
+    # Its input is next to its dequantize only now; what it leaves behind is movement.
+    *transposed_convolution.RULES,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import fx
 from inductor_x86q import progress
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.quantization.export import batch_size
+from inductor_x86q.quantization import arguments
 
 
 def is_observer(module: torch.nn.Module) -> bool:
@@ -45,21 +45,21 @@ def finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
 
 def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:
     """Runs all calls; where the graph takes one batch size only, cuts and pads batches to it."""
-    if not isinstance(calibration, Iterable):
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
         raise QuantizationError(
-            f"calibration is a {type(calibration).__name__}: expected an iterable of calls, each a tuple of arguments"
+            f"calibration is a {type(calibration).__name__}: expected an iterable of calls, each a tuple of arguments or a "
+            "dictionary of them by name"
         )
     count = 0
     for call in _progress(calibration):
-        inputs = _arguments(call)
+        args, kwargs = arguments.split(call)
         try:
-            for part in _fitted(inputs, fixed_batch):
+            for part in _fitted(arguments.positional(prepared, args, kwargs), fixed_batch):
                 prepared(*part)
         except QuantizationError:
             raise
         except Exception as error:  # whatever the model, or the guards of its export, raise
-            got = ", ".join(str(tuple(x.shape)) if isinstance(x, torch.Tensor) else type(x).__name__ for x in inputs)
-            reason = next(iter(str(error).splitlines()), "")
+            got, reason = arguments.described(kwargs or args), next(iter(str(error).splitlines()), "")
             raise QuantizationError(
                 f"calibration call {count} does not fit the model: ({got}): {type(error).__name__}: {reason[:300]}"
             ) from error
@@ -68,31 +68,28 @@ def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch:
         raise QuantizationError("no calibration data: the iterable was empty")
 
 
-def first_calls(calibration: Iterable[Any], fixed_batch: int | None, rows: int) -> list[tuple[Any, ...]]:
+def first_calls(
+    graph_module: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None, rows: int
+) -> list[tuple[Any, ...]]:
     """Calls of the graph with the first of the data, as many as make up that many rows."""
     found: list[tuple[Any, ...]] = []
     for call in calibration:
-        found += _fitted(_arguments(call), fixed_batch)
-        rows -= batch_size(found[-1]) or 1
+        found += _fitted(arguments.positional(graph_module, *arguments.split(call)), fixed_batch)
+        rows -= arguments.batch_size(found[-1]) or 1
         if rows <= 0:
             break
     return found
 
 
-def _arguments(call: Any) -> tuple[Any, ...]:
-    return call if isinstance(call, tuple) else tuple(call) if isinstance(call, list) else (call,)
-
-
 def _fitted(inputs: tuple[Any, ...], fixed_batch: int | None) -> Iterator[tuple[Any, ...]]:
-    size = batch_size(inputs)
+    size = arguments.batch_size(inputs)
     if fixed_batch is None or size is None or size == fixed_batch:
         yield inputs
         return
     for start in range(0, size, fixed_batch):
-        part = [x[start : start + fixed_batch] for x in inputs]
-        missing = fixed_batch - part[0].shape[0]
         # Rows that stand twice in a batch do not change the range, and hardly the histogram.
-        yield tuple(x[torch.arange(fixed_batch) % (fixed_batch - missing)] for x in part)
+        rows = start + torch.arange(fixed_batch) % min(fixed_batch, size - start)
+        yield arguments.each_tensor(operator.itemgetter(rows), inputs)
 
 
 def _progress(calls: Iterable[Any]) -> Iterator[Any]:

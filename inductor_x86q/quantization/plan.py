@@ -30,6 +30,7 @@ SHARING = frozenset({
 })  # fmt: skip
 # These compute in float between int8 tensors, in one generated kernel: int8 in, int8 out.
 POINTWISE = frozenset({Role.ACTIVATION, Role.ADDITION, Role.POINTWISE})
+_CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION})
 POOLS = frozenset({Role.AVERAGE_POOL, Role.MEAN})
 
 # Where to quantize: at a value, for all its users, or on the edge from a value to one user.
@@ -57,8 +58,8 @@ class Plan:
         self.excluded: list[fx.Node] = []
         for node in self.nodes:
             layer = self._layer_operands(node)
-            if layer is None:
-                continue
+            if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
+                continue  # training knows no weights whose channels are not their first dimension
             how = mode(node)
             if how == "float":
                 self.excluded.append(node)
@@ -91,7 +92,7 @@ class Plan:
 
     def _layer_operands(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Activation and weight of a convolution or linear with a constant weight; None for any other node."""
-        if role(node) not in (Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT):
+        if role(node) not in (*_CONVOLUTIONS, Role.LINEAR, Role.PRODUCT):
             return None
         if node.target is aten.convolution.default and node.args[6]:
             return None  # transposed
@@ -99,7 +100,7 @@ class Plan:
         if not isinstance(activation, fx.Node) or not isinstance(weight, fx.Node):
             return None
         dimensions = weight.meta["val"].dim()
-        if dimensions == 3 and role(node) is Role.PRODUCT and not _repeats_one_matrix(weight):
+        if dimensions > 2 and role(node) is Role.PRODUCT and not _repeats_one_matrix(weight):
             return None
         if weight not in self._constants or activation in self._constants or not is_float(activation) or dimensions < 2:
             return None
@@ -223,11 +224,9 @@ def shares(node: fx.Node) -> bool:
 
 
 def _repeats_one_matrix(weight: fx.Node) -> bool:
-    """Whether a batch of matrices is one matrix, expanded."""
-    if weight.target is not aten.expand.default:
-        return False
-    source: Any = weight.args[0]
-    return source.meta["val"].shape.numel() == weight.meta["val"].shape[1:].numel()
+    """Whether a batch of matrices is one matrix, alone or expanded."""
+    source: Any = weight.args[0] if weight.target is aten.expand.default else weight
+    return source.meta["val"].shape.numel() == weight.meta["val"].shape[-2:].numel()
 
 
 def _is_list(node: fx.Node) -> bool:

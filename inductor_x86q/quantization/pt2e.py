@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import corrections, qat, torchao
+from inductor_x86q.quantization.arguments import batch_size, checked, positional
 from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
 from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
 from inductor_x86q.quantization.data import Calls
-from inductor_x86q.quantization.export import batch_size, export
+from inductor_x86q.quantization.export import export
 from inductor_x86q.quantization.quantizer import X86Quantizer
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def quantize(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     calibration: Iterable[Any] | None = None,
     dynamic: bool | str = False,
     exclude: Iterable[str | type] = (),
@@ -46,9 +48,12 @@ def quantize(
     Args:
         model: a float32 module in eval mode, on the CPU. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
+        kwargs: the call's arguments by name, e.g. what a tokenizer returns; `example_inputs` is () then as a rule. The
+            result takes all of them by name, and by position in the example's order.
         calibration: calls to take the activations' ranges from: an iterable of tuples of positional arguments, a bare
-            tensor counting as one argument; a DataLoader as it is, since what the model does not take, labels, is left
-            out. Batches may differ in size from the example's. Required unless `dynamic`.
+            tensor counting as one argument, or of dictionaries of arguments by name; a DataLoader as it is, since what
+            the model does not take, labels, is left out. Batches may differ in size from the example's. Required unless
+            `dynamic`.
         dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
             every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
             row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
@@ -73,11 +78,11 @@ def quantize(
             error of each channel); "best" tries each and keeps what helps. For dynamic layers the data may be given too.
 
     Raises:
-        QuantizationError: the model is in train mode or has nothing to quantize, the inputs are no tuple, there is no
-            calibration data, or it holds NaN or infinity where a layer is named.
+        QuantizationError: the model is in train mode or has nothing to quantize, it does not take the example, there is
+            no calibration data, or it holds NaN or infinity where a layer is named.
     """
     _check_model(model)
-    _check_inputs(example_inputs)
+    args, named = checked(example_inputs, kwargs, QuantizationError)
     if dynamic not in (False, True, "per_tensor", "per_token"):
         raise QuantizationError(f"dynamic is {dynamic!r}: expected False, True, 'per_tensor' or 'per_token'")
     switches = corrections.switches(accuracy)
@@ -87,8 +92,8 @@ def quantize(
         )
     if not dynamic and config is None and calibration is None:
         raise QuantizationError(_NO_DATA)
-    exported, any_batch = export(model, example_inputs, dynamic_shapes)
-    fixed_batch = None if any_batch else batch_size(example_inputs)
+    exported, any_batch = export(model, args, named, dynamic_shapes)
+    fixed_batch = None if any_batch else batch_size((args, named))
 
     def prepared_for(given: Any) -> fx.GraphModule:
         quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given)
@@ -99,9 +104,9 @@ def quantize(
         return prepared
 
     # Without data, one call in which the weights' observers see the weights.
-    calls: Any = [example_inputs] if calibration is None else calibration
+    calls: Any = [positional(exported, args, named)] if calibration is None else calibration
     if isinstance(calls, Iterable):
-        calls = Calls(calls, example_inputs, transform, max_batches)
+        calls = Calls(calls, (*args, *named.values()), transform, max_batches)
 
     def run(prepared: fx.GraphModule) -> None:
         with torch.no_grad(), finite_values_only(prepared):
@@ -113,7 +118,7 @@ def quantize(
             corrections.corrected(
                 prepared_for,
                 run,
-                first_calls(calls, fixed_batch, corrections.ROWS),
+                first_calls(exported, calls, fixed_batch, corrections.ROWS),
                 switches,
                 config,
                 best=accuracy == "best",
@@ -134,6 +139,7 @@ def prepare_qat(
     model: torch.nn.Module,
     example_inputs: tuple[Any, ...],
     *,
+    kwargs: Mapping[str, Any] | None = None,
     exclude: Iterable[str | type] = (),
     reduce_range: bool | None = None,
     dynamic_shapes: Any = None,
@@ -147,17 +153,18 @@ def prepare_qat(
     Args:
         model: a float32 module in train mode, on the CPU; batch norms in eval mode stay frozen. It is not changed.
         example_inputs: the positional arguments of one call, a tuple.
+        kwargs: the call's arguments by name.
         exclude: what stays float: module names, glob patterns of them, or module types.
         reduce_range: as of `quantize`.
         dynamic_shapes: as of `torch.export.export`; None makes the batch dynamic where the model allows it.
 
     Raises:
-        QuantizationError: the model is in eval mode or has nothing to quantize, or the inputs are no tuple.
+        QuantizationError: the model is in eval mode or has nothing to quantize, or does not take the example.
     """
     _check_model(model, training=True)
-    _check_inputs(example_inputs)
+    args, named = checked(example_inputs, kwargs, QuantizationError)
     # Exported graphs share the parameters and statistics of what they were exported from.
-    exported, _ = export(copy.deepcopy(model), example_inputs, dynamic_shapes)
+    exported, _ = export(copy.deepcopy(model), args, named, dynamic_shapes)
     quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, is_qat=True)
     prepared = prepare(exported, quantizer, torchao.prepare_for_training)
     qat.drop_counters(prepared.graph)
@@ -198,9 +205,12 @@ def prepare(
     exported: fx.GraphModule, quantizer: X86Quantizer, step: Callable[..., fx.GraphModule] = torchao.prepare_pt2e
 ) -> fx.GraphModule:
     """The graph with an observer at each value that the quantizer annotates; `step` is torchao's."""
+    qat.hide_batch_norms_of_groups(exported.graph)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         prepared = step(exported, quantizer)
+    qat.show_batch_norms(prepared.graph)
+    prepared.recompile()
     if not any(is_observer(module) for module in prepared.modules()):
         excluded = ", ".join(layer(node) for node in quantizer.excluded)
         raise QuantizationError(
@@ -224,11 +234,3 @@ def _check_model(model: Any, training: bool = False) -> None:
     for name, tensor in model.named_parameters():
         if tensor.device.type != "cpu":
             raise QuantizationError(f"parameter {name!r} is on {tensor.device}: move the model to the CPU")
-
-
-def _check_inputs(example_inputs: Any) -> None:
-    if not isinstance(example_inputs, tuple):
-        raise QuantizationError(
-            f"example_inputs is a {type(example_inputs).__name__}: expected a tuple of positional arguments, "
-            "e.g. (torch.randn(1, 3, 224, 224),)"
-        )

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph.operators import Role
 from inductor_x86q.quantization import torchao
 
 aten = torch.ops.aten
@@ -196,6 +197,14 @@ def hide_batch_norms(graph: fx.Graph) -> None:
             before = [source, *source.all_input_nodes]
             if not any(node.target is aten.div.Tensor for node in before):
                 norm.target = batch_norm
+
+
+def hide_batch_norms_of_groups(graph: fx.Graph) -> None:
+    """Renames those behind transposed convolutions of groups, until `show_batch_norms`: folding them fails in torch."""
+    for norm in graph.nodes:
+        layer: Any = norm.args[0] if norm.target is BATCH_NORM else None
+        if operators.role(layer) is Role.TRANSPOSED_CONVOLUTION and qdq.schema_arguments(layer)["groups"] != 1:
+            norm.target = batch_norm
 
 
 def show_batch_norms(graph: fx.Graph) -> None:

@@ -81,7 +81,7 @@ class X86Quantizer(torchao.Quantizer):
         if any(is_module(rule, path, kind) for path, kind in module_stack(node) for rule in self.exclude):
             return "float"
         choice, ranks = self.config.of(node)
-        if choice.mode in DYNAMIC and role(node) is Role.CONVOLUTION:
+        if choice.mode in DYNAMIC and role(node) in (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION):
             if "mode" in ranks and ranks["mode"] >= (1,):
                 raise QuantizationError(
                     f"config asks for {choice.mode!r} on layer {layer_of(node)!r}, a convolution ({operators.own_name(node)})"
@@ -119,8 +119,7 @@ class X86Quantizer(torchao.Quantizer):
             self._annotate_weight(node, weight, 7 if self.reduce_range else 8)
 
     def _annotate_weight(self, node: fx.Node, weight: fx.Node, bits: int) -> None:
-        axis = weight.meta["val"].dim() - 1 if role(node) is Role.PRODUCT else 0
-        spec = specs.weight(bits, axis, is_qat=self.is_qat, chosen=self.config.of(node)[0].weight)
+        spec = specs.weight(bits, _output_axis(node, weight), is_qat=self.is_qat, chosen=self.config.of(node)[0].weight)
         specs.annotation(node).input_qspec_map[weight] = spec
 
     def _chosen(self, plan: Plan, groups: DisjointSets[Slot]) -> dict[Slot, Any]:
@@ -158,6 +157,13 @@ def _rules(exclude: Any) -> tuple[str | type, ...]:
             f"exclude is {exclude!r}: expected module names, glob patterns of them, or module types"
         )
     return rules
+
+
+def _output_axis(layer: fx.Node, weight: fx.Node) -> int:
+    """Which dimension of the weight the layer's output channels are."""
+    if role(layer) is Role.PRODUCT:
+        return int(weight.meta["val"].dim()) - 1
+    return 1 if role(layer) is Role.TRANSPOSED_CONVOLUTION else 0
 
 
 def _grouped(plan: Plan) -> DisjointSets[Slot]:

@@ -81,12 +81,17 @@ class Steps(Draft):
         name = self.rank(4)
         if name is None or 0 in self.values[name].shape:
             return None
-        name, grid = self.activation(name)
+        name, grid = self.activation(name, convolved=True)
+        if grid is None or grid.dtype == torch.int8:  # its rule leaves these alone
+            self.defects.add("NO_KERNEL")
         channels = self.values[name].shape[1]
-        weight = self.weight((channels, 3, 2, 2), grid, self.dtype(name), axis=1)
-        self.defects |= {"NO_KERNEL", "NOT_QUANTIZED"}
+        kernel, stride, padding, more = self.pick((2, 2, 0, 0), (3, 2, 1, 1), (4, 2, 1, 0), (3, 1, 1, 0), (5, 3, 1, 2))
+        groups = self.pick(1, 1, *[g for g in (2, 3) if channels % g == 0])
+        weight = self.weight((channels, 3, kernel, kernel), grid, self.dtype(name), axis=1)
+        bias = self.bias(3 * groups, self.dtype(name))
         self.note("transposed convolution", name)
-        return self.emit(f"F.conv_transpose2d({name}, {weight}, None, 2)", name)
+        arguments = f"{name}, {weight}, {bias}, {stride}, {padding}, {more}, {groups}"
+        return self.emit(f"F.conv_transpose2d({arguments})", name)
 
     def product_of_two(self) -> str | None:
         name = self.rank(3)

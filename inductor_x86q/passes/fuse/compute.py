@@ -26,7 +26,7 @@ def obstacle(node: fx.Node) -> Obstacle | None:
     """What keeps this convolution or linear from running in int8, or None; also the report's source."""
     layer = layers.read(node)
     if layer.transposed:
-        return Obstacle(Reason.NO_KERNEL, "transposed convolution")
+        return Obstacle(Reason.NO_KERNEL, "transposed convolution, of other types or another shape than its rule takes")
     if not qdq.is_dequantize(layer.x) and not qdq.is_dequantize(layer.weight):
         return Obstacle(Reason.NOT_QUANTIZED)
     return _weight_obstacle(node, layer) or _activation_obstacle(node, layer) or _library_obstacle(layer)
