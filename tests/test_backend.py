@@ -201,7 +201,7 @@ def test_global_freezing_makes_no_difference(net: fx.GraphModule, image: torch.T
 
 def test_inductor_options_reach_inductor(net: fx.GraphModule, image: torch.Tensor) -> None:
     default = inductor_x86q.cpp_code(net, (image,))
-    python = inductor_x86q.cpp_code(net, (image,), options={"cpp_wrapper": False})
+    python = inductor_x86q.cpp_code(net, (image,), options={"cpp_wrapper": False, "kernels": "onednn"})
     assert "inductor_entry_impl" in default
     assert "inductor_entry_impl" not in python
     assert "torch.ops.onednn.qconv_pointwise" in python
@@ -214,7 +214,7 @@ def test_modes(net: fx.GraphModule, image: torch.Tensor) -> None:
 
 
 def test_unknown_option_is_named(net: fx.GraphModule, image: torch.Tensor) -> None:
-    expected = "unknown option 'freezer': expected `strict` or an Inductor option"
+    expected = "unknown option 'freezer': expected `strict`, `kernels` or an Inductor option"
     with pytest.raises(Exception, match=expected):
         compiled(net, options={"freezer": True})(image)
     with pytest.raises(inductor_x86q.CompileError, match=expected):
