@@ -105,7 +105,7 @@ def quantize(
 
     # Without data, one call in which the weights' observers see the weights.
     calls: Any = [positional(exported, args, named)] if calibration is None else calibration
-    if isinstance(calls, Iterable):
+    if isinstance(calls, Iterable) and not isinstance(calls, Mapping):
         calls = Calls(calls, (*args, *named.values()), transform, max_batches)
 
     def run(prepared: fx.GraphModule) -> None:
