@@ -58,6 +58,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+CALLS = ("--option", "kernels=onednn")
 NET = ["cli_models:net", "--input", "2x3x16x16"]
 HALF = ["cli_models:half", "--input", "4x32"]
 
@@ -72,7 +73,7 @@ def test_explain_writes_text_json_and_html(models: Path, capsys: pytest.CaptureF
 
 
 def test_html_with_code_and_what_has_changed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["explain", *NET, "--json", "before.json", "--code"]) == cli.DONE
+    assert cli.main(["explain", *NET, "--json", "before.json", "--code", *CALLS]) == cli.DONE
     before = Report.from_json((models / "before.json").read_text())
     assert [call.name for call in before.code if call.nodes == (before.fused[0].node,)] == ["qconv"]
     before.missed = [Miss("conv", "conv", Obstacle(Reason.SATURATES), (2, 16), 100)]
@@ -102,7 +103,7 @@ def test_strict_fails_on_a_miss(models: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_code_of_one_layer(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["code", *NET, "--layer", "fc"]) == cli.DONE
+    assert cli.main(["code", *NET, "--layer", "fc", *CALLS]) == cli.DONE
     out = capsys.readouterr().out
     assert out.startswith("// layer: fc\n")
     assert "qlinear" in out
@@ -112,7 +113,7 @@ def test_code_of_one_layer(models: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_stable_code(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["code", *NET, "--stable", "--option", "cpp.simdlen=256"]) == cli.DONE
+    assert cli.main(["code", *NET, "--stable", "--option", "cpp.simdlen=256", *CALLS]) == cli.DONE
     out = capsys.readouterr().out
     assert "aoti_torch_cpu__qconv_pointwise_tensor(" in out
     assert "#include" not in out

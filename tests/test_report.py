@@ -188,7 +188,11 @@ REASONS: dict[Reason, tuple[Any, nn.Module, tuple[tuple[int, ...], ...], str]] =
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reason", Reason, ids=lambda reason: reason.name)
+def test_every_reason_is_shown() -> None:
+    assert {*REASONS, Reason.IN_A_REGION} == {*Reason}  # the last one in test_control_flow.py
+
+
+@pytest.mark.parametrize("reason", REASONS, ids=lambda reason: reason.name)
 def test_each_reason(reason: Reason, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     function, layer, shapes, text = REASONS[reason]

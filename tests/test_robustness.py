@@ -75,7 +75,7 @@ def test_interrupted_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
     before = PatternMatcherPass.apply
 
-    def interrupt(graph: Any, between: Any = None) -> Any:
+    def interrupt(graph: Any, between: Any = None, **_: Any) -> Any:
         assert PatternMatcherPass.apply is not before
         raise KeyboardInterrupt
 

@@ -27,12 +27,12 @@ class Fusion:
     macs: int | None
     source: str = ""  # the line in the model's source, where known
     node: str = ""  # the name of the call in the graph
-    computed_by: str = ""  # the kernel of ours that computes it, where one does
     input_scale: float | None = None  # None: computed at run time
     input_zero_point: int | None = None
     output_scale: float | None = None  # None: the output is float
     output_zero_point: int | None = None
     microseconds: float | None = None  # None: not measured
+    computed_by: str = ""  # the kernel of ours that computes it, where one does
 
 
 @dataclasses.dataclass(frozen=True)
