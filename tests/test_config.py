@@ -208,7 +208,7 @@ def test_a_loader_of_images_and_labels() -> None:
     loader = DataLoader(TensorDataset(X, torch.arange(4)), batch_size=2)
     with pytest.warns(UserWarning, match="takes 1: the rest is left out") as caught:
         graph = quantize(None, calibration=loader)
-    assert len(caught) == 1
+    assert sum("left out" in str(one.message) for one in caught) == 1
     assert scale(graph) == scale(quantize(None, calibration=[X[:2], X[2:]]))
 
 
