@@ -208,14 +208,15 @@ def test_a_loader_of_images_and_labels() -> None:
     loader = DataLoader(TensorDataset(X, torch.arange(4)), batch_size=2)
     with pytest.warns(UserWarning, match="takes 1: the rest is left out") as caught:
         graph = quantize(None, calibration=loader)
-    assert sum("left out" in str(one.message) for one in caught) == 1
+    assert len([one for one in caught if one.category is UserWarning]) == 1
     assert scale(graph) == scale(quantize(None, calibration=[X[:2], X[2:]]))
 
 
 def test_transform_and_max_batches() -> None:
     batches = [{"image": X}, {"image": 5 * X}]
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # torch 2.13's own
         short = quantize("minmax", calibration=batches, transform=lambda batch: batch["image"], max_batches=1)
         long = quantize("minmax", calibration=batches, transform=lambda batch: batch["image"])
     assert 4 < scale(long) / scale(short) < 6
