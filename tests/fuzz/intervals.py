@@ -227,9 +227,26 @@ def _average(target: Any, x: Interval, *args: Any, **kwargs: Any) -> Interval:
 def _weighted_sum(target: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Interval:
     """Convolution and linear."""
     shape = _interval(weight).shape
-    terms = math.prod(shape) // max(shape[1 if target is F.conv_transpose2d else 0], 1)
+    terms = math.prod(shape) // max(shape[0], 1)
     return _bilinear(
         lambda a, b: target(a, b, None, *args, **kwargs), x, weight, _channels(target, bias, weight), terms
+    )
+
+
+def _transposed_convolution(target: Any, x: Any, weight: Any, bias: Any, stride: int, *geometry: Any) -> Interval:
+    """In 16 bits eager mode rounds what each tap of the kernel contributes, and each sum of such contributions."""
+    x, shape = _interval(x), _interval(weight).shape
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return target(a, b, None, stride, *geometry)
+
+    terms = math.prod(shape) // max(shape[1], 1)
+    result = _bilinear(multiply, x, weight, _channels(target, bias, weight), terms)
+    if x.dtype not in ROUNDED:
+        return result
+    taps = math.prod(-(-size // stride) for size in shape[2:])
+    return result.widened(
+        (taps + 1) * torch.finfo(x.dtype).eps / 2 * multiply(x.magnitude, _interval(weight).magnitude)
     )
 
 
@@ -310,7 +327,8 @@ _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({_q.quantize_per_tensor}), _quantize),
     (frozenset({_q.dequantize_per_tensor, _q.dequantize_per_tensor.default}), _dequantize),
     (frozenset({_q.dequantize_per_channel}), _dequantize_channels),
-    (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose2d}), _weighted_sum),
+    (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear}), _weighted_sum),
+    (frozenset({F.conv_transpose2d}), _transposed_convolution),
     (frozenset({torch.mm, torch.bmm, torch.matmul}), _matrix_product),
     (frozenset({torch.addmm, torch.baddbmm}), _matrix_product_and_sum),
     (frozenset({operator.add, torch.add}), _addition),
