@@ -33,6 +33,7 @@ POINTWISE = frozenset({Role.ACTIVATION, Role.ADDITION, Role.POINTWISE})
 _CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION})
 POOLS = frozenset({Role.AVERAGE_POOL, Role.MEAN})
 
+UNQUANTIZED = ("bfloat16", "float")  # what a layer may compute in instead
 # Where to quantize: at a value, for all its users, or on the edge from a value to one user.
 Slot = fx.Node | tuple[fx.Node, fx.Node]
 
@@ -50,7 +51,7 @@ class Plan:
     """
 
     def __init__(self, graph: fx.Graph, mode: Callable[[fx.Node], str], *, folds: bool = False) -> None:
-        """`mode` says how a layer is quantized: "static", "float", or else dynamically."""
+        """`mode` says how a layer is quantized: "static", not at all ("float", "bfloat16"), or else dynamically."""
         self.nodes = list(graph.nodes)
         self._constants = qdq.constants(graph)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
@@ -61,7 +62,7 @@ class Plan:
             if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
                 continue  # training knows no weights whose channels are not their first dimension
             how = mode(node)
-            if how == "float":
+            if how in UNQUANTIZED:
                 self.excluded.append(node)
             else:
                 (self.compute if how == "static" else self.dynamic)[node] = layer
