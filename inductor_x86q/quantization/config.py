@@ -44,16 +44,19 @@ class LayerConfig:
     weight: Any = None
 
 
+def by_selector(given: Any) -> dict[Any, Any]:
+    """What `quantize(config=…)` was given, a choice for the whole model under ""."""
+    return {} if given is None else dict(given) if isinstance(given, Mapping) else {"": given}
+
+
 class Config:
     """The choice of each layer, from what `quantize(config=…)` was given."""
 
     def __init__(self, given: Any, default: LayerConfig) -> None:
         self.default = default
         self.entries: list[tuple[Any, int, LayerConfig]] = []
-        if given is None:
-            return
-        entries = given if isinstance(given, Mapping) else {"": given}
-        self.entries = [(selector, _rank(selector), _parsed(value, selector)) for selector, value in entries.items()]
+        for selector, value in by_selector(given).items():
+            self.entries.append((selector, _rank(selector), _parsed(value, selector)))
         for _, rank, entry in self.entries:
             if rank == _MODEL and default.mode in DYNAMIC and entry.mode not in (None, default.mode):
                 raise QuantizationError(
