@@ -16,7 +16,7 @@ from inductor_x86q.accuracy import costs, drift
 from inductor_x86q.accuracy.metric import Metric, closeness
 from inductor_x86q.errors import BudgetError, QuantizationError
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
-from inductor_x86q.quantization import pt2e
+from inductor_x86q.quantization import corrections, pt2e
 from inductor_x86q.quantization.arguments import positional
 from inductor_x86q.quantization.config import by_selector
 from inductor_x86q.quantization.data import Calls
@@ -90,7 +90,7 @@ class _Search:
         data = self.options.get("calibration") or [self.kwargs or inputs]
         self.metric = Metric(validate or closeness(model, self._calls(data)))
         self.modes = ("bfloat16", "float") if cpu.has_bf16() else ("float",)
-        self.corrected = False
+        self.corrected: tuple[str, ...] = ()
         self.drifts: dict[QuantizedGraph, Drift] = {}
         self.steps: list[tuple[str, float, dict[str, str]]] = []
         self.found: tuple[QuantizedGraph, float, dict[str, str]] | None = None  # within the budget, fewest moved
@@ -114,7 +114,7 @@ class _Search:
             warnings.warn("interrupted: the search for fewer layers out of int8 is not complete", stacklevel=4)
         assert self.found is not None
         graph, metric, moved = self.found
-        corrected = self.corrected and graph is not default
+        corrected = self.corrected if graph is not default else ()
         drifts = (self._drift(default), self._drift(graph)) if graph is not default else (None, None)
         graph.tuning = Tuning(  # type: ignore[assignment]
             self.float_metric, int8_metric, metric, self.max_drop, self._moved(moved), corrected,
@@ -145,7 +145,7 @@ class _Search:
         graph = self._quantize({}, accuracy="best")
         if self._judge(graph, {}, "int8, corrected") <= before:
             return default
-        self.corrected, self.options["accuracy"] = True, "best"
+        self.corrected = self.options["accuracy"] = graph.meta[corrections.MADE]  # which help is not asked again
         return graph
 
     def _try(self, names: Sequence[str], mode: str) -> bool:

@@ -118,21 +118,16 @@ def quantize(
         with torch.no_grad(), finite_values_only(prepared):
             calibrate(prepared, calls, fixed_batch)
 
-    if switches:
+    if not switches:
+        prepared, kept = prepared_for(config), switches
+        run(prepared)
+    else:
         calls = list(calls)
-        return convert(
-            corrections.corrected(
-                prepared_for,
-                run,
-                first_calls(exported, calls, fixed_batch, corrections.ROWS),
-                switches,
-                config,
-                best=accuracy == "best",
-            )
-        )
-    prepared = prepared_for(config)
-    run(prepared)
-    return convert(prepared)
+        some = first_calls(exported, calls, fixed_batch, corrections.ROWS)
+        prepared, kept = corrections.corrected(prepared_for, run, some, switches, config, best=accuracy == "best")
+    quantized = convert(prepared)
+    quantized.meta[corrections.MADE] = kept
+    return quantized
 
 
 _NO_DATA = (

@@ -186,7 +186,7 @@ class Tuning:
     metric: float  # of the graph that was returned, on the same data
     max_drop: float
     moved: tuple[Moved, ...]
-    corrected: bool  # whether accuracy="best" was taken
+    corrected: tuple[str, ...]  # what was taken of accuracy="best"
     evaluations: int
     seconds: float
     interrupted: bool = False
@@ -203,7 +203,10 @@ class Tuning:
     def arguments(self) -> dict[str, Any]:
         """What gives the same graph without a search, beside the other arguments of `quantize`."""
         modes = {x.layer: "float" if x.dtype == "float32" else x.dtype for x in self.moved}
-        return {**({"accuracy": "best"} if self.corrected else {}), **({"config": modes} if modes else {})}
+        return {
+            **({"accuracy": list(self.corrected)} if self.corrected else {}),
+            **({"config": modes} if modes else {}),
+        }
 
     def summary(self) -> list[str]:
         """What is to be said beside the table of layers, a line each."""

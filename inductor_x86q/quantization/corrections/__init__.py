@@ -16,6 +16,7 @@ from inductor_x86q.quantization.corrections.scaling import equalize, smooth
 log = logging.getLogger(__name__)
 
 SWITCHES = ("ranges", "equalize", "smooth", "rounding", "bias")
+MADE = "x86q_corrections"  # in the `meta` of what quantize() returns: the names of those that were made
 ROWS = 64  # of the data, that corrections are made with
 
 
@@ -39,8 +40,9 @@ def corrected(
     config: Any,
     *,
     best: bool,
-) -> fx.GraphModule:
-    """A calibrated graph with the chosen corrections; with `best`, those of them that raise the signal-to-noise ratio.
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A calibrated graph with corrections, and which these are: the chosen ones, or with `best` those of them that raise the
+    signal-to-noise ratio.
 
     Where there are several calls, what helps is judged by some that nothing was corrected with.
     """
@@ -59,7 +61,7 @@ def corrected(
         return prepared
 
     if not best:
-        return attempt(chosen)
+        return attempt(chosen), tuple(chosen)
     kept: list[str] = []
     ratio = _ratio(attempt(kept, fit), judged)
     for name in chosen:
@@ -67,7 +69,7 @@ def corrected(
         if here > ratio:
             log.info("%s helps: %.1f dB, before %.1f dB", name, here, ratio)
             kept, ratio = [*kept, name], here
-    return attempt(kept)
+    return attempt(kept), tuple(kept)
 
 
 def _ratio(prepared: fx.GraphModule, calls: Sequence[tuple[Any, ...]]) -> float:
