@@ -56,14 +56,14 @@ class Plan:
         self._constants = qdq.constants(graph)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        self.excluded: list[fx.Node] = []
+        self.excluded: dict[fx.Node, None] = {}
         for node in self.nodes:
             layer = self._layer_operands(node)
             if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
                 continue  # training knows no weights whose channels are not their first dimension
             how = mode(node)
             if how in UNQUANTIZED:
-                self.excluded.append(node)
+                self.excluded[node] = None
             else:
                 (self.compute if how == "static" else self.dynamic)[node] = layer
         self.norms: dict[fx.Node, fx.Node] = {}
@@ -204,8 +204,8 @@ class Plan:
         if value not in self._slots:
             edges: list[Slot] = [(value, user) for user in value.users if self.passes_on(value, user)]
             whole = len(edges) == len(value.users) or value in self._int8_sources
-            # A dynamic layer rounds what it reads by itself, and once is enough.
-            apart = any(user in self.dynamic for user in value.users)
+            # A dynamic layer rounds what it reads by itself, and once is enough; one that stays float is to read no rounding.
+            apart = any(user in self.dynamic or user in self.excluded for user in value.users)
             self._slots[value] = [value] if whole and not apart else edges
         return self._slots[value]
 

@@ -123,7 +123,7 @@ def quantize(
         run(prepared)
     else:
         calls = list(calls)
-        some = first_calls(exported, calls, fixed_batch, corrections.ROWS)
+        some = first_calls(exported, calls, fixed_batch, corrections.ROWS, corrections.VALUES)
         prepared, kept = corrections.corrected(prepared_for, run, some, switches, config, best=accuracy == "best")
     quantized = convert(prepared)
     quantized.meta[corrections.MADE] = kept

@@ -67,7 +67,7 @@ class X86Quantizer(torchao.Quantizer):
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         plan = Plan(model.graph, self._mode, folds=self.is_qat)
         self.config.check([*plan.compute, *plan.dynamic, *plan.excluded], self.exclude)
-        self.excluded, self.static = plan.excluded, list(plan.compute)
+        self.excluded, self.static = list(plan.excluded), list(plan.compute)
         self._annotate_static(plan)
         self._annotate_dynamic(plan)
         for node in plan.excluded:

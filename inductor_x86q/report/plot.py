@@ -10,7 +10,9 @@ from inductor_x86q.report.model import Tuning
 
 def obstacle() -> str:
     """What stands in the way of drawing; nothing where matplotlib is installed."""
-    return "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed: pip install inductor-x86q[plot]"
+    return (
+        "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed: pip install inductor-x86q[plot]"
+    )
 
 
 def draw(tuning: Tuning, path: Path, title: str) -> None:

@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 SWITCHES = ("ranges", "equalize", "smooth", "rounding", "bias")
 MADE = "x86q_corrections"  # in the `meta` of what quantize() returns: the names of those that were made
-ROWS = 64  # of the data, that corrections are made with
+# In which "best" tries them: with ranges that clip, a mean error is that of the few values that are clipped, and taking it out
+# of all the others does harm.
+_TRIED = ("equalize", "smooth", "rounding", "bias", "ranges")
+# Of the data, that corrections are made with: so many rows, and no fewer than make up so many values.
+ROWS, VALUES = 64, 2**14
 
 
 def switches(accuracy: Any) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ def corrected(
         return attempt(chosen), tuple(chosen)
     kept: list[str] = []
     ratio = _ratio(attempt(kept, fit), judged)
-    for name in chosen:
+    for name in _TRIED:
         here = _ratio(attempt([*kept, name], fit), judged)
         if here > ratio:
             log.info("%s helps: %.1f dB, before %.1f dB", name, here, ratio)
