@@ -14,7 +14,7 @@ from inductor_x86q.version import __version__
 if TYPE_CHECKING:
     from inductor_x86q.accuracy.budget import quantize
     from inductor_x86q.aot import load, package
-    from inductor_x86q.errors import CompileError, QuantizationError, StrictError
+    from inductor_x86q.errors import BudgetError, CompileError, QuantizationError, StrictError
     from inductor_x86q.inspection import cpp_code, explain, why
     from inductor_x86q.passes import No, Rule, register_pass
     from inductor_x86q.quantization.config import LayerConfig
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Imported when first used: torch.compile loads the backend alone, without torchao.
 _HOME = {
+    "BudgetError": "errors",
     "CompileError": "errors",
     "QuantizationError": "errors",
     "LayerConfig": "quantization.config",
@@ -45,7 +46,7 @@ _HOME = {
 }
 
 __all__ = [
-    "CompileError", "LayerConfig", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer",
+    "BudgetError", "CompileError", "LayerConfig", "No", "QuantizationError", "Report", "Rule", "StrictError", "X86Quantizer",
     "__version__", "convert", "cpp_code", "explain", "from_x86_inductor", "load", "package", "prepare_qat", "quantize", "register_pass", "why",
 ]  # fmt: skip
 

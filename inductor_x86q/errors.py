@@ -7,6 +7,10 @@ class QuantizationError(RuntimeError):
     """The model or the data cannot be quantized as asked."""
 
 
+class BudgetError(QuantizationError):
+    """No choice of layers keeps the accuracy within the budget that was named."""
+
+
 class CompileError(RuntimeError):
     """The quantized graph cannot be compiled as asked."""
 

@@ -63,6 +63,7 @@ def explain(
     if drift is not False:
         original: Any = None if drift is True else drift
         report.drift = drift_module.measure(model, args, named, original)
+    report.tuning = getattr(model, "tuning", None)
     return report
 
 

@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "backend, aot": ("backend", "aot"),
     "accuracy": ("accuracy",),
     "inspection, testing": ("inspection", "testing", "pytest_plugin"),
+    "budgets": ("accuracy.budget", "accuracy.costs", "accuracy.metric"),
     "inductor_x86q": ("",),
     "tools": ("tools",),
     "cli": ("cli", "__main__"),

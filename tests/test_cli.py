@@ -192,7 +192,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert "full speed" in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "explain", "code", "why"])
+@pytest.mark.parametrize("command", ["doctor", "explain", "code", "why", "tune"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

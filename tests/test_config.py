@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import inductor_x86q
-from inductor_x86q import LayerConfig, QuantizationError, testing
+from inductor_x86q import LayerConfig, QuantizationError, inspection, testing
 from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import torchao
@@ -150,6 +150,18 @@ def test_weights_per_tensor() -> None:
     assert testing.snr(graph(X), net()(X)) > 20
 
 
+def test_a_layer_in_bfloat16() -> None:
+    graph = quantize({"second": "bfloat16", "up": "bfloat16"})
+    types = {name: tensor.dtype for name, tensor in graph.state_dict().items() if name.endswith(("16", "int8"))}
+    narrow = {f"{name}_bfloat16": torch.bfloat16 for name in ("second.weight", "second.bias", "up.weight", "up.bias")}
+    assert types == narrow | {f"{name}.weight_int8": torch.int8 for name in ("first", "down", "head")}
+    only_float = quantize({"second": "float", "up": "float"})
+    assert 20 < testing.snr(graph(X), only_float(X)) < 80
+    outputs, report = inspection.run_fused(graph, (X,))
+    assert testing.snr(outputs, graph(X)) > 60
+    assert [miss.layer for miss in report.kept_float] == ["second", "up"] and not report.missed
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +172,7 @@ def test_what_no_kernel_takes_is_refused_where_it_is_given() -> None:
     affine = torchao.QuantizationSpec(torch.int8, torchao.MinMaxObserver, -128, 127, torch.per_tensor_affine)
     assert "weights are symmetric" in refusal({"up": LayerConfig(weight=affine)})
     text = refusal({"second": "per_token"})
-    assert "'second'" in text and "conv2d" in text and "'static' and 'float' are possible" in text
+    assert "'second'" in text and "conv2d" in text and "'static', 'bfloat16' and 'float' are possible" in text
     assert "'histogram', 'mse', 'percentile:99.99'" in refusal("entropy")
     assert "between 50 and 100" in refusal("percentile:101")
 
@@ -170,6 +182,7 @@ def test_contradictions() -> None:
     assert "contradict" in refusal({"up": LayerConfig(mode="per_token", activation="mse")})
     assert "a float layer has not" in refusal({"up": LayerConfig(mode="float", weight="per_tensor")})
     assert "excluded" in refusal({"up": "per_token"}, exclude=["up"])
+    assert "excluded" in refusal({"up": "bfloat16"}, exclude=["up"])
     assert "both of the whole model" in refusal("mse", dynamic=True)
 
 
@@ -177,6 +190,8 @@ def test_names_that_match_nothing() -> None:
     text = refusal({"secnd": "mse"})
     assert "'secnd' matches no convolution or linear" in text and "'second'" in text
     assert "matches no" in refusal({"blocks.*": "float"})
+    assert "exclude: 'dwon' matches no convolution or linear" in refusal(None, exclude=["dwon", nn.Conv3d])
+    assert "some that it has: 'first'" in refusal(None, exclude="layer1.*")
     assert "is no convolution or linear" in refusal({aten.relu.default: "float"})
     assert "selects nothing" in refusal({3: "float"})
     quantize({nn.Conv1d: "float"})  # said of many models

@@ -60,6 +60,31 @@ def test_equalizing_brings_a_depthwise_layer_back() -> None:
     assert equalized > default + 8, (default, equalized)
 
 
+def clipped() -> nn.Module:
+    """Depthwise blocks as MobileNets have them: relu6, padding on its own, and channels that stay far below 6."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.ReLU6(), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(16, 16, 3, groups=16), nn.Hardtanh(0, 6),
+        nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    factors = torch.logspace(-2.5, 0.5, 16)
+    with torch.no_grad():
+        net[0].weight *= factors[:, None, None, None]  # type: ignore[operator]
+        net[0].bias *= factors  # type: ignore[operator]
+        net[3].weight /= factors[:, None, None, None]  # type: ignore[operator]
+    return net.eval()
+
+
+def test_equalizing_below_a_relu6() -> None:
+    """Channels that stay below 6 grow towards it; none is clipped that was not."""
+    data = [3 * x for x in batches(4, 3, 10, 10)]
+    with torch.no_grad():
+        reached = nn.Sequential(*list(clipped())[:2])(data[0]).amax((0, 2, 3))
+    assert reached.max() == 6 and reached.min() < 0.1
+    default, equalized = ratio(clipped(), data), ratio(clipped(), data, accuracy="equalize")
+    assert equalized > default + 8, (default, equalized)
+
+
 @pytest.mark.parametrize("dynamic", [False, "per_tensor"])
 def test_smoothing_outliers_behind_a_norm(dynamic: Any) -> None:
     model, data = Block().eval(), batches(16, 32)
@@ -79,12 +104,25 @@ def net() -> nn.Module:
 @pytest.mark.parametrize("names", ["rounding", "bias", ("rounding", "bias")])
 def test_layerwise_corrections(names: Any) -> None:
     data = [x + 1 for x in batches(8, 3, 10, 10)]
+    default, corrected = coarsely(net(), data), coarsely(net(), data, accuracy=names)
+    assert corrected > default + 1.5, (default, corrected)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.Conv1d, (8, 4, 30)), (nn.Conv3d, (4, 4, 6, 7, 8))])
+def test_rounding_of_convolutions_of_any_dimensions(kind: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(kind(4, 8, 3, padding=1, stride=2), nn.ReLU(), kind(8, 8, 2, groups=2, dilation=2)).eval()
+    data = [x + 1 for x in batches(*shape)]
+    default, corrected = coarsely(model, data), coarsely(model, data, accuracy="rounding")
+    assert corrected > default + 0.7, (default, corrected)
+
+
+def coarsely(model: nn.Module, data: list[torch.Tensor], **keywords: Any) -> float:
+    """With weights of four bits, so that what rounding them costs stands out."""
     four_bits = torchao.QuantizationSpec(
         torch.int8, torchao.PerChannelMinMaxObserver, -8, 7, torch.per_channel_symmetric, ch_axis=0
     )
-    coarse = {"": LayerConfig(weight=four_bits)}
-    default, corrected = ratio(net(), data, config=coarse), ratio(net(), data, config=coarse, accuracy=names)
-    assert corrected > default + 1.5, (default, corrected)
+    return ratio(model, data, config={"": LayerConfig(weight=four_bits)}, **keywords)
 
 
 def test_rounding_stays_on_the_weights_grid() -> None:

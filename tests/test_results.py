@@ -35,6 +35,8 @@ def test_a_file_is_what_the_commands_write(path: Path) -> None:
     assert {"name", "vnni", "bf16", "amx", "torch"} <= body["machine"].keys()
     if "rows" in body:
         assert [coverage.Row(**row).network for row in body["rows"]]
+    elif "budgets" in body:
+        assert all(row["metric"] >= 1 - row["max_drop"] for row in body["budgets"]) and results.budgets(body)
     else:
         assert bench.Settings(**body["settings"]).threads and bench.from_json(body)
 

@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
-from inductor_x86q import progress
-from inductor_x86q.accuracy import drift
-from inductor_x86q.errors import QuantizationError
-from inductor_x86q.graph.origin import layer as layer_of
+from inductor_x86q import cpu, progress
+from inductor_x86q.accuracy import costs, drift
+from inductor_x86q.accuracy.metric import Metric, closeness
+from inductor_x86q.errors import BudgetError, QuantizationError
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
-from inductor_x86q.quantization import pt2e
-from inductor_x86q.quantization.arguments import positional, split
-from inductor_x86q.quantization.config import module_stack
+from inductor_x86q.quantization import corrections, pt2e
+from inductor_x86q.quantization.arguments import positional
+from inductor_x86q.quantization.config import by_selector
 from inductor_x86q.quantization.data import Calls
+from inductor_x86q.report.model import Drift, Moved, Step, Tuning
 
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-    """A layer that went to float32, and why: its share of int8's noise, and of the network's multiply-accumulates."""
-
-    layer: str
-    share_of_noise: float
-    share_of_macs: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """What the search for a budget found; the graph that `quantize` returned has it as `tuning`."""
-
-    float_metric: float
-    int8_metric: float  # with every layer in int8 and no correction but those that were asked for
-    metric: float  # of the graph that was returned, on the same data
-    max_drop: float
-    moved: tuple[Moved, ...]
-    corrected: bool  # whether accuracy="best" was taken
-    evaluations: int
-
-    @property
-    def share_of_macs(self) -> float:
-        """Of the multiply-accumulates, what moved out of int8."""
-        return sum(layer.share_of_macs for layer in self.moved)
-
-    def __str__(self) -> str:
-        lines = [
-            f"float32 {self.float_metric:.4g}, int8 {self.int8_metric:.4g}, now {self.metric:.4g}; a drop of "
-            f"{self.max_drop:.4g} is allowed ({self.evaluations} evaluations)"
-        ]
-        if self.corrected:
-            lines.append("corrected by accuracy='best'")
-        lines += [
-            f"{x.layer}: float32, {x.share_of_noise:.0%} of the noise, {x.share_of_macs:.1%} of the MACs"
-            for x in self.moved
-        ]
-        return "\n".join(lines if self.moved else [*lines, "every layer is in int8"])
+_TYPES = {"bfloat16": "bfloat16", "float": "float32"}  # by the mode that a configuration names
 
 
 def quantize(
@@ -74,8 +36,10 @@ def quantize(
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer, within a budget where there is one.
 
     With a budget, first every layer is quantized; if that loses too much, `accuracy="best"` is tried (where `accuracy`
-    is not given), then layers stay in float32, those first that do most harm for their multiply-accumulates. The
-    result's `tuning` says which, why, and what the metric is. Interrupted (Ctrl-C), it returns what it has found.
+    is not given), then layers move to bfloat16 where this CPU has it, and to float32 where that is not enough: those
+    first that do most harm for the time that moving them costs, for which two graphs are compiled and timed. The
+    result's `tuning` says which moved, why, what each costs, and what the metric is. Interrupted (Ctrl-C), it returns
+    the best of what it has found within the budget.
 
     Args:
         validate: the metric of a module, higher is better. None: 1 less the noise's share of the outputs' energy, on the
@@ -84,7 +48,8 @@ def quantize(
         **options: all that `inductor_x86q.quantization.pt2e.quantize` takes.
 
     Raises:
-        QuantizationError: as without a budget; or the metric fails or is no number; or no choice of layers is within it.
+        QuantizationError: as without a budget; or the metric fails or is no number.
+        BudgetError: no choice of layers is within the budget.
     """
     if max_drop is None:
         if validate is not None:
@@ -115,187 +80,184 @@ class _Search:
         self, model: torch.nn.Module, inputs: tuple[Any, ...], validate: Any, max_drop: float, options: dict[str, Any]
     ) -> None:
         self.model, self.inputs, self.max_drop = model, inputs, max_drop
+        self.kwargs = options.get("kwargs")
         self.options = dict(options)
         calibration = options.get("calibration")
         if isinstance(calibration, Iterable) and not isinstance(calibration, (list, tuple)):
-            calls = Calls(
-                calibration, self._example(), self.options.pop("transform", None), self.options.pop("max_batches", None)
-            )
-            self.options["calibration"] = list(calls)  # read at every attempt
-        exclude = options.get("exclude", ())
-        self.excluded = (exclude,) if isinstance(exclude, (str, type)) else tuple(exclude)
-        self.validate = validate or self._closeness()
-        self.evaluations = 0
-        self.found: tuple[QuantizedGraph, float, tuple[str, ...]] | None = (
-            None  # within the budget, fewest layers moved
-        )
+            # Read at every attempt.
+            self.options["calibration"] = list(self._calls(calibration))
+            self.options.pop("transform", None), self.options.pop("max_batches", None)
+        data = self.options.get("calibration") or [self.kwargs or inputs]
+        self.metric = Metric(validate or closeness(model, self._calls(data)))
+        self.modes = ("bfloat16", "float") if cpu.has_bf16() else ("float",)
+        self.corrected: tuple[str, ...] = ()
+        self.drifts: dict[QuantizedGraph, Drift] = {}
+        self.steps: list[tuple[str, float, dict[str, str]]] = []
+        self.found: tuple[QuantizedGraph, float, dict[str, str]] | None = None  # within the budget, fewest moved
+        self.rows: list[tuple[str, float, float]] = []  # layer, share of noise and of multiply-accumulates
+        self.times: dict[str, dict[str, float]] = {}  # by mode, int8 too, the microseconds of each layer
+        self.total = 0.0  # the microseconds of all of int8
 
     def run(self) -> QuantizedGraph:
-        default = self._quantize(())  # complains of bad options before anything takes long
-        self.float_metric = self._metric(self.model, "the float model")
-        int8_metric = self._metric(default, "the int8 model")
-        corrected, rows = False, []
-        if self._within(int8_metric):
-            self.found = default, int8_metric, ()
-        else:
-            try:
-                corrected = self._correct(int8_metric)
-                rows = self._ranked(default) if self.found is None else []
-                if rows:
-                    self._bisect([name for name, *_ in rows])
-            except KeyboardInterrupt:
-                if self.found is None:
-                    raise
-                warnings.warn("interrupted: the search for fewer layers in float32 is not complete", stacklevel=4)
+        started, interrupted = time.perf_counter(), False
+        default = self._quantize({})  # complains of bad options before anything takes long
+        self.float_metric = self.metric(self.model, "the float model")
+        int8_metric = self._judge(default, {}, "int8")
+        try:
+            best = default if self.found else self._corrected(default, int8_metric)
+            if self.found is None:
+                self._move_layers(best)
+        except KeyboardInterrupt:
+            if self.found is None:
+                raise
+            interrupted = True
+            warnings.warn("interrupted: the search for fewer layers out of int8 is not complete", stacklevel=4)
         assert self.found is not None
-        graph, metric, names = self.found
-        moved = tuple(Moved(name, noise, macs) for name, noise, macs in rows if name in names)
+        graph, metric, moved = self.found
+        corrected = self.corrected if graph is not default else ()
+        drifts = (self._drift(default), self._drift(graph)) if graph is not default else (None, None)
         graph.tuning = Tuning(  # type: ignore[assignment]
-            self.float_metric, int8_metric, metric, self.max_drop, moved, corrected, self.evaluations
-        )
+            self.float_metric, int8_metric, metric, self.max_drop, self._moved(moved), corrected,
+            self.metric.evaluations, time.perf_counter() - started, interrupted, self._steps(), *drifts,
+        )  # fmt: skip
         return graph
 
-    def _correct(self, before: float) -> bool:
-        """Takes accuracy="best" where it raises the metric."""
+    # --- graphs and what they are worth ---
+
+    def _quantize(self, moved: Mapping[str, str], **changes: Any) -> QuantizedGraph:
+        options = {**self.options, **changes}
+        if moved:
+            options["config"] = {**by_selector(options.get("config")), **moved}
+        return pt2e.quantize(self.model, self.inputs, **options)
+
+    def _judge(self, graph: QuantizedGraph, moved: dict[str, str], what: str) -> float:
+        """The metric of a graph, which is what was found if that is within the budget."""
+        metric = self.metric(graph, what)
+        self.steps.append((what, metric, moved))
+        if metric >= self.float_metric - self.max_drop:
+            self.found = graph, metric, moved
+        return metric
+
+    def _corrected(self, default: QuantizedGraph, before: float) -> QuantizedGraph:
+        """Takes accuracy="best" from here on where it raises the metric."""
         if self.options.get("accuracy") is not None or self.options.get("calibration") is None:
-            return False
-        self.options["accuracy"] = "best"
-        graph = self._quantize(())
-        metric = self._metric(graph, "the corrected int8 model")
-        if self._within(metric):
-            self.found = graph, metric, ()
-        if metric <= before:
-            del self.options["accuracy"]
-        return metric > before
+            return default
+        graph = self._quantize({}, accuracy="best")
+        if self._judge(graph, {}, "int8, corrected") <= before:
+            return default
+        self.corrected = self.options["accuracy"] = graph.meta[corrections.MADE]  # which help is not asked again
+        return graph
 
-    def _ranked(self, default: QuantizedGraph) -> list[tuple[str, float, float]]:
-        """Name, share of noise and share of multiply-accumulates of each layer, most harm for its cost first."""
-        measured = drift.measure(default, self.inputs, self.options.get("kwargs"), self.model)
-        macs = _macs(default, positional(default, self.inputs, self.options.get("kwargs") or {}))
-        total = sum(macs.values()) or 1
-        noises: dict[str, float] = {}
-        for row in measured.layers:
-            if row.layer in macs:
-                noises[row.layer] = noises.get(row.layer, 0.0) + row.share
-        rows = [(name, noise, macs[name] / total) for name, noise in noises.items()]
-        return sorted(rows, key=lambda row: -row[1] / max(row[2], 1e-3))  # no kernel is free, however few its MACs
+    def _try(self, names: Sequence[str], mode: str) -> bool:
+        moved = dict.fromkeys(names, mode)
+        try:
+            graph = self._quantize(moved)
+        except QuantizationError as error:
+            if "nothing to quantize" in str(error):
+                return False
+            raise
+        metric = self._judge(graph, moved, f"{len(names)} in {_TYPES[mode]}")
+        return metric >= self.float_metric - self.max_drop
 
-    def _bisect(self, names: Sequence[str]) -> None:
+    # --- the search ---
+
+    def _move_layers(self, graph: QuantizedGraph) -> None:
+        self._rank(graph)
+        names = [name for name, *_ in self.rows]
+        for mode in self.modes:
+            self._time(mode)
+            if (count := self._bisect(names, mode)) is not None:
+                self._prune(names[:count], mode)
+                return
+        nearest = max(metric for _, metric, _ in self.steps)
+        raise BudgetError(
+            f"no choice of layers is within max_drop={self.max_drop:g}: the float model has {self.float_metric:.6g}, the "
+            f"best that was tried, with up to {len(names)} layers moved to float32, {nearest:.6g}: allow more, or keep "
+            "the float model"
+        )
+
+    def _rank(self, graph: QuantizedGraph) -> None:
+        """The layers that can be moved, those first that do most harm for what moving them costs."""
+        counts = costs.macs(graph, positional(graph, self.inputs, self.kwargs or {}))
+        total, noises = sum(counts.values()) or 1, dict.fromkeys(counts, 0.0)
+        for row in self._drift(graph).layers:
+            if row.layer in noises:
+                noises[row.layer] += row.share
+        self.rows = [(name, noise, counts[name] / total) for name, noise in noises.items()]
+        self.rows.sort(key=lambda row: -row[1])
+        self.times["int8"], self.total = costs.microseconds(graph, self.inputs, self.kwargs)
+        self._time(self.modes[0])
+        # No kernel is free, however short it is.
+        least = 1e-3 * self.total if self.total else 1e-3
+        self.rows.sort(key=lambda row: -row[1] / max(self._cost(row, self.modes[0]), least))
+
+    def _time(self, mode: str) -> None:
+        """Times layers in bfloat16 or float32: all at once, but for the one that does least harm, for the rest is no int8."""
+        if mode in self.times or not self.total or len(self.rows) < 2:
+            return
+        example = self.options.get("calibration") and [self.kwargs or self.inputs]
+        ends: dict[str, Any] = {"accuracy": None, "calibration": example, "transform": None, "max_batches": None}
+        moved = dict.fromkeys((name for name, *_ in self.rows[:-1]), mode)
+        self.times[mode], _ = costs.microseconds(self._quantize(moved, **ends), self.inputs, self.kwargs)
+
+    def _cost(self, row: tuple[str, float, float], mode: str) -> float:
+        """The microseconds that moving the layer costs; where nothing is timed, its share of the multiply-accumulates."""
+        if not self.total:
+            return row[2]
+        before, after = (self.times.get(kind, {}).get(row[0]) for kind in ("int8", mode))
+        if before is None or after is None:
+            return row[2] * self.total
+        return after - before
+
+    def _bisect(self, names: Sequence[str], mode: str) -> int | None:
         """The shortest start of the list that is within the budget: double it until it is, then halve the gap."""
         bad, good, length = 0, None, 1
-        with progress.task("trying layers in float32", math.ceil(2 * math.log2(len(names) + 1))) as advance:
+        what = f"trying layers in {_TYPES[mode]}"
+        with progress.task(what, math.ceil(2 * math.log2(len(names) + 1))) as advance:
             while good is None or good - bad > 1:
-                if self._try(names[:length]):
+                if self._try(names[:length], mode):
                     good = length
                 else:
                     bad = length
                 advance()
                 if good is None and bad == len(names):
-                    raise self._unreachable(names)
+                    return None
                 length = min(2 * length, len(names)) if good is None else (bad + good) // 2
-        self._prune(names[:good])
+        return good
 
-    def _prune(self, names: Sequence[str]) -> None:
+    def _prune(self, names: Sequence[str], mode: str) -> None:
         """Takes back what came before the layer that mattered by being cheap, and does little."""
         for name in list(names[:-1])[::-1][: max(1, len(names) // 4)]:
             assert self.found is not None
-            kept = tuple(other for other in self.found[2] if other != name)
+            kept = [other for other in self.found[2] if other != name]
             if kept:
-                self._try(kept)
+                self._try(kept, mode)
 
-    def _try(self, names: Sequence[str]) -> bool:
-        try:
-            graph = self._quantize(names)
-        except QuantizationError as error:
-            if "nothing to quantize" in str(error):
-                return False
-            raise
-        metric = self._metric(graph, f"the model with {len(names)} layers in float32")
-        self.nearest = metric
-        if self._within(metric):
-            self.found = graph, metric, tuple(names)
-        return self._within(metric)
+    # --- the result ---
 
-    def _quantize(self, names: Sequence[str]) -> QuantizedGraph:
-        return pt2e.quantize(self.model, self.inputs, **{**self.options, "exclude": (*self.excluded, *names)})
+    def _drift(self, graph: QuantizedGraph) -> Drift:
+        if graph not in self.drifts:
+            self.drifts[graph] = drift.measure(graph, self.inputs, self.kwargs, self.model)
+        return self.drifts[graph]
 
-    def _within(self, metric: float) -> bool:
-        return metric >= self.float_metric - self.max_drop
-
-    def _unreachable(self, names: Sequence[str]) -> QuantizationError:
-        return QuantizationError(
-            f"no choice of layers is within max_drop={self.max_drop:g}: the float model has {self.float_metric:.6g}, and "
-            f"with {len(names)} layers moved to float32 the last try gave {self.nearest:.6g}: allow more, or keep the "
-            "float model"
-        )
-
-    # --- the metric ---
-
-    def _metric(self, module: torch.nn.Module, which: str) -> float:
-        self.evaluations += 1
-        try:
-            with torch.no_grad():
-                value = self.validate(module)
-        except Exception as error:  # the user's own function raises what it likes
-            raise QuantizationError(f"validate failed for {which}: {type(error).__name__}: {error}") from error
-        if isinstance(value, torch.Tensor) and value.numel() != 1:
-            raise QuantizationError(
-                f"validate gave a tensor of shape {tuple(value.shape)} for {which}: expected one number"
+    def _moved(self, moved: Mapping[str, str]) -> tuple[Moved, ...]:
+        def of(row: tuple[str, float, float]) -> Moved:
+            name, mode = row[0], moved[row[0]]
+            return Moved(
+                name, _TYPES[mode], *row[1:], self.times.get("int8", {}).get(name), self.times.get(mode, {}).get(name)
             )
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise QuantizationError(f"validate gave a {type(value).__name__} for {which}: expected a number") from None
-        if not math.isfinite(number):
-            raise QuantizationError(f"validate gave {number} for {which}: expected a finite number")
-        return number
 
-    def _example(self) -> tuple[Any, ...]:
-        """All arguments of the example, those by name behind the others."""
-        return (*self.inputs, *(self.options.get("kwargs") or {}).values())
+        return tuple(of(row) for row in self.rows if row[0] in moved)
 
-    def _closeness(self) -> Callable[[torch.nn.Module], float]:
-        calls = self.options.get("calibration") or [self.options.get("kwargs") or self.inputs]
-        calls = Calls(calls, self._example(), self.options.get("transform"), self.options.get("max_batches"))
-        inputs = [split(call) for call in calls]
-        with torch.no_grad():
-            expected = [_floats(self.model(*args, **named)) for args, named in inputs]
-        energy = sum(float(x.double().square().sum()) for values in expected for x in values) or 1.0
+    def _steps(self) -> tuple[Step, ...]:
+        steps = []
+        for what, metric, moved in self.steps:
+            rows = [row for row in self.rows if row[0] in moved]
+            more = sum(self._cost(row, moved[row[0]]) for row in rows)
+            taken = (self.total + more) / 1000 if self.total else None
+            steps.append(Step(what, metric, sum(row[2] for row in rows), taken))
+        return tuple(steps)
 
-        def closeness(module: torch.nn.Module) -> float:
-            noise = 0.0
-            for (args, named), values in zip(inputs, expected, strict=True):
-                for x, y in zip(_floats(module(*args, **named)), values, strict=True):
-                    noise += float((x.double() - y.double()).square().sum())
-            return 1 - noise / energy
-
-        return closeness
-
-
-def _floats(value: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return [x for x in leaves if isinstance(x, torch.Tensor) and x.is_floating_point()]
-
-
-class _Counting(fx.Interpreter):
-    """Counts the multiply-accumulates of layers that `exclude` can name."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.macs: dict[str, int] = {}
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        name = layer_of(node)
-        if drift.is_layer(node) and any(path == name for path, _ in module_stack(node)):
-            weight = self.env[node.args[1]]  # type: ignore[index]
-            per_output = weight[0].numel() if weight.dim() > 2 else weight.shape[-1]
-            self.macs[name] = self.macs.get(name, 0) + value.numel() * per_output
-        return value
-
-
-def _macs(quantized: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[str, int]:
-    counting = _Counting(quantized)
-    with torch.no_grad():
-        counting.run(*inputs)
-    return counting.macs
+    def _calls(self, calibration: Any) -> Calls:
+        example = (*self.inputs, *(self.kwargs or {}).values())  # those by name behind the others
+        return Calls(calibration, example, self.options.get("transform"), self.options.get("max_batches"))

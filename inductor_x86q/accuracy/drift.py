@@ -25,6 +25,7 @@ from inductor_x86q.quantization.pt2e import prepare
 from inductor_x86q.quantization.quantizer import X86Quantizer
 from inductor_x86q.report.model import Drift, LayerDrift
 
+_SCALED = 2.0  # steps that a weight is off, as a root of the mean square, by which it is no rounding of the float one
 # Layers are worth excluding when the noise of the output falls to half.
 WORTH = 10 * math.log10(2)
 
@@ -149,7 +150,7 @@ def _weight_name(node: fx.Node) -> str | None:
 def _float_weights(
     quantized: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], float_model: torch.nn.Module
 ) -> dict[str, torch.Tensor]:
-    """The weights before they were rounded, batch-norms folded in, by name.
+    """The weights before they were rounded, batch-norms folded in, by name; none where a correction has scaled some.
 
     Raises CompileError where the model is not the one that `quantized` was made from.
     """
@@ -171,7 +172,22 @@ def _float_weights(
             in_model = name.replace(SEPARATOR, ".")
             raise CompileError(f"drift: the float model has no weight {in_model!r} of the quantized one's shape")
         found[name] = weight.detach()
+        if _is_scaled(node, found[name]):
+            return {}
     return found
+
+
+def _is_scaled(dequantize: fx.Node, weight: torch.Tensor) -> bool:
+    """Whether a correction has multiplied the weight's channels, so that it goes with other activations than the model's."""
+    parameters = qdq.qparams(dequantize)
+    values = [x if isinstance(x, (int, float)) else qdq.constant(x) for x in (parameters.scale, parameters.zero_point)]
+    scale, zero_point = (torch.as_tensor(x, dtype=torch.float64) for x in values)
+    if parameters.axis is not None:
+        shape = [1] * weight.dim()
+        shape[parameters.axis] = -1
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    steps = qdq.constant(dequantize.args[0]).double() - zero_point - weight.double() / scale  # type: ignore[union-attr]
+    return bool(steps.square().mean().sqrt() > _SCALED)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -63,21 +63,44 @@ def add_parser(commands: Any, name: str, run: Callable[[Any], int], help: str) -
 
 def load_quantized(parsed: Any) -> tuple[Any, tuple[Any, ...], Any]:
     """The quantized model, inputs for it, and the float model that was quantized here; None where it was before."""
-    import torch
+    model, inputs = _load_with_inputs(parsed)
+    if _is_quantized(model):
+        return model, inputs, None
+    print(f"{parsed.model} is a float model: quantized here with random calibration data", file=sys.stderr)
+    return _quantized(parsed, model, inputs, calibration=[inputs]), inputs, model
 
-    from inductor_x86q.errors import QuantizationError
-    from inductor_x86q.quantization.pt2e import quantize
+
+def load_tuned(parsed: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The model in int8 within a budget of accuracy, and inputs for it; raises BudgetError where there is no such one."""
+    model, inputs = _load_with_inputs(parsed)
+    if _is_quantized(model):
+        raise Unusable(f"{parsed.model} is quantized already: a budget is for the float model")
+    if parsed.data is None:
+        print("no --data: calibrated with random data, which says little of accuracy", file=sys.stderr)
+    calibration = [inputs] if parsed.data is None else _called(_named(parsed.data, "--data"))
+    validate = None if parsed.validate is None else _named(parsed.validate, "--validate")
+    options = {"calibration": calibration, "validate": validate, "max_drop": parsed.max_drop}
+    return _quantized(parsed, model, inputs, **options), inputs
+
+
+def _load_with_inputs(parsed: Any) -> tuple[Any, tuple[Any, ...]]:
+    import torch
 
     torch.manual_seed(0)
     with step("loading the model"):
         model, own_inputs = _load(parsed.model, parsed.trust)
-    inputs = tuple(map(_input, parsed.input)) or own_inputs or (_input("1x3x224x224"),)
-    if _is_quantized(model):
-        return model, inputs, None
-    print(f"{parsed.model} is a float model: quantized here with random calibration data", file=sys.stderr)
+    return model, tuple(map(_input, parsed.input)) or own_inputs or (_input("1x3x224x224"),)
+
+
+def _quantized(parsed: Any, model: Any, inputs: tuple[Any, ...], **options: Any) -> Any:
+    from inductor_x86q.accuracy.budget import quantize
+    from inductor_x86q.errors import BudgetError, QuantizationError
+
     with step("quantizing"):
         try:
-            return quantize(model, inputs, calibration=[inputs]), inputs, model
+            return quantize(model, inputs, **options)
+        except BudgetError:
+            raise
         except QuantizationError as error:
             raise Unusable(str(error)) from error
         except Exception as error:  # whatever export or the model itself raises
@@ -98,7 +121,7 @@ def _load(model: str, trust: bool) -> tuple[Any, tuple[Any, ...] | None]:
             f"MODEL is {model!r}: expected torchvision:NAME, package.module:factory or a file that ends in .pt2"
         )
     package, _, name = model.partition(":")
-    found = _torchvision(name) if package == "torchvision" else _factory(package, name)
+    found = _torchvision(name) if package == "torchvision" else _called(_imported(package, name))
     if not isinstance(found, torch.nn.Module):
         raise Unusable(f"{model} gave a {type(found).__name__}: expected a torch.nn.Module")
     return (found if isinstance(found, torch.fx.GraphModule) else found.eval()), None
@@ -139,16 +162,27 @@ def _torchvision(name: str) -> Any:
         raise Unusable(f"torchvision has no model {name!r}; torchvision.models.list_models() lists them") from error
 
 
-def _factory(package: str, name: str) -> Any:
+def _named(text: str, option: str) -> Any:
+    package, colon, name = text.partition(":")
+    if not colon:
+        raise Unusable(f"{option} is {text!r}: expected package.module:name")
+    return _imported(package, name)
+
+
+def _imported(package: str, name: str) -> Any:
     sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(package), name)
+        return getattr(importlib.import_module(package), name)
     except ImportError as error:
         raise Unusable(f"module {package!r} cannot be imported: {error}") from error
     except AttributeError as error:
         raise Unusable(f"module {package!r} has no {name!r}") from error
     finally:
         sys.path.remove(os.getcwd())
+
+
+def _called(found: Any) -> Any:
+    """What a factory returns; anything else is that itself."""
     return found() if callable(found) and not _is_module(found) else found
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from inductor_x86q import progress
 
 DONE, FAILED, UNUSABLE = 0, 1, 2
-EXITS = "exit codes: 0 done, 1 something was missed under --strict, 2 the model or its inputs cannot be used as given"
+EXITS = "exit codes: 0 done, 1 something was missed under --strict or a budget, 2 the model or its inputs cannot be used as given"
 
 
 class Unusable(Exception):
@@ -48,10 +48,17 @@ def write(path: Path, content: str) -> None:
     if path == Path("-"):
         sys.stdout.write(content)
         return
+    save(path, lambda: path.write_text(content, encoding="utf-8"))
+
+
+def save(path: Path, make: Callable[[], object]) -> None:
+    """Says what was written, or that it cannot be."""
     try:
-        path.write_text(content, encoding="utf-8")
+        make()
     except OSError as error:
-        raise Unusable(f"cannot write {path}: {error.strerror}") from error
+        raise Unusable(f"cannot write {path}: {error.strerror or first_line(error)}") from error
+    except ValueError as error:  # a format that is not known
+        raise Unusable(f"cannot write {path}: {first_line(error)}") from error
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -10,11 +10,11 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from inductor_x86q.cli import code, doctor, explain, why
+from inductor_x86q.cli import code, doctor, explain, tune, why
 from inductor_x86q.cli.output import DONE, UNUSABLE, Unusable
 from inductor_x86q.tools import bench, coverage
 
-_COMMANDS = (doctor, explain, code, why, bench, coverage)
+_COMMANDS = (doctor, explain, code, why, tune, bench, coverage)
 
 _NEXT = """\
 What to do next:

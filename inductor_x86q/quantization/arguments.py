@@ -70,6 +70,11 @@ def batch_size(arguments: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def size(arguments: Any) -> int:
+    """How many values all tensors among the arguments hold."""
+    return sum(x.numel() for x in pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor))
+
+
 def each_tensor(function: Callable[[torch.Tensor], Any], arguments: Any) -> Any:
     """The arguments with what the function makes of each tensor in its place."""
     return pytree.tree_map_only(torch.Tensor, function, arguments)

@@ -69,14 +69,15 @@ def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch:
 
 
 def first_calls(
-    graph_module: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None, rows: int
+    graph_module: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None, rows: int, values: int
 ) -> list[tuple[Any, ...]]:
-    """Calls of the graph with the first of the data, as many as make up that many rows."""
+    """Calls of the graph with the first of the data, as many as make up that many rows and that many values."""
     found: list[tuple[Any, ...]] = []
     for call in calibration:
         found += _fitted(arguments.positional(graph_module, *arguments.split(call)), fixed_batch)
         rows -= arguments.batch_size(found[-1]) or 1
-        if rows <= 0:
+        values -= arguments.size(found[-1])
+        if rows <= 0 and values <= 0:
             break
     return found
 

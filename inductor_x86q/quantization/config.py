@@ -16,8 +16,9 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.quantization import specs
+from inductor_x86q.quantization.plan import UNQUANTIZED
 
-MODES = ("static", "per_tensor", "per_token", "float")
+MODES = ("static", "per_tensor", "per_token", "bfloat16", "float")
 DYNAMIC = ("per_tensor", "per_token")
 LAYER_OPERATORS = operators.targets(Role.CONVOLUTION, Role.LINEAR, Role.PRODUCT)
 
@@ -31,7 +32,8 @@ class LayerConfig:
 
     Args:
         mode: "static" (ranges from calibration), "per_tensor" or "per_token" (linears only: the range is computed at
-            every call, of the whole input or of each row), or "float".
+            every call, of the whole input or of each row), "float", or "bfloat16": not in int8 either, but with inputs,
+            weight and result rounded to bfloat16, for CPUs with instructions for it.
         activation: what finds the range of a static layer's input: "minmax", "histogram", "percentile:99.99", "mse",
             an observer of torchao or a QuantizationSpec of it.
         weight: "per_channel", "per_tensor", an observer of torchao or a QuantizationSpec of it.
@@ -42,16 +44,19 @@ class LayerConfig:
     weight: Any = None
 
 
+def by_selector(given: Any) -> dict[Any, Any]:
+    """What `quantize(config=…)` was given, a choice for the whole model under ""."""
+    return {} if given is None else dict(given) if isinstance(given, Mapping) else {"": given}
+
+
 class Config:
     """The choice of each layer, from what `quantize(config=…)` was given."""
 
     def __init__(self, given: Any, default: LayerConfig) -> None:
         self.default = default
         self.entries: list[tuple[Any, int, LayerConfig]] = []
-        if given is None:
-            return
-        entries = given if isinstance(given, Mapping) else {"": given}
-        self.entries = [(selector, _rank(selector), _parsed(value, selector)) for selector, value in entries.items()]
+        for selector, value in by_selector(given).items():
+            self.entries.append((selector, _rank(selector), _parsed(value, selector)))
         for _, rank, entry in self.entries:
             if rank == _MODEL and default.mode in DYNAMIC and entry.mode not in (None, default.mode):
                 raise QuantizationError(
@@ -87,22 +92,19 @@ class Config:
                 ranks[field.name], chosen[field.name], origin[field.name] = key, value, selector
         return LayerConfig(**chosen), ranks
 
-    def check(self, layers: Iterable[fx.Node], excluded: Iterable[fx.Node]) -> None:
-        """Raises QuantizationError where a name matches no layer, or one says how to quantize what is excluded."""
-        nodes, left_out = list(layers), list(excluded)
+    def check(self, layers: Iterable[fx.Node], exclude: Iterable[str | type]) -> None:
+        """Raises QuantizationError where a name matches no layer, or one says how to quantize what `exclude` leaves out."""
+        nodes, rules = list(layers), list(exclude)
+        left_out = [node for node in nodes if is_excluded(node, rules)]
         for selector, rank, _ in self.entries:
-            if rank not in (_NAME, _PATTERN):
-                continue  # types and operators may be said of many models
+            if rank in (_NAME, _PATTERN):  # types and operators may be said of many models
+                _check_matches("config", selector, nodes)
             for node in left_out:
                 if rank == _NAME and _depth(selector, rank, node) == 0 and self.of(node)[0].mode != "float":
                     raise QuantizationError(f"layer {selector!r} is excluded, and config says how to quantize it")
-            if not any(_depth(selector, rank, node) is not None for node in (*nodes, *left_out)):
-                names = list(dict.fromkeys(layer_of(node) for node in (*nodes, *left_out)))
-                close = difflib.get_close_matches(str(selector), names, n=3, cutoff=0.5) or names[:5]
-                raise QuantizationError(
-                    f"config: {_short(selector)} matches no convolution or linear of the model; some that it has: "
-                    + ", ".join(map(repr, close))
-                )
+        for rule in rules:
+            if isinstance(rule, str):
+                _check_matches("exclude", rule, nodes)
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------
@@ -131,8 +133,8 @@ def _parsed(value: Any, selector: Any) -> LayerConfig:
         mode = mode or implied
     if entry.weight is not None:
         specs.check_weight(entry.weight, where)
-    if entry.mode == "float" and (entry.activation is not None or entry.weight is not None):
-        raise QuantizationError(f"{where}: mode 'float', and observers, which a float layer has not")
+    if entry.mode in UNQUANTIZED and (entry.activation is not None or entry.weight is not None):
+        raise QuantizationError(f"{where}: mode {entry.mode!r}, and observers, which a float layer has not")
     return dataclasses.replace(entry, mode=mode)
 
 
@@ -150,6 +152,17 @@ def _rank(selector: Any) -> int:
     raise QuantizationError(
         f"config: {selector!r} selects nothing: expected a module's name, a glob pattern of names, a module type, an "
         "operator such as torch.ops.aten.linear.default, or '' for the whole model"
+    )
+
+
+def _check_matches(argument: str, selector: Any, nodes: list[fx.Node]) -> None:
+    if any(_depth(selector, _NAME, node) is not None for node in nodes):
+        return
+    names = list(dict.fromkeys(layer_of(node) for node in nodes))
+    close = difflib.get_close_matches(str(selector), names, n=3, cutoff=0.5) or names[:5]
+    raise QuantizationError(
+        f"{argument}: {_short(selector)} matches no convolution or linear of the model; some that it has: "
+        + ", ".join(map(repr, close))
     )
 
 
@@ -175,6 +188,10 @@ def is_layer_operator(operator: Any) -> bool:
         else [getattr(operator, name) for name in operator.overloads()]
     )
     return any(overload in LAYER_OPERATORS for overload in overloads)
+
+
+def is_excluded(node: fx.Node, rules: Iterable[str | type]) -> bool:
+    return any(is_module(rule, path, kind) for path, kind in module_stack(node) for rule in rules)
 
 
 def is_module(rule: str | type, path: str, kind: Any) -> bool:

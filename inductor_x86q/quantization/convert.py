@@ -1,4 +1,4 @@
-"""From a calibrated graph to the q/dq graph: weights in int8, rows with scales of their own, and what stays float."""
+"""From a calibrated graph to the q/dq graph: weights in int8 or bfloat16, rows with scales of their own, what stays float."""
 
 from __future__ import annotations
 
@@ -69,6 +69,29 @@ def quantize_per_token(converted: fx.GraphModule) -> None:
             new = call(qdq.DEQUANTIZE_TOKEN, integers, *arguments, output_dtype=torch.float32)
         node.replace_all_uses_with(new)
         qdq.erase_dead(node)
+    converted.recompile()
+
+
+def convert_to_bfloat16(converted: fx.GraphModule) -> None:
+    """Converts what a layer reads that is to compute in bfloat16, and its result back to float32."""
+    graph = converted.graph
+    for node in list(graph.nodes):
+        if not node.meta.get(specs.IN_BFLOAT16):
+            continue
+        for operand in list(node.all_input_nodes):
+            constant = qdq.constant(operand)
+            if constant is None:
+                with graph.inserting_before(node):
+                    new = graph.call_function(aten.to.dtype, (operand, torch.bfloat16))
+                qdq.copy_origin(new, node)
+            else:
+                new = qdq.store(converted, f"{operand.target}_bfloat16", constant.bfloat16(), node)
+            node.replace_input_with(operand, new)
+            qdq.erase_dead(operand)
+        with graph.inserting_after(node):
+            widened = graph.call_function(aten.to.dtype, (node, torch.float32))
+        qdq.copy_origin(widened, node)
+        node.replace_all_uses_with(widened, delete_user_cb=lambda user, widened=widened: user is not widened)
     converted.recompile()
 
 

@@ -33,6 +33,7 @@ POINTWISE = frozenset({Role.ACTIVATION, Role.ADDITION, Role.POINTWISE})
 _CONVOLUTIONS = frozenset({Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION})
 POOLS = frozenset({Role.AVERAGE_POOL, Role.MEAN})
 
+UNQUANTIZED = ("bfloat16", "float")  # what a layer may compute in instead
 # Where to quantize: at a value, for all its users, or on the edge from a value to one user.
 Slot = fx.Node | tuple[fx.Node, fx.Node]
 
@@ -50,19 +51,19 @@ class Plan:
     """
 
     def __init__(self, graph: fx.Graph, mode: Callable[[fx.Node], str], *, folds: bool = False) -> None:
-        """`mode` says how a layer is quantized: "static", "float", or else dynamically."""
+        """`mode` says how a layer is quantized: "static", not at all ("float", "bfloat16"), or else dynamically."""
         self.nodes = list(graph.nodes)
         self._constants = qdq.constants(graph)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
-        self.excluded: list[fx.Node] = []
+        self.excluded: dict[fx.Node, None] = {}
         for node in self.nodes:
             layer = self._layer_operands(node)
             if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
                 continue  # training knows no weights whose channels are not their first dimension
             how = mode(node)
-            if how == "float":
-                self.excluded.append(node)
+            if how in UNQUANTIZED:
+                self.excluded[node] = None
             else:
                 (self.compute if how == "static" else self.dynamic)[node] = layer
         self.norms: dict[fx.Node, fx.Node] = {}
@@ -203,8 +204,8 @@ class Plan:
         if value not in self._slots:
             edges: list[Slot] = [(value, user) for user in value.users if self.passes_on(value, user)]
             whole = len(edges) == len(value.users) or value in self._int8_sources
-            # A dynamic layer rounds what it reads by itself, and once is enough.
-            apart = any(user in self.dynamic for user in value.users)
+            # A dynamic layer rounds what it reads by itself, and once is enough; one that stays float is to read no rounding.
+            apart = any(user in self.dynamic or user in self.excluded for user in value.users)
             self._slots[value] = [value] if whole and not apart else edges
         return self._slots[value]
 

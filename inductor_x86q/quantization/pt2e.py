@@ -17,7 +17,13 @@ from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import corrections, qat, torchao
 from inductor_x86q.quantization.arguments import batch_size, checked, positional
 from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
-from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
+from inductor_x86q.quantization.convert import (
+    convert_to_bfloat16,
+    fold_weights,
+    freeze_parameters,
+    left_out,
+    quantize_per_token,
+)
 from inductor_x86q.quantization.data import Calls
 from inductor_x86q.quantization.export import export
 from inductor_x86q.quantization.quantizer import X86Quantizer
@@ -68,7 +74,7 @@ def quantize(
             (`torch.ops.aten.linear.default`), or "" for the whole model; of several that match, the one that comes
             first in this list wins, and of two of a kind that of the inner module. A choice is an observer of the
             activations ("minmax", "histogram", "percentile:99.99", "mse", one of torchao or a QuantizationSpec), a mode
-            ("static", "per_tensor" and "per_token" as of `dynamic`, "float"), "per_channel" or "per_tensor" with
+            ("static", "per_tensor" and "per_token" as of `dynamic`, "bfloat16", "float"), "per_channel" or "per_tensor" with
             weights in mind as `LayerConfig(weight=…)`, or a LayerConfig with several of these.
         transform: makes a call of each thing that `calibration` yields.
         max_batches: read no more of `calibration`.
@@ -112,21 +118,16 @@ def quantize(
         with torch.no_grad(), finite_values_only(prepared):
             calibrate(prepared, calls, fixed_batch)
 
-    if switches:
+    if not switches:
+        prepared, kept = prepared_for(config), switches
+        run(prepared)
+    else:
         calls = list(calls)
-        return convert(
-            corrections.corrected(
-                prepared_for,
-                run,
-                first_calls(exported, calls, fixed_batch, corrections.ROWS),
-                switches,
-                config,
-                best=accuracy == "best",
-            )
-        )
-    prepared = prepared_for(config)
-    run(prepared)
-    return convert(prepared)
+        some = first_calls(exported, calls, fixed_batch, corrections.ROWS, corrections.VALUES)
+        prepared, kept = corrections.corrected(prepared_for, run, some, switches, config, best=accuracy == "best")
+    quantized = convert(prepared)
+    quantized.meta[corrections.MADE] = kept
+    return quantized
 
 
 _NO_DATA = (
@@ -194,6 +195,7 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
     qat.show_batch_norms(converted.graph)
     quantize_per_token(converted)
     fold_weights(converted)
+    convert_to_bfloat16(converted)
     if left := left_out(converted):
         log.info("not quantized, stays float: %s", ", ".join(left))
     quantized = side_by_side(converted)  # without what the graph does not read: the float weights above all

@@ -18,9 +18,8 @@ from inductor_x86q.quantization.config import (
     DYNAMIC,
     Config,
     LayerConfig,
+    is_excluded,
     is_layer_operator,
-    is_module,
-    module_stack,
 )
 from inductor_x86q.quantization.plan import Plan, Slot, is_float, shares
 
@@ -67,10 +66,12 @@ class X86Quantizer(torchao.Quantizer):
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         plan = Plan(model.graph, self._mode, folds=self.is_qat)
-        self.config.check([*plan.compute, *plan.dynamic], plan.excluded)
-        self.excluded, self.static = plan.excluded, list(plan.compute)
+        self.config.check([*plan.compute, *plan.dynamic, *plan.excluded], self.exclude)
+        self.excluded, self.static = list(plan.excluded), list(plan.compute)
         self._annotate_static(plan)
         self._annotate_dynamic(plan)
+        for node in plan.excluded:
+            node.meta[specs.IN_BFLOAT16] = self._mode(node) == "bfloat16"
         qat.scale_weights(plan.norms)
         return model
 
@@ -78,14 +79,14 @@ class X86Quantizer(torchao.Quantizer):
         """Nothing to check: `annotate` writes only what it knows to be supported."""
 
     def _mode(self, node: fx.Node) -> str:
-        if any(is_module(rule, path, kind) for path, kind in module_stack(node) for rule in self.exclude):
+        if is_excluded(node, self.exclude):
             return "float"
         choice, ranks = self.config.of(node)
         if choice.mode in DYNAMIC and role(node) in (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION):
             if "mode" in ranks and ranks["mode"] >= (1,):
                 raise QuantizationError(
                     f"config asks for {choice.mode!r} on layer {layer_of(node)!r}, a convolution ({operators.own_name(node)})"
-                    ": ranges computed at every call are for linears; 'static' and 'float' are possible here"
+                    ": ranges computed at every call are for linears; 'static', 'bfloat16' and 'float' are possible here"
                 )
             return "float"  # what the whole model is said to be holds where it can
         return str(choice.mode)

@@ -19,7 +19,7 @@ from importlib import resources
 from inductor_x86q.report import html_data
 from inductor_x86q.report.compare import Change, changes
 from inductor_x86q.report.html_data import Item, before_text, grid
-from inductor_x86q.report.model import Content, Fusion, Miss, Operation
+from inductor_x86q.report.model import Content, Fusion, LayerDrift, Miss, Operation
 from inductor_x86q.report.text import short_count, short_kernel, short_shape, short_types
 
 SCRIPTS = ("blocks.js", "graph.js", "view.js", "panel.js", "main.js")  # in the order in which they use each other
@@ -40,7 +40,7 @@ def page(report: Content, title: str, compare: Content | None = None) -> str:
         "PASSES": "".join(
             f"<tr><td>{_e(c.stage)}</td><td>{_e(c.rule)}</td><td class=n>{c.matches}</td></tr>" for c in report.passes
         ),
-        "NOTES": "".join(f"<p class=remark>{_e(note)}</p>" for note in dict.fromkeys(report.notes)),
+        "NOTES": "".join(f"<p class=remark>{_e(note)}</p>" for note in dict.fromkeys(report.notes)) + _accuracy(report),
         "DATA": json.dumps(html_data.page_data(report, found), separators=(",", ":")).replace("<", "\\u003c"),
         "SCRIPT": script,
     }
@@ -91,6 +91,54 @@ def _cards(report: Content) -> list[tuple[str, str, str]]:
     if report.microseconds is not None:
         cards.append((f"{report.microseconds / 1000:.2f} ms", "in kernels", ""))
     return cards
+
+
+def _accuracy(report: Content) -> str:
+    """The search for a budget, and the drift of each layer, before it and now."""
+    tuning, drift = report.tuning, report.drift
+    before = tuning.before if tuning is not None else None
+    after = drift or (tuning.after if tuning is not None else None)
+    if tuning is None and after is None:
+        return ""
+    title = "accuracy: what int8 costs, layer by layer"
+    parts = [f"<p>{_e(line)}</p>" for line in tuning.summary()] if tuning is not None else []
+    if tuning is not None and tuning.moved:
+        rows = [
+            [
+                x.layer,
+                x.dtype,
+                f"{x.share_of_noise:.0%}",
+                f"{x.share_of_macs:.1%}",
+                *map(_time, (x.int8_microseconds, x.microseconds)),
+            ]
+            for x in tuning.moved
+        ]
+        parts.append(_plain_table(["layer", "now in", "of the noise", "of the MACs", "µs in int8", "µs now"], rows))
+    if after is not None:
+        was = {x.layer: x for x in (before.layers if before is not None else ())}
+        now = {x.layer: x for x in after.layers}
+        rows = [
+            [name, *(_ratio(found.get(name)) for found in ((was, now) if was else (now,)))] for name in {**was, **now}
+        ]
+        columns = ["before", "now"] if was else ["signal-to-noise ratio at the output, of this layer alone"]
+        parts.append(_plain_table(["layer", *columns], rows))
+    return f"<details class=remark id=accuracy><summary>{title}</summary>{''.join(parts)}</details>"
+
+
+def _plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_e(title)}" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _time(microseconds: float | None) -> str:
+    return "" if microseconds is None else f"{microseconds:.1f}"
+
+
+def _ratio(layer: LayerDrift | None) -> str:
+    if layer is None:
+        return "not in int8"
+    return "exact" if layer.alone is None else f"{layer.alone:.1f} dB"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@
     code      calls of the generated C++ in their order: the fields of Code; empty where it was not asked for
     notes     what else is to be said, a line each
     drift     the fields of Drift, its `layers` those of LayerDrift; null where it was not measured
+    tuning    the fields of Tuning, what a search for a budget of accuracy found: its `moved` those of Moved, its `steps`
+              those of Step, `before` and `after` as `drift`; null where there was none
 
 Shapes are lists of numbers, and of strings where a size is not known when compiling; types are torch's names.
 """
@@ -30,7 +32,7 @@ import math
 from typing import Any
 
 from inductor_x86q.graph.reasons import Obstacle, Reason
-from inductor_x86q.report.model import KINDS, Content, Drift, LayerDrift
+from inductor_x86q.report.model import KINDS, Content, Drift, LayerDrift, Moved, Step, Tuning
 
 SCHEMA, VERSION = "inductor_x86q.report", 1
 
@@ -39,7 +41,7 @@ def write(report: Content) -> str:
     content = {"schema": SCHEMA, "version": VERSION, "totals": report.totals()}
     for name in KINDS:
         content[name] = [_plain(item) for item in getattr(report, name)]
-    content["drift"] = _plain(report.drift)
+    content["drift"], content["tuning"] = _plain(report.drift), _plain(report.tuning)
     return json.dumps(content, indent=1, allow_nan=False)
 
 
@@ -53,7 +55,7 @@ def read(text: str) -> dict[str, Any]:
             f"the report has version {content['version']} of the schema, this package reads up to {VERSION}"
         )
     lists = {name: [_read(kind, item) for item in content.get(name, ())] for name, kind in KINDS.items()}
-    return {**lists, "drift": _read_drift(content.get("drift"))}
+    return {**lists, "drift": _read_drift(content.get("drift")), "tuning": _read_tuning(content.get("tuning"))}
 
 
 def _plain(item: Any) -> Any:
@@ -84,3 +86,15 @@ def _read_drift(content: Any) -> Drift | None:
         return None
     found = _read(Drift, content)
     return dataclasses.replace(found, layers=tuple(_read(LayerDrift, x) for x in content["layers"]))
+
+
+def _read_tuning(content: Any) -> Tuning | None:
+    if content is None:
+        return None
+    return dataclasses.replace(
+        _read(Tuning, content),
+        moved=tuple(_read(Moved, x) for x in content["moved"]),
+        steps=tuple(_read(Step, x) for x in content["steps"]),
+        before=_read_drift(content["before"]),
+        after=_read_drift(content["after"]),
+    )

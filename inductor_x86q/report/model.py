@@ -144,13 +144,95 @@ class Drift:
             table.add(x.layer, x.operator, _db(x.here), _db(x.alone), f"{x.share:.0%}")
         lines = [f"exclude={list(self.exclude)!r} pays: {_db(self.excluded)} at the output"] if self.exclude else []
         if not self.weights:
-            lines.append("what the rounding of weights costs is not in it: that needs the float model")
+            lines.append(
+                "what the rounding of weights costs is not in it: that needs the float model, with channels as they are in the graph"
+            )
         title = f"drift from float32, as signal-to-noise ratio: {_db(self.output)} at the output"
         return tables.group(title, table, *lines)
 
 
 def _db(ratio: float | None) -> str:
     return "exact" if ratio is None else f"{ratio:.1f} dB"
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A layer that a search for a budget of accuracy moved out of int8, why, and what that costs."""
+
+    layer: str
+    dtype: str  # bfloat16 or float32
+    share_of_noise: float  # of what all layers in int8 cause alone
+    share_of_macs: float  # of the network's multiply-accumulates
+    int8_microseconds: float | None = None  # None: not measured
+    microseconds: float | None = None  # in `dtype`
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A graph that the search has tried."""
+
+    what: str
+    metric: float
+    share_of_macs: float  # out of int8
+    milliseconds: float | None  # of a call, as the times of its layers make it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What the search for a budget found; the graph that `quantize` returned has it as `tuning`."""
+
+    float_metric: float
+    int8_metric: float  # with every layer in int8 and no correction but those that were asked for
+    metric: float  # of the graph that was returned, on the same data
+    max_drop: float
+    moved: tuple[Moved, ...]
+    corrected: tuple[str, ...]  # what was taken of accuracy="best"
+    evaluations: int
+    seconds: float
+    interrupted: bool = False
+    steps: tuple[Step, ...] = ()  # in the order in which they were tried
+    before: Drift | None = None  # of int8 throughout; None where nothing had to be changed
+    after: Drift | None = None
+
+    @property
+    def share_of_macs(self) -> float:
+        """Of the multiply-accumulates, what moved out of int8."""
+        return sum(layer.share_of_macs for layer in self.moved)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What gives the same graph without a search, beside the other arguments of `quantize`."""
+        modes = {x.layer: "float" if x.dtype == "float32" else x.dtype for x in self.moved}
+        return {
+            **({"accuracy": list(self.corrected)} if self.corrected else {}),
+            **({"config": modes} if modes else {}),
+        }
+
+    def summary(self) -> list[str]:
+        """What is to be said beside the table of layers, a line each."""
+        lines = [
+            f"metric: float32 {self.float_metric:.4g}, int8 {self.int8_metric:.4g}, now {self.metric:.4g}; a drop of "
+            f"{self.max_drop:.4g} is allowed ({self.evaluations} evaluations, {self.seconds:.0f} s)"
+        ]
+        if self.interrupted:
+            lines.append("interrupted: fewer layers out of int8 might have been enough")
+        if self.before is not None and self.after is not None:
+            lines.append(f"drift at the output: {_db(self.before.output)} before, {_db(self.after.output)} after")
+        if self.arguments:
+            text = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+            lines.append(f"the same without a search: quantize(..., {text})")
+        return lines if self.moved else [*lines, "every layer is in int8"]
+
+    def __str__(self) -> str:
+        return tables.plain(self.__rich__(), tables.UNLIMITED)
+
+    def __rich__(self) -> Any:
+        titles = ("of the noise", "of the MACs", "µs in int8", "µs now")
+        table = Table(Column("layer", style="cyan"), "now in", *(Column(title, right=True) for title in titles))
+        for x in self.moved:
+            times = ("" if time is None else f"{time:.1f}" for time in (x.int8_microseconds, x.microseconds))
+            table.add(x.layer, x.dtype, f"{x.share_of_noise:.0%}", f"{x.share_of_macs:.1%}", *times)
+        return tables.group(*([table] if self.moved else []), *self.summary())
 
 
 @dataclasses.dataclass
@@ -169,6 +251,7 @@ class Content:
     code: list[Code] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     drift: Drift | None = None  # where it was asked for
+    tuning: Tuning | None = None  # where the graph was made within a budget of accuracy
 
     def extend(self, other: Content) -> None:
         """Adds what another graph of the same model became; its nodes get new names where both use one."""

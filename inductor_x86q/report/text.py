@@ -70,6 +70,8 @@ def renderable(report: Content) -> Group:
     ):
         if misses:
             parts.append(tables.group(tables.styled(f"{title}:", style), *_grouped(misses)))
+    if report.tuning is not None:
+        parts.append(tables.group(tables.styled("within a budget of accuracy:", "bold"), report.tuning))
     if report.drift is not None:
         parts.append(report.drift)
     parts += dict.fromkeys(report.notes)

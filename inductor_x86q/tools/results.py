@@ -139,6 +139,28 @@ def coverage(body: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def budgets(body: dict[str, Any]) -> str:
+    """What a search for a budget of accuracy gives in each engine: how near to float32, at what price."""
+    header = [
+        "network, drop allowed",
+        "engine",
+        "all in int8",
+        "found",
+        "layers out of int8",
+        "evaluations",
+        "seconds",
+        "ms",
+    ]
+    return _markdown(
+        header,
+        (
+            [f"{one['network']}, {one['max_drop']:g}", ENGINES[one["engine"]], f"{one['default']:.4f}", f"{one['metric']:.4f}",
+             *(f"{one[name]:g}" for name in ("moved", "evaluations", "seconds", "milliseconds"))]
+            for one in body["budgets"]
+        ),
+    )  # fmt: skip
+
+
 def _where(body: dict[str, Any]) -> str:
     """What the figures of a file depend on, in a line."""
     parts = [body["machine"]["name"], f"torch {body['machine']['torch']}", body["date"]]
@@ -156,6 +178,8 @@ def _section(name: str) -> str:
     body = load(name)
     if "rows" in body:
         shown = [coverage(body)]
+    elif "budgets" in body:
+        shown = [budgets(body)]
     elif any("warm_seconds" in row for rows in body["results"].values() for row in rows):
         shown = [starts(body)]
     else:

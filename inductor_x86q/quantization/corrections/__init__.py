@@ -16,7 +16,12 @@ from inductor_x86q.quantization.corrections.scaling import equalize, smooth
 log = logging.getLogger(__name__)
 
 SWITCHES = ("ranges", "equalize", "smooth", "rounding", "bias")
-ROWS = 64  # of the data, that corrections are made with
+MADE = "x86q_corrections"  # in the `meta` of what quantize() returns: the names of those that were made
+# In which "best" tries them: with ranges that clip, a mean error is that of the few values that are clipped, and taking it out
+# of all the others does harm.
+_TRIED = ("equalize", "smooth", "rounding", "bias", "ranges")
+# Of the data, that corrections are made with: so many rows, and no fewer than make up so many values.
+ROWS, VALUES = 64, 2**14
 
 
 def switches(accuracy: Any) -> tuple[str, ...]:
@@ -39,8 +44,9 @@ def corrected(
     config: Any,
     *,
     best: bool,
-) -> fx.GraphModule:
-    """A calibrated graph with the chosen corrections; with `best`, those of them that raise the signal-to-noise ratio.
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """A calibrated graph with corrections, and which these are: the chosen ones, or with `best` those of them that raise the
+    signal-to-noise ratio.
 
     Where there are several calls, what helps is judged by some that nothing was corrected with.
     """
@@ -59,15 +65,15 @@ def corrected(
         return prepared
 
     if not best:
-        return attempt(chosen)
+        return attempt(chosen), tuple(chosen)
     kept: list[str] = []
     ratio = _ratio(attempt(kept, fit), judged)
-    for name in chosen:
+    for name in _TRIED:
         here = _ratio(attempt([*kept, name], fit), judged)
         if here > ratio:
             log.info("%s helps: %.1f dB, before %.1f dB", name, here, ratio)
             kept, ratio = [*kept, name], here
-    return attempt(kept)
+    return attempt(kept), tuple(kept)
 
 
 def _ratio(prepared: fx.GraphModule, calls: Sequence[tuple[Any, ...]]) -> float:

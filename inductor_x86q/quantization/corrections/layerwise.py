@@ -64,8 +64,6 @@ def _center(prepared: fx.GraphModule, layer: Layer, run: Lockstep) -> None:
 def _round(prepared: fx.GraphModule, layer: Layer, run: Lockstep) -> None:
     """Rounds the weight column by column; what each column loses, those that are still to come make up for."""
     moments = _moments(layer, run.rounded[layer.activation])
-    if moments is None:
-        return
     weight: Any = qdq.constant(layer.weight)
     groups, columns = moments.shape[:2]
     scale = parameters(layer.observer)[0].to(torch.float64)
@@ -76,7 +74,7 @@ def _round(prepared: fx.GraphModule, layer: Layer, run: Lockstep) -> None:
     run.reread(layer)
 
 
-def _moments(layer: Layer, inputs: Sequence[torch.Tensor]) -> torch.Tensor | None:
+def _moments(layer: Layer, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """The second moments of what a weight's columns are multiplied with, for each group: [groups, columns, columns]."""
     total: Any = 0
     for x in inputs:
@@ -84,19 +82,24 @@ def _moments(layer: Layer, inputs: Sequence[torch.Tensor]) -> torch.Tensor | Non
             rows = x.reshape(1, -1, x.shape[-1])
             total = total + (rows.mT @ rows).double()
             continue
-        weight: Any = qdq.constant(layer.weight)
-        if weight.dim() != 4:
-            return None
-        stride, padding, dilation, groups = layer.geometry
         for image in x:
-            if weight.shape[2:].numel() == 1 and not any(padding):
-                patches = image[None, :, :: stride[0], :: stride[1]].flatten(2)
-            else:
-                patches = F.unfold(image[None], weight.shape[2:], dilation, padding, stride)  # type: ignore[arg-type]
-            step = -(-patches.shape[-1] // _POSITIONS)
-            rows = patches[0, :, ::step].reshape(groups, -1, patches[0, :, ::step].shape[-1])
-            total = total + (rows @ rows.mT).double()
+            total = total + _of_patches(layer, image)
     return total
+
+
+def _of_patches(layer: Layer, image: torch.Tensor) -> torch.Tensor:
+    """The second moments of what a convolution's window sees of an image of any number of dimensions."""
+    weight: Any = qdq.constant(layer.weight)
+    stride, padding, dilation, groups = layer.geometry
+    windows = F.pad(image, [size for size in reversed(padding) for _ in range(2)])
+    for axis, (size, step, between) in enumerate(zip(weight.shape[2:], stride, dilation, strict=True), 1):
+        windows = windows.unfold(axis, between * (size - 1) + 1, step)[..., ::between]
+    # [channels, positions..., window...] → [groups, channels of a group and window, positions]
+    count = len(stride)
+    places = windows.shape[1 : 1 + count].numel()
+    windows = windows.flatten(1, count)[:, :: -(-places // _POSITIONS)]
+    rows = windows.unflatten(0, (groups, -1)).movedim(2, -1).flatten(1, -2)
+    return (rows @ rows.mT).double()
 
 
 def _rounded(weight: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, low: int, high: int) -> torch.Tensor:

@@ -7,16 +7,19 @@ takes the whole range, for each of its channels is a channel of its weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.quantization import specs
 from inductor_x86q.quantization.corrections.prepared import Layer, Lockstep, layers, observer_of, set_bias, set_constant
+from inductor_x86q.quantization.plan import shares
 
 aten = torch.ops.aten
 
@@ -24,6 +27,7 @@ aten = torch.ops.aten
 _HOMOGENEOUS = (aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default)
 _ROLES = (Role.DROPOUT, Role.MAX_POOL, Role.AVERAGE_POOL)
 _LARGEST_FACTOR = 1e5
+_HEADROOM = 1.25  # a relu6 clips a scaled channel no lower than this much above its largest value
 
 
 def equalize(prepared: fx.GraphModule, calls: Sequence[tuple[Any, ...]]) -> int:
@@ -56,6 +60,8 @@ def _scale(prepared: fx.GraphModule, calls: Sequence[tuple[Any, ...]], kind: Rol
     Lockstep(prepared, calls).run(at, rounding=False)
     for value, way in ways.items():
         factors = _factors(largest[value], readers[value])
+        if isinstance(way, Layer) and (top := _top(prepared, value, way)) < math.inf:
+            factors = _below(top, factors, largest[value])
         _divide(prepared, value, way, readers[value], factors)
         for layer in readers[value]:
             weight: Any = qdq.constant(layer.weight)
@@ -72,22 +78,54 @@ def _way(prepared: fx.GraphModule, value: fx.Node, group: list[Layer], found: di
     if any(user not in found or found[user] not in group for observer in observers for user in observer.users):
         return None
     if set(value.users) == observers:
-        source: Any = value
-        while len(source.users) == 1 or source is value:
+        for source in _upwards(prepared, value):
             if source in found:
                 channels = qdq.constant(found[source].weight).shape[0]  # type: ignore[union-attr]
                 return found[source] if channels == _channels(group[0]) else None
             if source.target is aten.layer_norm.default and qdq.constant(source.args[2]) is not None:
-                return source if len(source.args[1]) == 1 and _is_own(source) else "multiply"
-            passes = source.target in _HOMOGENEOUS or role(source) in _ROLES or observer_of(prepared, source)
-            if not passes or not isinstance(source.args[0], fx.Node):
-                break
-            source = source.args[0]
+                is_last = len(source.args[1]) == 1  # type: ignore[arg-type]
+                return source if is_last and _is_own(source) else "multiply"
     # A generated kernel computes or quantizes the value, and multiplies on the way.
     by_generated = value.target is aten.layer_norm.default or all(
         layer.node.meta.get(specs.GRANULARITY) for layer in group
     )
     return "multiply" if by_generated and role(group[0].node) is Role.LINEAR else None
+
+
+def _upwards(prepared: fx.GraphModule, value: fx.Node) -> Iterator[fx.Node]:
+    """The value, and what it is computed of as long as a factor of a channel passes through and nobody else reads it."""
+    source: Any = value
+    while len(source.users) == 1 or source is value:
+        yield source
+        passes = source.target in _HOMOGENEOUS or role(source) in _ROLES or observer_of(prepared, source)
+        passes = passes or (role(source) is Role.PAD and shares(source)) or _clip(source) is not None
+        if not passes or not isinstance(source.args[0], fx.Node):
+            return
+        source = source.args[0]
+
+
+def _clip(node: fx.Node) -> float | None:
+    """Where an activation that gives 0 for all below 0 ends, as a relu6 does at 6; None for any other node."""
+    if not operators.is_clip(node):
+        return None
+    arguments = qdq.schema_arguments(node)
+    low, top = (arguments.get(f"{end}_val", arguments.get(end)) for end in ("min", "max"))
+    if "relu6" in operators.own_name(node):
+        low, top = 0, 6
+    return float(top) if low == 0 and isinstance(top, (int, float)) and top > 0 else None
+
+
+def _top(prepared: fx.GraphModule, value: fx.Node, way: Layer) -> float:
+    between = itertools.takewhile(lambda source: source is not way.node, _upwards(prepared, value))
+    return min((top for source in between if (top := _clip(source)) is not None), default=math.inf)
+
+
+def _below(top: float, factors: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Factors for channels that are clipped at `top` whatever their factor: none is clipped below what it reaches.
+
+    A channel that reaches the top keeps its factor of 1; the smaller ones grow towards it.
+    """
+    return torch.maximum(factors / factors.max(), _HEADROOM * largest / top).clamp(1 / _LARGEST_FACTOR, 1)
 
 
 def _is_own(norm: fx.Node) -> bool:
