@@ -52,6 +52,15 @@ def explain(
         CompileError: as the backend does; or timing is asked for without the C++ wrapper; or drift of a model that is
             no graph of quantize(), or against another float model.
         StrictError: with `options={"strict": True}`, when something was missed.
+
+    Example:
+        >>> report = inductor_x86q.explain(q, (x,))
+        >>> [fusion.layer for fusion in report.fused]
+        ['0', '3', '6', '10']
+        >>> report.missed, report.kept_float
+        ([], [])
+        >>> report.int8_share_of_macs
+        1.0
     """
     args, named = _checked(model, example_inputs, kwargs)
     if timing:
@@ -197,6 +206,11 @@ def why(
 
     Raises:
         CompileError: as the backend does; or no stage's graph has such a node.
+
+    Example:
+        >>> answers = inductor_x86q.why(q, (x,), "8")
+        >>> {answer.stage for answer in answers if answer.rule} <= {stage.name for stage in inductor_x86q.passes.STAGES}
+        True
     """
     chosen = settings(mode, options)
     answers: list[Answer] = []
@@ -239,6 +253,11 @@ def cpp_code(
 
     Raises:
         CompileError: as the backend does; or no kernel call serves the layer.
+
+    Example:
+        >>> code = inductor_x86q.cpp_code(q, (x,), layer="10", options={"kernels": "onednn"})
+        >>> "aoti_torch_cpu__qlinear_pointwise_tensor(" in code
+        True
     """
     chosen = settings(mode, options)
 

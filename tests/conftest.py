@@ -80,6 +80,22 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What code in pages and docstrings may use: a network, an input, a list of inputs, and the network quantized."""
+    import inductor_x86q
+    from inductor_x86q import testing
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    import shapes
+
+    model, x = shapes.network().eval(), torch.randn(4, 1, 16, 16)
+    q = inductor_x86q.quantize(model, (x,), calibration=[x])
+    given = {"model": model, "x": x, "batches": [x, x[:2]], "q": q}
+    return {"torch": torch, "inductor_x86q": inductor_x86q, "testing": testing, **given}
+
+
+@pytest.fixture
 def only_generated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first kernel of ours is taken without timing it, so that it is compiled once, with the code that calls it."""
     import torch._inductor.lowering  # noqa: F401

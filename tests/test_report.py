@@ -71,7 +71,7 @@ def test_totals(report: Report) -> None:
     assert totals["macs"] == 2 * 16 * 64 * 16 * 9 + 256 * 32 + 32 * 20
     assert totals["int8_macs"] == totals["macs"] - 32 * 20
     assert report.int8_share_of_layers == 0.75
-    assert report.float_islands == 2  # the scaled sum, and the pool
+    assert report.float_subgraphs == 2  # the scaled sum, and the pool
     assert totals["microseconds"] is None
     assert report.kept_float[0].layer == "head"
     assert report.kept_float[0].reason is Reason.NOT_QUANTIZED
@@ -125,7 +125,7 @@ def test_two_graphs_keep_their_nodes_apart(report: Report) -> None:
     assert len(names) == len(set(names)) == 2 * len(report.nodes)
     assert {f.node for f in both.fused} <= set(names)
     assert {source for node in both.nodes for source in node.inputs} <= set(names)
-    assert both.float_islands == 2 * report.float_islands
+    assert both.float_subgraphs == 2 * report.float_subgraphs
 
 
 # --- a miss for each reason -------------------------------------------------------------------------------------------
