@@ -221,12 +221,9 @@ def test_a_product_too_small_for_a_kernel_is_named() -> None:
 def test_strict_raises_with_the_layer_and_what_to_change() -> None:
     function, layer, shapes, text = REASONS[Reason.WEIGHT_NOT_QUANTIZED]
     inputs = tuple(torch.randn(shape) for shape in shapes)
-    with pytest.raises(Exception, match=f"fc.*{text}") as caught:
+    with pytest.raises(StrictError, match=f"fc.*{text}") as caught:
         explain(qdq_graph(One(function, layer), inputs), inputs, options={"strict": True})
-    error: Any = caught.value
-    while error is not None and not isinstance(error, StrictError):
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    assert isinstance(error, StrictError)
+    assert isinstance(caught.value.report, Report) and len(caught.value.report.missed) == 1
 
 
 def test_misses_of_one_reason_share_a_line() -> None:
