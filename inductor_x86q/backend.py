@@ -43,10 +43,16 @@ def inductor_x86q(
         mode: a mode of `torch.compile`.
         options: any Inductor option, and two of ours. `strict` (bool): raise StrictError when a layer that should run in
             int8 does not. `kernels`: "auto", the default, lets a kernel of ours compute a layer where it is thought faster
-            than oneDNN's call, and in mode "max-autotune" where it was measured to be; "onednn" keeps every call.
+            than oneDNN's operator, and in mode "max-autotune" where it was measured to be; "onednn" uses none of ours.
 
     Raises:
         CompileError: gradients are asked for, an option is unknown, or there is no C++ compiler.
+
+    Example:
+        >>> compiled = torch.compile(q, backend="inductor_x86q", options={"strict": True})
+        >>> with torch.no_grad():
+        ...     compiled(x).shape
+        torch.Size([4, 4])
     """
     return compile_graph(graph_module, example_inputs, settings(mode, options))
 
@@ -168,7 +174,7 @@ def _run(graph: fx.Graph, chosen: Settings, observe: Callable[[str, fx.Graph], N
     results = passes.run(graph, between, without=(passes.GENERATE,) if keeps_calls else ())
     assert report is not None
     for node, why in [] if keeps_calls else passes.generate.calls_left(graph):
-        report.notes.append(f"{layer(node)} stays a call: {why}")
+        report.notes.append(f"{layer(node)} is computed by oneDNN: {why}")
     kernels = {node.meta.get("x86q_reported"): node for node in graph.nodes if node.target in STANDS_FOR}
     report.fused = [
         dataclasses.replace(fusion, computed_by=passes.generate.choice(kernels[fusion.node])[0])

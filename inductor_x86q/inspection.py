@@ -15,7 +15,7 @@ from torch import fx
 
 from inductor_x86q.accuracy import drift as drift_module
 from inductor_x86q.backend import compile_graph, settings
-from inductor_x86q.errors import CompileError
+from inductor_x86q.errors import CompileError, of_ours
 from inductor_x86q.graph import operators
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor import compiling, cpp_text, dynamo, profiling, uncompiled, wrapper_source
@@ -52,6 +52,15 @@ def explain(
         CompileError: as the backend does; or timing is asked for without the C++ wrapper; or drift of a model that is
             no graph of quantize(), or against another float model.
         StrictError: with `options={"strict": True}`, when something was missed.
+
+    Example:
+        >>> report = inductor_x86q.explain(q, (x,))
+        >>> [fusion.layer for fusion in report.fused]
+        ['0', '3', '6', '10']
+        >>> report.missed, report.kept_float
+        ([], [])
+        >>> report.int8_share_of_macs
+        1.0
     """
     args, named = _checked(model, example_inputs, kwargs)
     if timing:
@@ -59,7 +68,7 @@ def explain(
     elif code:
         report = _generated(model, args, named, mode, options)
     else:
-        report = _explained(model, args, named, mode, options)
+        _, report = _run_uncompiled(model, args, named, mode, options)
     if drift is not False:
         original: Any = None if drift is True else drift
         report.drift = drift_module.measure(model, args, named, original)
@@ -67,28 +76,18 @@ def explain(
     return report
 
 
-def _explained(model: Any, args: Any, kwargs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
+def _run_uncompiled(
+    model: Any, args: Any, kwargs: Any, mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[Any, Report]:
+    """What the fused graph computes when it is run eagerly, and its report."""
     report = Report([], [], [])
-    chosen = settings(mode, options)
-
-    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(
-            graph_module, inputs, chosen, on_report=report.extend, inner_compile=uncompiled.run_uncompiled
-        )
-
-    _call_once(model, args, kwargs, backend)
-    return report
+    backend = _backend(mode, options, on_report=report.extend, inner_compile=uncompiled.run_uncompiled)
+    return _call_once(model, args, kwargs, backend), report
 
 
 def _generated(model: Any, args: Any, kwargs: Any, mode: str | None, options: Mapping[str, Any] | None) -> Report:
     report = Report([], [], [])
-    chosen = settings(mode, options)
-
-    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(
-            graph_module, inputs, chosen, on_report=report.extend, inner_compile=compiling.generate_only
-        )
-
+    backend = _backend(mode, options, on_report=report.extend, inner_compile=compiling.generate_only)
     with wrapper_source.generated_code() as generated:
         _call_once(model, args, kwargs, backend)
     return dataclasses.replace(report, code=calls_of(generated))
@@ -198,8 +197,12 @@ def why(
 
     Raises:
         CompileError: as the backend does; or no stage's graph has such a node.
+
+    Example:
+        >>> answers = inductor_x86q.why(q, (x,), "8")
+        >>> {answer.stage for answer in answers if answer.rule} <= {stage.name for stage in inductor_x86q.passes.STAGES}
+        True
     """
-    chosen = settings(mode, options)
     answers: list[Answer] = []
     names: set[str] = set()
 
@@ -210,9 +213,7 @@ def why(
         answers.extend(dump.answers(stage, wanted))
         answers.extend(answer for answer in dump.answers(stage, users) if answer.rule)
 
-    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, chosen, observe=observe, inner_compile=uncompiled.run_uncompiled)
-
+    backend = _backend(mode, options, observe=observe, inner_compile=uncompiled.run_uncompiled)
     _call_once(model, *_checked(model, example_inputs, kwargs), backend)
     if not answers:
         close = difflib.get_close_matches(node, names, 5) or sorted(names)[:20]
@@ -240,12 +241,13 @@ def cpp_code(
 
     Raises:
         CompileError: as the backend does; or no kernel call serves the layer.
+
+    Example:
+        >>> code = inductor_x86q.cpp_code(q, (x,), layer="10", options={"kernels": "onednn"})
+        >>> "aoti_torch_cpu__qlinear_pointwise_tensor(" in code
+        True
     """
-    chosen = settings(mode, options)
-
-    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(graph_module, inputs, chosen, inner_compile=compiling.generate_only)
-
+    backend = _backend(mode, options, inner_compile=compiling.generate_only)
     with wrapper_source.generated_code() as generated:
         _call_once(model, *_checked(model, example_inputs, kwargs), backend)
     code = "\n".join(annotated(part) for part in generated)
@@ -269,12 +271,30 @@ def layers_of(nodes: list[fx.Node]) -> list[str]:
     return list(dict.fromkeys(layer_of(node) for node in operators))
 
 
+def _backend(mode: str | None, options: Mapping[str, Any] | None, **keywords: Any) -> Callable[..., Any]:
+    """A backend for Dynamo that compiles as ours does, with these keywords of `compile_graph`."""
+    chosen = settings(mode, options)
+
+    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return compile_graph(graph_module, inputs, chosen, **keywords)
+
+    return backend
+
+
 def _call_once(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], backend: Callable[..., Any]
 ) -> Any:
-    """Calls the model once, compiled by `backend`, leaving no trace in Dynamo's caches of the model's own code."""
-    with torch.no_grad():
-        return dynamo.compile_fresh(model, backend)(*args, **kwargs)
+    """Calls the model once, compiled by `backend`, leaving no trace in Dynamo's caches of the model's own code.
+
+    Errors of ours are raised as such, and not inside of one of Dynamo's.
+    """
+    try:
+        with torch.no_grad():
+            return dynamo.compile_fresh(model, backend)(*args, **kwargs)
+    except Exception as error:
+        if cause := of_ours(error):
+            raise cause from None
+        raise
 
 
 def _checked(model: Any, example_inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -296,12 +316,4 @@ def run_fused(
 
     For tests of many graphs: the numbers of the fusions without the wait for the compiler.
     """
-    report = Report([], [], [])
-    chosen = settings(None, None)
-
-    def backend(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return compile_graph(
-            graph_module, inputs, chosen, on_report=report.extend, inner_compile=uncompiled.run_uncompiled
-        )
-
-    return _call_once(model, *_checked(model, example_inputs, kwargs), backend), report
+    return _run_uncompiled(model, *_checked(model, example_inputs, kwargs), None, None)

@@ -1,4 +1,4 @@
-"""What a regression suite imports: small q/dq graphs by hand, and assertions on code and numbers.
+"""What a regression suite imports: small q/dq graphs by hand, and assertions on code and numbers::
 
     from inductor_x86q import testing
 
@@ -67,6 +67,10 @@ def quantize_dequantize(
     """`x` quantized and dequantized per tensor, as two nodes of the graph; scale and zero point numbers or tensors.
 
     For int8 pass dtype=torch.int8 and a quant_min.
+
+    Example:
+        >>> testing.quantize_dequantize(torch.tensor([-2.0, 0.013, 0.5]), 0.02, 60)
+        tensor([-1.2000,  0.0200,  0.5000])
     """
     decomposed = torch.ops.quantized_decomposed
     parameters = (scale, zero_point, quant_min, quant_max, dtype)
@@ -156,7 +160,21 @@ def qdq_graph(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> fx.GraphModule:
-    """The exported graph of a module whose forward quantizes and dequantizes by hand: what quantize() would return."""
+    """The exported graph of a module whose forward quantizes and dequantizes by hand: what quantize() would return.
+
+    Example:
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = testing.QLinear(16, 32)
+        ...
+        ...     def forward(self, x):
+        ...         return torch.relu(self.linear(testing.quantize_dequantize(x)))
+        >>> inputs = (torch.randn(8, 16),)
+        >>> graph = testing.qdq_graph(Block(), inputs)
+        >>> inductor_x86q.explain(graph, inputs).fused[0].absorbed
+        ('relu',)
+    """
     with torch.no_grad():
         exported = torch.export.export(module.eval(), example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     return exported.module()  # type: ignore[return-value]
@@ -208,7 +226,12 @@ def compile_once(
 
 
 def int8_calls(code: str) -> dict[str, int]:
-    """The onednn int8 calls among `kernel_calls`."""
+    """The onednn int8 calls among `kernel_calls`.
+
+    Example:
+        >>> testing.int8_calls(inductor_x86q.cpp_code(q, (x,), options={"kernels": "onednn"}))
+        {'qconv': 3, 'qlinear': 1}
+    """
     return {name: count for name, count in kernel_calls(code).items() if name in INT8_KERNELS}
 
 
@@ -241,6 +264,9 @@ def assert_fused(
 
     Raises:
         AssertionError: with the counts that differ, all calls, and what the report says was missed.
+
+    Example:
+        >>> code = testing.assert_fused(q, (x,), {"qconv": 3, "qlinear": 1})
     """
     options = {"kernels": "onednn", **(options or {})}
     code = inspection.cpp_code(q, inputs, kwargs=kwargs, mode=mode, options=options)
@@ -278,7 +304,13 @@ def assert_expected_cpp(code: str, expected: str, *, skip: int = 0) -> None:
 
 
 def snr(actual: torch.Tensor, reference: torch.Tensor) -> float:
-    """The signal-to-noise ratio of `actual` against `reference` in dB; infinite where they are equal."""
+    """The signal-to-noise ratio of `actual` against `reference` in dB; infinite where they are equal.
+
+    Example:
+        >>> reference = torch.ones(100)
+        >>> round(testing.snr(reference + 0.1, reference), 1)
+        20.0
+    """
     reference, actual = reference.double(), actual.double()
     noise = (actual - reference).square().sum().item()
     signal = reference.square().sum().item()
@@ -314,6 +346,11 @@ def assert_close_to_reference(
 
     Raises:
         AssertionError: with the output's position, its largest difference and its signal-to-noise ratio.
+
+    Example:
+        >>> compiled = testing.assert_close_to_reference(q, (x,), min_snr=30)
+        >>> sum(testing.own_calls(compiled.code).values()) + sum(testing.int8_calls(compiled.code).values())
+        4
     """
     named = dict(kwargs or {})
     copies, named_copies = each_tensor(torch.clone, (inputs, named))
@@ -333,7 +370,15 @@ def assert_close_to_reference(
 def assert_same(
     actual: Any, reference: Any, *, step: float | None = None, min_snr: float | None = None, where: str = ""
 ) -> None:
-    """The comparison of `assert_close_to_reference` on given outputs, in any nesting of tuples, lists and dicts."""
+    """The comparison of `assert_close_to_reference` on given outputs, in any nesting of tuples, lists and dicts.
+
+    Example:
+        >>> testing.assert_same({"y": torch.tensor([1, 2])}, {"y": torch.tensor([1, 2])})
+        >>> testing.assert_same(torch.tensor([1.0]), torch.tensor([1.1]), where="my model, ")
+        Traceback (most recent call last):
+            ...
+        AssertionError: my model, output 0: more than float rounding (1.1e-05): largest difference 0.1, ...
+    """
     left, right = (torch.utils._pytree.tree_leaves(x) for x in (actual, reference))
     assert len(left) == len(right), f"{where}{len(left)} outputs, the reference has {len(right)}"
     for position, (mine, theirs) in enumerate(zip(left, right, strict=True)):

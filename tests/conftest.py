@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -77,6 +78,30 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def network() -> dict[str, Any]:
+    """The cookbook's network, an input, a list of inputs, and the network quantized."""
+    import inductor_x86q
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+        import shapes
+    model, x = shapes.network().eval(), torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    q = inductor_x86q.quantize(model, (x,), calibration=[x])
+    return {"model": model, "x": x, "batches": [x, x[:2]], "q": q}
+
+
+@pytest.fixture
+def names(network: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What code in pages and docstrings may use."""
+    import inductor_x86q
+    from inductor_x86q import testing
+
+    monkeypatch.chdir(tmp_path)
+    model = copy.deepcopy(network["model"])  # some train it
+    return {"torch": torch, "inductor_x86q": inductor_x86q, "testing": testing, **network, "model": model}
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import inductor_x86q
 from inductor_x86q.passes import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -54,18 +53,6 @@ def test_types_are_complete_for_users() -> None:
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", *scripts]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.fixture
-def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the code in pages may use: a network, an input, a list of inputs, and the network quantized."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import shapes
-
-    model, x = shapes.network().eval(), torch.randn(4, 1, 16, 16)
-    found = {"torch": torch, "inductor_x86q": inductor_x86q, "model": model, "x": x, "batches": [x, x[:2]]}
-    return {**found, "q": inductor_x86q.quantize(model, (x,), calibration=[x])}
 
 
 @pytest.mark.parametrize(

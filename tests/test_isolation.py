@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import stock
 from tests.models import quantized_net
 
 # Plain Inductor's code and config for a model with and without q/dq nodes, before and after compiles by our backend.
 ISOLATION = r"""
-import re, sys, torch
+{stock_code}
+import sys
 from torch import nn
 {imports}
-from torch._inductor.utils import run_and_get_code
 
 torch.manual_seed(0)
 saved = torch.export.load("net.pt2").module()
@@ -22,19 +24,7 @@ other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Flatten(), nn.Linea
 x = torch.randn(2, 3, 16, 16)
 
 def plain():
-    # The graph caches are off, since a hit generates nothing; compiled kernels are still found in theirs.
-    found = []
-    for model, freezing in ((other, False), (saved, True)):
-        torch._dynamo.reset()
-        with (
-            torch.no_grad(),
-            torch._functorch.config.patch(enable_autograd_cache=False),
-            torch._inductor.config.patch(freezing=freezing, fx_graph_cache=False),
-        ):
-            codes = run_and_get_code(torch.compile(model), x)[1]
-        # Paths, and names of files by the hash of their content, hold the order of compiles.
-        found += [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
-    return found
+    return [*stock_code(other, x, freezing=False), *stock_code(saved, x)]
 
 def ours():
     torch._dynamo.reset()
@@ -85,7 +75,10 @@ def test_other_compiles_are_untouched(
     run_python: Any, saved_net: bytes, tmp_path: Any, imports: str, has_torchao: str
 ) -> None:
     (tmp_path / "net.pt2").write_bytes(saved_net)
-    assert run_python(ISOLATION.format(imports=imports)).stdout.strip() == has_torchao
+    assert (
+        run_python(ISOLATION.format(imports=imports, stock_code=Path(stock.__file__).read_text())).stdout.strip()
+        == has_torchao
+    )
 
 
 NO_IMPORT = """

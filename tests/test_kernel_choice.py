@@ -113,7 +113,7 @@ def test_the_default_mode_takes_what_the_cost_model_thinks_faster(monkeypatch: p
 
     monkeypatch.setattr(cost, "choose", lambda *layer: [cost.ONEDNN, *stock(*layer)])
     report = inductor_x86q.explain(q, (x,))
-    assert report.notes == ["layer stays a call: the call is thought faster"]
+    assert report.notes == ["layer is computed by oneDNN: the call is thought faster"]
 
 
 def test_calls_are_kept_where_they_are_asked_for() -> None:
@@ -143,4 +143,4 @@ def test_what_is_not_generated_is_named() -> None:
     x = torch.randn(1, 4, 3, 6, 6)
     compiled = testing.assert_close_to_reference(testing.qdq_graph(Quantized(QConv3d(4, 8, 3)), (x,)), (x,), mode=MODE)
     assert testing.int8_calls(compiled.code)
-    assert "layer stays a call: no kernel is generated for a conv3d" in str(compiled.report)
+    assert "layer is computed by oneDNN: no kernel is generated for a conv3d" in str(compiled.report)

@@ -174,7 +174,7 @@ def test_what_moves_between_int8_layers_moves_int8(function: Callable[[torch.Ten
     first, *others = scales(quantized)
     assert len(others) >= 3 and len(set(others)) == 1 and first != others[0]  # conv, pool and what moves share it
     result, report = inspection.run_fused(quantized, inputs)
-    assert report.float_islands == 0 and report.quantizes_left == ["quantize_per_tensor"] and not report.missed
+    assert report.float_subgraphs == 0 and report.quantizes_left == ["quantize_per_tensor"] and not report.missed
     with torch.no_grad():
         torch.testing.assert_close(result, quantized(*inputs), atol=1e-4, rtol=1e-4)
 

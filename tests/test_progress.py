@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -56,6 +58,31 @@ def test_threads_share_the_display(visible: None, capsys: pytest.CaptureFixture[
     assert progress._shown is None and progress._tasks == 0
     err = capsys.readouterr().err
     assert all(f"thread {number}" in err for number in range(4))
+
+
+def test_a_notebook_gets_one_output_that_is_written_anew(
+    visible: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ipywidgets, which rich's own display needs."""
+    outputs: list[dict[str, str]] = []
+
+    def update(contents: dict[str, str], raw: bool) -> None:
+        outputs[-1] = contents
+
+    def display(contents: dict[str, str], raw: bool, display_id: bool) -> Any:
+        outputs.append(contents)
+        return SimpleNamespace(update=update)
+
+    monkeypatch.setattr(progress, "_in_notebook", lambda: True)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    with progress.task("counting <b>", total=2) as advance:
+        advance()
+        advance()
+    (last,) = outputs
+    assert "counting <b>" in last["text/plain"] and "2/2" in last["text/plain"]
+    assert last["text/html"].startswith("<pre") and "counting &lt;b&gt;" in last["text/html"]
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_library_is_imported_when_something_is_shown() -> None:

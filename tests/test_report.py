@@ -71,7 +71,7 @@ def test_totals(report: Report) -> None:
     assert totals["macs"] == 2 * 16 * 64 * 16 * 9 + 256 * 32 + 32 * 20
     assert totals["int8_macs"] == totals["macs"] - 32 * 20
     assert report.int8_share_of_layers == 0.75
-    assert report.float_islands == 2  # the scaled sum, and the pool
+    assert report.float_subgraphs == 2  # the scaled sum, and the pool
     assert totals["microseconds"] is None
     assert report.kept_float[0].layer == "head"
     assert report.kept_float[0].reason is Reason.NOT_QUANTIZED
@@ -125,7 +125,7 @@ def test_two_graphs_keep_their_nodes_apart(report: Report) -> None:
     assert len(names) == len(set(names)) == 2 * len(report.nodes)
     assert {f.node for f in both.fused} <= set(names)
     assert {source for node in both.nodes for source in node.inputs} <= set(names)
-    assert both.float_islands == 2 * report.float_islands
+    assert both.float_subgraphs == 2 * report.float_subgraphs
 
 
 # --- a miss for each reason -------------------------------------------------------------------------------------------
@@ -221,12 +221,9 @@ def test_a_product_too_small_for_a_kernel_is_named() -> None:
 def test_strict_raises_with_the_layer_and_what_to_change() -> None:
     function, layer, shapes, text = REASONS[Reason.WEIGHT_NOT_QUANTIZED]
     inputs = tuple(torch.randn(shape) for shape in shapes)
-    with pytest.raises(Exception, match=f"fc.*{text}") as caught:
+    with pytest.raises(StrictError, match=f"fc.*{text}") as caught:
         explain(qdq_graph(One(function, layer), inputs), inputs, options={"strict": True})
-    error: Any = caught.value
-    while error is not None and not isinstance(error, StrictError):
-        error = getattr(error, "inner_exception", None) or error.__cause__
-    assert isinstance(error, StrictError)
+    assert isinstance(caught.value.report, Report) and len(caught.value.report.missed) == 1
 
 
 def test_misses_of_one_reason_share_a_line() -> None:

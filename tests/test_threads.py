@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +14,12 @@ import pytest
 import torch
 from torch import fx, nn
 from torch._inductor.pattern_matcher import PatternMatcherPass
-from torch._inductor.utils import run_and_get_code
 
 from inductor_x86q import No, Report, Rule, StrictError, backend, register_pass, testing
 from inductor_x86q.inductor import configuration, uncompiled, wrapper_source
 from inductor_x86q.inductor.patches.patch import Patch, Scope
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
+from tests.stock import stock_code
 
 SECONDS = 120  # after which a test fails that waits for the other thread
 
@@ -73,18 +72,6 @@ def pause() -> Iterator[Pause]:
     remove()
 
 
-def stock_code(model: fx.GraphModule) -> list[str]:
-    """What Inductor generates with the global freezing flag, without what differs from one compile to the next."""
-    torch._dynamo.reset()
-    with (
-        torch.no_grad(),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-        torch._inductor.config.patch(freezing=True, fx_graph_cache=False),
-    ):
-        codes = run_and_get_code(torch.compile(model), X)[1]
-    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
-
-
 def strictly_ours(model: fx.GraphModule) -> str:
     """By the backend itself, since Dynamo lets no two threads compile at once, and torch.export none beside it."""
     with torch.no_grad(), pytest.raises(StrictError) as raised:
@@ -108,8 +95,8 @@ def side_by_side(first: Callable[[], Any], pause: Pause, second: Callable[[], An
 
 
 def test_a_plain_compile_while_ours_runs_its_passes(graph: fx.GraphModule, pause: Pause) -> None:
-    alone = stock_code(graph)
-    error, during = side_by_side(lambda: strictly_ours(graph), pause, lambda: stock_code(graph))
+    alone = stock_code(graph, X)
+    error, during = side_by_side(lambda: strictly_ours(graph), pause, lambda: stock_code(graph, X))
     assert "missed" in error
     assert during == alone
 
@@ -117,11 +104,11 @@ def test_a_plain_compile_while_ours_runs_its_passes(graph: fx.GraphModule, pause
 def test_ours_while_a_plain_compile_is_under_way(graph: fx.GraphModule) -> None:
     """It began before ours replaced anything, and ends when all of it is put back."""
     pause = _Waits.pause = Pause()
-    alone = stock_code(graph)
+    alone = stock_code(graph, X)
 
     def waiting() -> list[str]:
         with torch._inductor.config.patch(pre_grad_custom_pass=_Waits()):
-            return stock_code(graph)
+            return stock_code(graph, X)
 
     before = PatternMatcherPass.apply
     code, error = side_by_side(waiting, pause, lambda: strictly_ours(graph))

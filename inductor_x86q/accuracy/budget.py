@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,11 +46,18 @@ def quantize(
         validate: the metric of a module, higher is better. None: 1 less the noise's share of the outputs' energy, on the
             calibration data, by which a `max_drop` of 0.01 is a signal-to-noise ratio of 20 dB.
         max_drop: how much less than that of the float model the metric may be.
-        **options: all that `inductor_x86q.quantization.pt2e.quantize` takes.
+        **options: as of `inductor_x86q.quantization.pt2e.quantize`.
 
     Raises:
         QuantizationError: as without a budget; or the metric fails or is no number.
         BudgetError: no choice of layers is within the budget.
+
+    Example:
+        >>> q = inductor_x86q.quantize(model, (x,), calibration=batches, exclude=["10"])
+        >>> q(x).shape
+        torch.Size([4, 4])
+        >>> inductor_x86q.explain(q, (x,)).kept_float[0].layer
+        '10'
     """
     if max_drop is None:
         if validate is not None:
@@ -71,6 +79,10 @@ quantize.__signature__ = inspect.signature(pt2e.quantize).replace(  # type: igno
         *(_parameters[name] for name in ("validate", "max_drop")),
     ]
 )
+if quantize.__doc__ and pt2e.quantize.__doc__:  # python -OO has none
+    _explained = re.search(r"Args:\n.*?\n(?=\n +Raises:)", pt2e.quantize.__doc__, re.DOTALL)
+    assert _explained is not None
+    quantize.__doc__ = re.sub(r" +\*\*options:.*\n", "", quantize.__doc__).replace("Args:\n", _explained[0])
 
 
 class _Search:

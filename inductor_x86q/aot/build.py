@@ -65,6 +65,12 @@ def package(
         CompileError: an argument cannot be used, a dimension that should be dynamic is not, or there is no C++
             compiler.
         StrictError: under `strict`, with the names of the layers and the reasons.
+
+    Example:
+        >>> inductor_x86q.package(q, (x,), "model.pt2")
+        'model.pt2'
+        >>> inductor_x86q.load("model.pt2")(x).shape
+        torch.Size([4, 4])
     """
     target = _check_arguments(model, path)
     args, named = checked(example_inputs, kwargs, CompileError)

@@ -43,6 +43,12 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
 
     Raises:
         CompileError: the file is no package, was not made by `package`, or needs what this CPU does not have.
+
+    Example:
+        >>> inductor_x86q.load("photo.jpg")
+        Traceback (most recent call last):
+            ...
+        inductor_x86q.errors.CompileError: there is no file 'photo.jpg'
     """
     name = os.fspath(path)
     _require_fit(name)

@@ -20,28 +20,15 @@ class Unusable(Exception):
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
     """Says on a terminal what takes its time, and how long; turns the package's own errors into Unusable."""
-    from inductor_x86q.errors import CompileError
+    from inductor_x86q.errors import of_ours
 
     try:
         with progress.task(what):
             yield
-    except CompileError as error:
-        raise Unusable(str(error)) from error
     except Exception as error:
-        if cause := _of_ours(error):
+        if cause := of_ours(error):
             raise Unusable(str(cause)) from error
         raise
-
-
-def _of_ours(error: BaseException | None) -> BaseException | None:
-    """The CompileError that torch wrapped in an error of its own, None if there is none."""
-    from inductor_x86q.errors import CompileError
-
-    while error is not None:
-        error = getattr(error, "inner_exception", None) or error.__cause__
-        if isinstance(error, CompileError):
-            return error
-    return None
 
 
 def write(path: Path, content: str) -> None:

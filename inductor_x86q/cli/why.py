@@ -23,9 +23,13 @@ def _command(parsed: Any) -> int:
     model, inputs, _ = models.load_quantized(parsed)
     with step("running the passes"):
         answers = inspection.why(model, inputs, parsed.node, **models.compile_arguments(parsed))
-    for stage in dict.fromkeys(answer.stage for answer in answers):
+    asked = [answer for answer in answers if answer.rule]
+    for stage in dict.fromkeys(answer.stage for answer in asked):
         print(stage)
-        for answer in answers:
+        for answer in asked:
             if answer.stage == stage:
                 print(f"  {answer.node} ({answer.operator}): {answer.reason}")
+    known = {answer.operator for answer in asked}
+    for operator in dict.fromkeys(answer.operator for answer in answers if answer.operator not in known):
+        print(f"{operator}: no rule of any stage looks at this operator")
     return DONE

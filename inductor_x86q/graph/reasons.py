@@ -23,8 +23,8 @@ class Reason(enum.Enum):
     ACTIVATION_TYPE = "its input is not uint8 or int8 with one scale for the tensor: quantize it so"
     BAD_PARAMETERS = "a scale or zero point is not usable: calibrate again, with data that reaches this layer"
     IN_A_REGION = (
-        "it runs inside of a call that gets its weight at each run, where nothing is fused: have the call be `torch.cond` or "
-        "`while_loop`, one call a graph, or take the layer out of it"
+        "it runs inside a higher-order operator that gets its weight as an argument at each run, where nothing is fused: use "
+        "`torch.cond` or `while_loop`, each graph in one of them only, or move the layer out"
     )
     SATURATES = (
         "this CPU has no VNNI and adds pairs of 8-bit products in 16 bits, which can overflow: quantize with "

@@ -70,7 +70,13 @@ def kernel_calls(code: str) -> Counter[str]:
     Keys: "qconv", "qconv.binary", "qlinear", "qlinear.binary" for the onednn int8 operators; "x86q.convolution",
     "x86q.depthwise" and so on for layers in kernels of ours, by their kind; "convolution", "linear" and their ".binary" for
     float oneDNN; other operators under the name of their C shim, or their own where they are called through the dispatcher;
-    and each generated kernel by its name, which begins with "cpp_".
+    and each generated kernel by its name, which begins with `cpp_`.
+
+    Example:
+        >>> code = inductor_x86q.cpp_code(q, (x,), options={"kernels": "onednn"})
+        >>> calls = testing.kernel_calls(code)
+        >>> calls["qconv"], calls["qlinear"]
+        (3, 1)
     """
     return Counter(call.name for call in calls(code))
 
@@ -122,6 +128,11 @@ def stable(code: str) -> str:
     called `input0`, `constant0`, ... in the order of their use, generated kernels `kernel0`, ...; allocations, checks
     of sizes, comments, addresses and everything in Python are left out. Vector width and number of threads do show in
     kernels: compile with `options=PINNED` of `inductor_x86q.testing` where the text is to be compared.
+
+    Example:
+        >>> code = inductor_x86q.cpp_code(q, (x,), options=testing.PINNED)
+        >>> testing.stable(code).splitlines()[0]
+        'kernel0(input0, buf0);'
     """
     names = _Names()
     parts = []

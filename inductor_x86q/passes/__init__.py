@@ -77,6 +77,15 @@ def register_pass(stage: str, rule: Rule[Any]) -> Callable[[], None]:
 
     Raises:
         ValueError: there is no such stage, or it has a rule of that name.
+
+    Example:
+        >>> def find(node):
+        ...     return inductor_x86q.No("this one never matches")
+        >>> def rewrite(node, found):
+        ...     return node
+        >>> rule = inductor_x86q.Rule("never", (torch.ops.aten.mul.Tensor,), find, rewrite)
+        >>> remove = inductor_x86q.register_pass("propagate", rule)
+        >>> remove()
     """
     chosen = next((s for s in STAGES if s.name == stage), None)
     if chosen is None:

@@ -37,6 +37,13 @@ class LayerConfig:
         activation: what finds the range of a static layer's input: "minmax", "histogram", "percentile:99.99", "mse",
             an observer of torchao or a QuantizationSpec of it.
         weight: "per_channel", "per_tensor", an observer of torchao or a QuantizationSpec of it.
+
+    Example:
+        >>> percentile = inductor_x86q.LayerConfig(activation="percentile:99.99")
+        >>> config = {"": percentile, torch.nn.Linear: "float"}
+        >>> q = inductor_x86q.quantize(model, (x,), calibration=batches, config=config)
+        >>> len(inductor_x86q.explain(q, (x,)).fused)
+        3
     """
 
     mode: str | None = None

@@ -161,6 +161,12 @@ def prepare_qat(
 
     Raises:
         QuantizationError: the model is in eval mode or has nothing to quantize, or does not take the example.
+
+    Example:
+        >>> prepared = inductor_x86q.prepare_qat(model.train(), (x,))
+        >>> loss = prepared(x).square().mean()  # of your own training loop
+        >>> loss.backward()
+        >>> q = inductor_x86q.convert(prepared)
     """
     _check_model(model, training=True)
     args, named = checked(example_inputs, kwargs, QuantizationError)
@@ -179,6 +185,13 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
 
     Weights are stored in int8 under the names they had, their scales beside them; nothing requires grad. What
     `prepare_qat` returned is not changed, and can be trained further.
+
+    Example:
+        >>> from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+        >>> exported = torch.export.export(model, (x,)).module()
+        >>> prepared = prepare_pt2e(exported, inductor_x86q.X86Quantizer())
+        >>> outputs = [prepared(x) for _ in range(3)]  # calibrates
+        >>> q = inductor_x86q.convert(prepared)
     """
     if not isinstance(prepared, fx.GraphModule):
         raise QuantizationError(

@@ -40,6 +40,10 @@ class X86Quantizer(torchao.Quantizer):
         dynamic: linears only, each input's scale and zero point computed from its values at every call; "per_token" for
             each row of it.
         config: as of `quantize`.
+
+    Example:
+        >>> inductor_x86q.X86Quantizer(exclude=["layer1.*", torch.nn.Linear]).exclude
+        ('layer1.*', <class 'torch.nn.modules.linear.Linear'>)
     """
 
     def __init__(
@@ -200,6 +204,12 @@ def from_x86_inductor(quantizer: Any, *, reduce_range: bool | None = None) -> X8
 
     Raises:
         QuantizationError: the quantizer is none of torchao's, is for training, or asks for what no int8 kernel takes.
+
+    Example:
+        >>> import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer as x86
+        >>> quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        >>> inductor_x86q.from_x86_inductor(quantizer).config.whole.mode
+        'static'
     """
     parts = ("global_config", "operator_type_qconfig", "module_name_qconfig")
     if not all(hasattr(quantizer, part) for part in parts):

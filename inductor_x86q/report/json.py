@@ -4,7 +4,7 @@
 
     schema    "inductor_x86q.report"
     version   1; a reader refuses a greater one. Fields may be added within a version, none changes its meaning.
-    totals    layers, int8_layers, macs, int8_macs, missed, kept_float, quantizes_left, dequantizes_left, float_islands,
+    totals    layers, int8_layers, macs, int8_macs, missed, kept_float, quantizes_left, dequantizes_left, float_subgraphs,
               microseconds (null where nothing was measured)
     fused     int8 kernels: the fields of Fusion
     missed, kept_float

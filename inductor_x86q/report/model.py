@@ -137,6 +137,10 @@ class Drift:
     def __str__(self) -> str:
         return tables.plain(self.__rich__(), tables.UNLIMITED)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Jupyter shows of it."""
+        printer.text(str(self))
+
     def __rich__(self) -> Any:
         numbers = ("at the layer", "at the output, alone", "share of the noise")
         table = Table(Column("layer", style="cyan"), "operator", *(Column(title, right=True) for title in numbers))
@@ -279,9 +283,9 @@ class Content:
         return done / total if total else 1.0
 
     @property
-    def float_islands(self) -> int:
+    def float_subgraphs(self) -> int:
         """How many groups of connected float operations stand between int8 and int8."""
-        return _count_islands(self.nodes)
+        return _count_float_subgraphs(self.nodes)
 
     @property
     def microseconds(self) -> float | None:
@@ -299,7 +303,7 @@ class Content:
             "kept_float": len(self.kept_float),
             "quantizes_left": len(self.quantizes_left),
             "dequantizes_left": len(self.dequantizes_left),
-            "float_islands": self.float_islands,
+            "float_subgraphs": self.float_subgraphs,
             "microseconds": self.microseconds,
         }
 
@@ -338,20 +342,20 @@ def _total(items: Iterable[Fusion | Miss]) -> int:
     return sum(item.macs or 0 for item in items)
 
 
-def _count_islands(nodes: Sequence[Node]) -> int:
+def _count_float_subgraphs(nodes: Sequence[Node]) -> int:
     """Groups of float operations that read from int8 and write to int8."""
     by_name = {node.name: node for node in nodes}
     inside = {
         n.name for n in nodes if n.kind in ("generated", "missed", "kept_float") and n.dtype.startswith(("float", "bf"))
     }
-    islands: DisjointSets[str] = DisjointSets()
+    subgraphs: DisjointSets[str] = DisjointSets()
     reads, writes = set(), set()
     for node in nodes:
         for source in node.inputs:
             if node.name in inside and source in inside:
-                islands.join(source, node.name)
+                subgraphs.join(source, node.name)
             elif node.name in inside and by_name[source].kind in ("dequantize", "fused"):
                 reads.add(node.name)
             elif source in inside and node.kind == "quantize":
                 writes.add(source)
-    return len({islands.root(name) for name in reads} & {islands.root(name) for name in writes})
+    return len({subgraphs.root(name) for name in reads} & {subgraphs.root(name) for name in writes})

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Report(Content):
-    """`fused`: int8 kernels; `missed`: what should have been int8 and is not; `kept_float`: float by design."""
+    """`fused`: int8 kernels; `missed`: what should have been int8 and is not; `kept_float`: float by design.
+
+    Example:
+        >>> report = inductor_x86q.explain(q, (x,))
+        >>> report.layers, len(report.fused)
+        (4, 4)
+        >>> inductor_x86q.Report.from_json(report.to_json()) == report
+        True
+        >>> page = report.to_html("my model")
+    """
 
     def missed_text(self) -> str:
         return text.missed(self)
@@ -25,6 +34,9 @@ class Report(Content):
 
     def __str__(self) -> str:
         return self.table(tables.terminal_width())
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
 
     def __rich__(self) -> RenderableType:
         return text.renderable(self)

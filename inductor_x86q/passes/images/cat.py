@@ -39,7 +39,7 @@ def _find_cat(node: fx.Node) -> list[fx.Node] | No:
         return No("its images have other types or sizes")
     if not _have_sizes(values):
         return No("a size is not known when compiling, or is 0")
-    return images if value.shape[1] > FEW_CHANNELS else No("convolutions take so few channels as planes too")
+    return images if value.shape[1] > FEW_CHANNELS else No("convolutions take so few channels in contiguous format too")
 
 
 def _have_sizes(values: Iterable[Any]) -> bool:

@@ -1,0 +1,24 @@
+"""What Inductor generates without us, to be compared."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch._inductor.utils import run_and_get_code
+
+
+def stock_code(model: torch.nn.Module, x: Any, freezing: bool = True) -> list[str]:
+    """What Inductor generates, without what differs from one compile to the next: paths, addresses, remarks.
+
+    The graph caches are off, since a hit generates nothing; compiled kernels are still found in theirs.
+    """
+    torch._dynamo.reset()
+    with (
+        torch.no_grad(),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._inductor.config.patch(freezing=freezing, fx_graph_cache=False),
+    ):
+        codes = run_and_get_code(torch.compile(model), x)[1]
+    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
