@@ -87,7 +87,7 @@ def _through_dynamo(model: fx.GraphModule, options: dict[str, Any]) -> torch.Ten
 def _by_the_backend(model: fx.GraphModule, options: dict[str, Any]) -> torch.Tensor:
     """Dynamo lets no two threads compile at once; this does not go through it, as ahead of time."""
     with torch.no_grad():
-        (result,) = backend.inductor_x86q(copy.deepcopy(model), [X], options=options)(X)
+        result: torch.Tensor = backend.inductor_x86q(copy.deepcopy(model), [X], options=options)(X)
     return result
 
 
