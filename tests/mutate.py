@@ -14,16 +14,20 @@ import dataclasses
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "inductor_x86q"
 
 # Files below PACKAGE, and the tests that are to notice, quickest first.
+_QUANTIZATION = ("test_quantize.py", "test_config.py", "test_dynamic.py")
 _PASSES = ("test_mutations.py", "test_fusions.py", "test_random_graphs.py")
 KILLERS: dict[str, tuple[str, ...]] = {
     "graph/qdq.py": _PASSES,
@@ -32,6 +36,8 @@ KILLERS: dict[str, tuple[str, ...]] = {
     "passes/channels.py": ("test_channels.py", *_PASSES),
     "passes/finish.py": ("test_dynamic.py", *_PASSES),
     "passes/propagate.py": _PASSES,
+    "passes/generate.py": ("test_templates.py", "test_kernel_choice.py"),
+    "passes/transposed_convolution.py": ("test_transposed_convolutions.py", *_PASSES),
     "passes/fuse/*.py": ("test_bf16.py", *_PASSES),
     "passes/images/*.py": ("test_images.py", *_PASSES),
     "passes/normalize/*.py": ("test_dynamic.py", *_PASSES),
@@ -39,7 +45,16 @@ KILLERS: dict[str, tuple[str, ...]] = {
     "inductor/lowering/cat.py": ("test_images.py",),
     "inductor/lowering/pool.py": ("test_images.py",),
     "inductor/lowering/rows.py": ("test_dynamic.py", "test_templates.py"),
-    "kernels/*.py": ("test_templates.py",),
+    # Not kernels/cost.py: which kernel is taken changes no number.
+    **dict.fromkeys(
+        (f"kernels/{name}.py" for name in ("arguments", "convolution", "epilogue", "family", "isa", "specification")),
+        ("test_templates.py",),
+    ),
+    "quantization/calibration.py": _QUANTIZATION,
+    "quantization/convert.py": _QUANTIZATION,
+    "quantization/observers.py": _QUANTIZATION,
+    "quantization/specs.py": _QUANTIZATION,
+    "quantization/corrections/*.py": ("test_corrections.py", *_QUANTIZATION),
 }
 
 _COMPARISONS = {
@@ -132,38 +147,58 @@ def survives(mutation: Mutation, minutes: float) -> bool:
     with tempfile.TemporaryDirectory() as directory:
         shutil.copytree(ROOT / PACKAGE, Path(directory) / PACKAGE)
         shutil.copytree(ROOT / "tests", Path(directory) / "tests")
+        shutil.copy(ROOT / "pyproject.toml", directory)
         (Path(directory) / PACKAGE / mutation.file).write_text(mutation.source)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not slow and not torchvision",
-        ]
-        tests = [f"tests/{name}" for name in killers(mutation.file)]
-        try:
-            done = subprocess.run([*command, *tests], cwd=directory, env=os.environ | {"PYTHONPATH": directory},
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60 * minutes)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return False
-        if done.returncode > 2:  # 2 is a file that cannot even be imported
-            raise RuntimeError(f"pytest itself failed ({done.returncode}) on {mutation}")
-        return done.returncode == 0
+        status = _tested(directory, [f"tests/{name}" for name in killers(mutation.file)], 60 * minutes)
+        if status is not None and status > 2:  # 2 is a file that cannot even be imported
+            raise RuntimeError(f"pytest itself failed ({status}) on {mutation}")
+        return status == 0
+
+
+def _tested(directory: str, tests: list[str], seconds: float) -> int | None:
+    """pytest's exit status in a copy of the package, up to the first failure; None where it does not end in time.
+
+    A process that has imported torch is copied, since that import takes longer than many a test.
+    """
+    child = os.fork()
+    if not child:
+        os.setsid()
+        os._exit(_run_pytest(directory, tests))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1  # a crash is noticed
+        time.sleep(0.1)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def _run_pytest(directory: str, tests: list[str]) -> int:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
+    os.chdir(directory)
+    os.environ["PYTHONPATH"] = directory  # for processes that tests start
+    sys.path[:] = [directory, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", PACKAGE)]:
+        del sys.modules[name]
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not torchvision", *tests]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many of those, as of an earlier run")
     parser.add_argument("--minutes", type=float, default=15, help="after so many a breakage counts as noticed")
     parser.add_argument("--list", action="store_true", help="only list what would be broken")
     arguments = parser.parse_args()
-    chosen, survivors = drawn(arguments.seed, arguments.count), []
-    for number, mutation in enumerate(chosen, 1):
+    import torch._dynamo  # noqa: F401 - before the process is copied
+
+    chosen, survivors = drawn(arguments.seed, arguments.count)[arguments.skip :], []
+    for number, mutation in enumerate(chosen, arguments.skip + 1):
         if arguments.list:
             print(mutation)
             continue

@@ -18,7 +18,7 @@ from inductor_x86q.version import sources_digest
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
-import json, sys, time
+import json, sys
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
@@ -42,14 +42,12 @@ for node in q.graph.nodes:
     if "quantize_per_tensor" in str(node.target):
         node.args = (node.args[0], 0.02, 30, *node.args[3:])
 q.recompile()
-started = time.perf_counter()
 with torch.no_grad():
     result = torch.compile(q, backend="inductor_x86q", dynamic=False, options=options)(x)
-seconds = time.perf_counter() - started
 reference = q(x)
 print(json.dumps({
     "hit": counters["inductor"]["fxgraph_cache_hit"], "miss": counters["inductor"]["fxgraph_cache_miss"],
-    "bypass": counters["inductor"]["fxgraph_cache_bypass"], "seconds": seconds,
+    "bypass": counters["inductor"]["fxgraph_cache_bypass"],
     "result": result.tolist(), "error": float((result - reference).abs().max()), "size": float(reference.abs().max()),
 }))
 """
@@ -130,7 +128,6 @@ def test_a_second_process_hits_and_computes_the_same(caches, tmp_path):
     second = compile_once(directory, root=copied(tmp_path))
     assert outcome(second) == (1, 0, 0)
     assert second["result"] == first["result"]
-    assert second["seconds"] < first["seconds"]
 
 
 @pytest.mark.slow

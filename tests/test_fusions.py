@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from inductor_x86q import testing
 from inductor_x86q.testing import QConv1d, QConv2d, QConv3d, QLinear, quantize_dequantize
+from tests.fuzz.intervals import Interval, bounds
 
 F = nn.functional
 QD = quantize_dequantize
@@ -226,11 +228,29 @@ def together() -> tuple[list[Any], list[Any], list[Any]]:
     return reference, compiled.outputs, second
 
 
+class OfOneInput(nn.Module):
+    """A case with names for its inputs, by which it is traced."""
+
+    def __init__(self, case: nn.Module) -> None:
+        super().__init__()
+        self.case = case
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.case(x)
+
+
+def allowed(case: Row) -> list[Interval]:
+    """What each result may be: a value near a tie may be rounded either way."""
+    with torch.no_grad():
+        return bounds(OfOneInput(case.module), inputs_of(case))
+
+
 @pytest.mark.parametrize("number", range(len(ALL)), ids=lambda n: ALL[n].name)
 def test_numbers(number: int, together: tuple[list[Any], list[Any], list[Any]]) -> None:
     reference, first, second = (results[number] for results in together)
     if ALL[number].rounds_inside:  # one that fell the other way shows in everything that is computed from it
-        testing.assert_same(first, reference, min_snr=35)
+        for interval, value in zip(allowed(ALL[number]), pytree.tree_leaves(first), strict=True):
+            assert not interval.excludes(value).any(), f"{int(interval.excludes(value).sum())} elements are not allowed"
     else:
         testing.assert_same(first, reference)
     testing.assert_same(second, first)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import functools
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor import codecache, cpp_builder
+from torch._inductor.utils import clear_caches
 
 from inductor_x86q import inspection, testing
 from inductor_x86q.testing import QConv2d, QLinear
@@ -65,6 +71,63 @@ def test_cache_directory_is_full(run_python: Callable[..., Any], tmp_path: Path)
     done = run_python(FILES_OF_A_KILOBYTE + COMPILED, check=False, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 1 and "right" not in done.stdout
     assert "File too large" in done.stderr or "file size limit" in done.stderr.lower()
+
+
+class Killed(BaseException):
+    """As of a process that ends at once."""
+
+
+def kill(written: Path) -> None:
+    written.write_bytes(b"\x7fELF" + b"\0" * 100)
+    raise Killed
+
+
+def fill(written: Path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(written))
+
+
+@pytest.mark.parametrize("fail", [kill, fill])
+def test_each_kind_of_file_fails_once(
+    fail: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler is killed when half of a file is there, or the disk is full.
+
+    Nobody takes the half for the whole, an error says what is wrong, and the next attempt, on the same files, goes on.
+    """
+    failed: set[str] = set()
+
+    def step(stock: Callable[..., None], first: Any, *others: Any, **keywords: Any) -> None:
+        command = str(first).split()
+        written = Path(command[command.index("-o") + 1] if "-o" in command else command[0])
+        kind = re.sub(r"^[^.]*|\.\d+\.\d+$", "", written.name)
+        # Not what torch asks the compiler for the CPU's vectors by, a .so of one suffix, nor headers.
+        if kind not in failed and kind not in (".cpp", ".so", ".i", ".h", ".h.gch"):
+            failed.add(kind)
+            fail(written)
+        stock(first, *others, **keywords)
+
+    for module, name in ((codecache, "write_atomic"), (cpp_builder, "run_compile_cmd")):
+        monkeypatch.setattr(module, name, functools.partial(step, getattr(module, name)))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    model = testing.qdq_graph(Made(lambda m, x: torch.relu(m.fc(QD(x)))), (X,))
+    result = None
+    while result is None and len(failed) < 20:
+        torch._dynamo.reset()
+        clear_caches()
+        before = len(failed)
+        try:
+            with torch.no_grad():
+                result = torch.compile(model, backend="inductor_x86q")(X)
+        except Killed:
+            pass
+        except Exception as error:
+            assert os.strerror(errno.ENOSPC) in str(error), error
+        assert result is not None or len(failed) > before, "it fails again, with nothing wrong"
+    with torch.no_grad():
+        testing.assert_same(result, model(X))
+    assert {".main.o", ".optimized.o", ".main.so"} <= failed
+    assert any(kind.endswith("x86q.o") for kind in failed), failed
+    clear_caches()
 
 
 def test_interrupted_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,30 +241,32 @@ def test_two_processes_share_a_cold_cache(tmp_path: Path) -> None:
 
 
 def _resident_megabytes() -> float:
+    """Of this process, without what the C library keeps of memory that was freed."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(
-    reason="torch keeps what it exported and froze: 49 MB a round here, 66 MB with Inductor's own freezing in float32"
-)
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
 def test_memory_of_a_freed_model_returns() -> None:
-    """Two models alive, one freed: the other still answers, and making the first again does not grow the process."""
+    """Two models alive, one freed: the other still answers, and making the first again does not grow the process.
+
+    Of the model's weights, 8 MB in int8 and 32 MB in float32, nothing stays.
+    """
     x = torch.randn(2, 2048)
-    kept = testing.compile_once(testing.qdq_graph(Wide(), (x,)), (x,))
+    model = testing.qdq_graph(Wide(), (x,))
+    kept = testing.compile_once(model, (x,))
     expected = kept.run(x).clone()
     levels = []
     for _ in range(4):
         freed = testing.compile_once(testing.qdq_graph(Wide(), (x,)), (x,))
-        freed.run(x)
+        assert torch.equal(freed.run(x), expected)
         del freed
         torch._dynamo.reset()
-        gc.collect()
         levels.append(_resident_megabytes())
     assert torch.equal(kept.run(x), expected)
-    assert levels[-1] - levels[1] < 16, levels  # a model's weights are 8 MB in int8, 32 MB in float32
+    assert levels[-1] - levels[0] < 4, levels
 
 
 class Wide(nn.Module):

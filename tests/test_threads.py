@@ -181,14 +181,19 @@ class Torch:
     """What is replaced."""
 
     hook = None
+    names: tuple[str, ...] = ("torch",)
+
+    @classmethod
+    def named(cls, name: str) -> bool:
+        return name in cls.names
 
     def value(self) -> int:
         return 1
 
 
-def patch(attribute: str, replacement: Callable[..., Any], static: bool = False) -> Patch:
+def patch(attribute: str, replacement: Callable[..., Any], kind: Callable[..., Any] | None = None) -> Patch:
     words = dict.fromkeys(("why", "since", "until", "instead", "relies_on"), "")
-    return Patch(Scope("test"), __name__, f"Torch.{attribute}", replacement, **words, static=static)
+    return Patch(Scope("test"), __name__, f"Torch.{attribute}", replacement, **words, kind=kind)
 
 
 def test_a_patch_is_in_force_in_its_scope_alone() -> None:
@@ -206,12 +211,25 @@ def test_a_patch_is_in_force_in_its_scope_alone() -> None:
 
 def test_a_hook_that_nobody_has_set() -> None:
     found: list[Any] = []
-    hooked = patch("hook", lambda stock, value: found.append((stock(value), value)), static=True)
+    hooked = patch("hook", lambda stock, value: found.append((stock(value), value)), kind=staticmethod)
     with hooked.scope.entered(True, [hooked]):
         Torch.hook(3)  # type: ignore[misc]
         with ThreadPoolExecutor() as pool:
             assert pool.submit(Torch.hook, 4).result() is None  # type: ignore[arg-type]
     assert found == [(None, 3)] and Torch.hook is None
+
+
+def test_a_class_method() -> None:
+    class Other(Torch):
+        names = ("other",)
+
+    stock = vars(Torch)["named"]
+    negated = patch("named", lambda stock, cls, name: not stock(cls, name), kind=classmethod)
+    with negated.scope.entered(True, [negated]):
+        assert not Torch.named("torch") and Torch.named("other") and not Other.named("other")
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(Other.named, "other").result()
+    assert vars(Torch)["named"] is stock and Torch.named("torch")
 
 
 def test_who_overlaps_ours_and_puts_it_back_leaves_nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ INTERFACE = Interface(
         Needs("torch._inductor.codecache", "get_path", parameters=("basename", "extension")),
         Needs("torch._inductor.codecache", "get_lock_dir"),
         Needs("torch._inductor.codecache", "LOCK_TIMEOUT"),
-        Needs("torch._inductor.cpp_builder", "CppBuilder.get_command_line"),
+        Needs("torch._inductor.cpp_builder", "CppBuilder.build", looks_up=("get_command_line",)),
+        Needs("torch._inductor.cpp_builder", "CppBuilder.get_target_file_path"),
         Needs("torch._inductor.cpp_builder", "get_cpp_compiler"),
         Needs("torch._inductor.cpp_builder", "get_compiler_version_info", parameters=("compiler",)),
         Needs(
@@ -38,7 +39,8 @@ INTERFACE = Interface(
         ),
         Needs("torch.utils._filelock", "FileLock"),
     ),
-    "`write` naming a file by its contents; a `CppBuilder` reading the configuration when it is made, not when it builds.",
+    "`write` naming a file by its contents; a `CppBuilder` reading the configuration when it is made, not when it builds, "
+    "and writing to the file that its command line names.",
 )
 
 _SUFFIX = "x86q"  # of files: <hash>.x86q.cpp, and the same with .o and .so
@@ -111,7 +113,7 @@ def _start(built: Path) -> Future[None] | None:
         return None
     source = built.with_suffix(".cpp")
     flags = source.read_text().split("\n", 1)[0].removeprefix(_FLAGS)
-    builder = _builder(flags, f"{built.stem}.part", [str(source)], str(built.parent))
+    builder = _builder(flags, built.stem, [str(source)], str(built.parent))
     with _lock:
         started = _started.get(built)
         if started is None or started.done():
@@ -120,14 +122,32 @@ def _start(built: Path) -> Future[None] | None:
 
 
 def _run(builder: Any, target: Path) -> None:
-    """Builds what is not there yet, in one of several processes, and puts it there once it is whole."""
+    """Builds what is not there yet, in one of several processes."""
     from torch._inductor.codecache import LOCK_TIMEOUT, get_lock_dir
     from torch.utils._filelock import FileLock
 
     with FileLock(os.path.join(get_lock_dir(), f"{target.name}.lock"), timeout=LOCK_TIMEOUT):
         if not target.exists():
-            builder.build()
-            os.replace(builder.get_target_file_path(), target)
+            build_whole(builder)
+
+
+def build_whole(builder: Any) -> None:
+    """Builds a file, which is there under its name once all of it is written.
+
+    Whoever finds a file takes it for whole: a compiler that was killed, or that another process runs at this moment, would
+    have them link half of it, now and at each later start. Relies on `CppBuilder.build` running what `get_command_line` says,
+    and on that naming the file once, behind "-o".
+    """
+    target, command = builder.get_target_file_path(), builder.get_command_line()
+    part = f"{target}.{os.getpid()}.{threading.get_ident()}"
+    assert command.count(f"-o {target}") == 1, command
+    builder.get_command_line = lambda: command.replace(f"-o {target}", f"-o {part}")
+    try:
+        type(builder).build(builder)
+        os.replace(part, target)
+    finally:
+        del builder.get_command_line
+        Path(part).unlink(missing_ok=True)
 
 
 def build(objects: Iterable[Path]) -> None:
@@ -161,5 +181,5 @@ def load(kernel: Kernel) -> Any:
     target = built.with_suffix(".so")
     if not target.exists():
         flags = " ".join(kernel.flags)
-        _run(_builder(flags, f"{target.stem}.part", [str(built)], str(built.parent), link=True), target)
+        _run(_builder(flags, target.stem, [str(built)], str(built.parent), link=True), target)
     return getattr(ctypes.CDLL(str(target)), kernel.name)

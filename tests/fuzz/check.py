@@ -186,8 +186,7 @@ def _compare(
             raise Mismatch(f"call {number}: {name} is {result.dtype} {tuple(result.shape)}, "
                            f"expected {eager.dtype} {tuple(eager.shape)}\n\n{graph.script(number, mode)}")  # fmt: skip
         for what, value in (("eager", eager), ("compiled", result)):
-            outside = torch.maximum(interval.low - value.double(), value.double() - interval.high)
-            wrong = ~(outside <= 0)
+            wrong = interval.excludes(value)
             if wrong.any():
                 at = tuple(int(i) for i in wrong.nonzero()[0])
                 raise Mismatch(

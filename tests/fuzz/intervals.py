@@ -73,6 +73,10 @@ class Interval:
     def shape(self) -> torch.Size:
         return self.low.shape
 
+    def excludes(self, value: torch.Tensor) -> torch.Tensor:
+        """Which elements lie outside, or are no numbers."""
+        return ~((self.low <= value.double()) & (value.double() <= self.high))
+
     def widened(self, error: torch.Tensor) -> Interval:
         error = error + SMALLEST
         return Interval(self.low - error, self.high + error, self.dtype)
@@ -299,12 +303,12 @@ def _cast(target: Any, x: Any, dtype: torch.dtype) -> Interval:
 
 
 def _dequantize(
-    target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, out_dtype: torch.dtype = torch.float32
+    target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, out_dtype: torch.dtype | None = None
 ) -> Interval:
     x = _interval(x)
     result = Interval((x.low - float(zero_point)) * float(scale), (x.high - float(zero_point)) * float(scale))
     # The scale is rounded to float32, then the product.
-    return result.widened(POINTWISE_ERROR * result.magnitude).of_type(out_dtype)
+    return result.widened(POINTWISE_ERROR * result.magnitude).of_type(out_dtype or torch.float32)
 
 
 def _dequantize_channels(
@@ -316,17 +320,17 @@ def _dequantize_channels(
 
 # These give a type of their own; constants go through them too.
 _CONVERSIONS = frozenset({
-    getattr, torch.Tensor.to, _q.quantize_per_tensor, _q.dequantize_per_tensor, _q.dequantize_per_tensor.default,
-    _q.dequantize_per_channel,
+    getattr, torch.Tensor.to, _q.quantize_per_tensor, _q.quantize_per_tensor.default, _q.dequantize_per_tensor,
+    _q.dequantize_per_tensor.default, _q.dequantize_per_channel, _q.dequantize_per_channel.default,
 })  # fmt: skip
 
 _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({getattr}), _getattr),
     (frozenset({operator.getitem}), _item),
     (frozenset({torch.Tensor.to}), _cast),
-    (frozenset({_q.quantize_per_tensor}), _quantize),
+    (frozenset({_q.quantize_per_tensor, _q.quantize_per_tensor.default}), _quantize),
     (frozenset({_q.dequantize_per_tensor, _q.dequantize_per_tensor.default}), _dequantize),
-    (frozenset({_q.dequantize_per_channel}), _dequantize_channels),
+    (frozenset({_q.dequantize_per_channel, _q.dequantize_per_channel.default}), _dequantize_channels),
     (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear}), _weighted_sum),
     (frozenset({F.conv_transpose2d}), _transposed_convolution),
     (frozenset({torch.mm, torch.bmm, torch.matmul}), _matrix_product),
@@ -344,7 +348,7 @@ _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
                 F.adaptive_avg_pool3d, torch.mean}), _average),
     (frozenset({torch.cat, torch.stack, F.pad, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
                 torch.flip, torch.roll, torch.index_select, torch.split, torch.chunk, torch.unbind,
-                torch.Tensor.flatten, torch.Tensor.permute, torch.Tensor.transpose, torch.Tensor.reshape,
+                torch.flatten, torch.Tensor.flatten, torch.Tensor.permute, torch.Tensor.transpose, torch.Tensor.reshape,
                 torch.Tensor.unsqueeze, torch.Tensor.squeeze, torch.Tensor.repeat, torch.Tensor.expand,
                 torch.Tensor.select, torch.Tensor.contiguous, torch.Tensor.clone}), _movement),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,20 @@ def test_quantize_of_float16() -> None:
     is taken. Expected: as eager mode, which widens the input first.
     """
     assert_compiled_is_eager(lambda x: q.quantize_per_tensor.default(x, 0.1, 0, -128, 127, torch.int8), X.half())
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_frozen_weights_are_freed_with_the_model() -> None:
+    """Inductor keeps the weights of every model that was compiled with freezing, for the life of the process
+
+    A graph's constants are attributes of the Python module of its code, and that module stays in PyCodeCache.modules and in
+    sys.modules when the compiled model is freed and Dynamo was reset: two linears of 2048 x 2048 in float32 are 32 MB more a
+    round. `PyCodeCache.cache_clear()` empties the first list only.
+    Expected: the packed weight is freed.
+    """
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.compile(torch.nn.Linear(61, 67))(torch.randn(4, 61))
+    torch._dynamo.reset()
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    assert not [tensor for tensor in tensors if tensor.shape in ((61, 67), (67, 61))]

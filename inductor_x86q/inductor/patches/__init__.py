@@ -19,6 +19,7 @@ from inductor_x86q.inductor.patches import (
     decompositions_ahead_of_time,
     eight_bytes_at_once,
     fake_values,
+    generated_modules,
     generated_source,
     graph_cache,
     linked_objects,
@@ -48,6 +49,7 @@ PATCHES: tuple[Patch, ...] = (
     *linked_objects.PATCHES,
     *precompiled_headers.PATCHES,
     *sources_side_by_side.PATCHES,
+    *generated_modules.PATCHES,
     *generated_source.PATCHES,
 )
 

@@ -1,7 +1,8 @@
-"""Generated code is linked with the objects of ours that it calls."""
+"""Generated code is linked with the objects of ours that it calls, and what is built is there once it is whole."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -37,16 +38,18 @@ def _init(
     asked = list(dict.fromkeys(path for source in given for path in _asked_for.get(source) or _marked(source)))
     if BuildOption.get_compile_only() or BuildOption.get_precompiling() or BuildOption.get_preprocessing():
         stock(builder, name, sources, BuildOption, output_dir)
-        _asked_for[builder.get_target_file_path()] = asked
+        if asked:
+            _asked_for[builder.get_target_file_path()] = asked
+        builder.build = functools.partial(objects.build_whole, builder)
         return
     stock(builder, name, [*given, *map(str, asked)], BuildOption, output_dir)
-    build = builder.build
+    builder.build = functools.partial(_link, builder, asked)
 
-    def with_objects() -> None:  # in whatever thread
-        objects.build(asked)
-        build()
 
-    builder.build = with_objects
+def _link(builder: Any, asked: list[Path]) -> None:
+    """In whatever thread."""
+    objects.build(asked)
+    objects.build_whole(builder)
 
 
 PATCHES = (
@@ -56,7 +59,9 @@ PATCHES = (
         attribute="CppBuilder.__init__",
         replacement=_init,
         why="Kernels of ours are compiled once for all graphs; what is compiled for one graph, with the C++ wrapper, with the "
-        "Python wrapper or for a package, is linked with them.",
+        "Python wrapper or for a package, is linked with them. Inductor has the compiler write each file in its place, where "
+        "another process, or the next one after a compiler was killed, takes half a file for a whole one: its lock is that of a "
+        "graph, not of a file.",
         since="2.13",
         until="Inductor takes names of objects to link, as it does for other devices' kernels. None filed.",
         instead="`aot_inductor.custom_ops_to_c_shims` and `extra_flags` reach some of these builds only.",

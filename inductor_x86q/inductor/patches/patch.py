@@ -66,7 +66,7 @@ class Patch:
         instead: torch's sanctioned way, and why it is not taken.
         relies_on: what has to hold, in words.
         needs: what torch has to have beside the attribute itself, which can be looked up.
-        static: whether it is a static method.
+        kind: `staticmethod` or `classmethod`, where it is one.
     """
 
     scope: Scope[Any]
@@ -79,7 +79,7 @@ class Patch:
     instead: str
     relies_on: str
     needs: tuple[Needs, ...] = ()
-    static: bool = False
+    kind: Callable[..., Any] | None = None
     _uses: int = dataclasses.field(default=0, init=False)
     _in_place: Callable[..., Any] | None = dataclasses.field(default=None, init=False)
     # Of what stood in place before and is still known to somebody: torch's own, or what that somebody had put there.
@@ -102,7 +102,7 @@ class Patch:
                 stock = self._gone.get(_function(stored), stored) if stored is not None else None
                 self._in_place = stand_in = self._stand_in(stock)
                 self._gone[stand_in] = stock
-                setattr(owner, name, staticmethod(stand_in) if self.static else stand_in)
+                setattr(owner, name, self.kind(stand_in) if self.kind else stand_in)
         try:
             yield
         finally:
@@ -116,7 +116,7 @@ class Patch:
 
     def _stand_in(self, stock: Any) -> Callable[..., Any]:
         """What stands where `stock` stood."""
-        call = stock or _nothing
+        call = _function(stock) or _nothing
 
         @functools.wraps(call)
         def stand_in(*arguments: Any, **keywords: Any) -> Any:
@@ -139,7 +139,7 @@ _lock = threading.Lock()
 
 
 def _function(stored: Any) -> Any:
-    """The function of a static method, as it is stored in a class."""
+    """The function of a static or class method, as it is stored in a class."""
     return getattr(stored, "__func__", stored)
 
 
