@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import qdq, recurrence
 from inductor_x86q.inductor import fake_tensors
 
 fake_tensors.register_primitives()
@@ -119,7 +119,9 @@ _LAYERS = (
          "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
          "_scaled_dot_product_cudnn_attention", "attention", factors=(0, 1)),
     _row(Role.RECURRENT, "mkldnn_rnn_layer", "lstm", factors=(0,)),  # one direction of one layer
-    _row(Role.RECURRENT, "lstm.input lstm.data gru.input gru.data lstm_cell gru_cell", factors=(0,)),
+    _row(Role.RECURRENT, "lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_relu.input lstm_cell gru_cell "
+         "rnn_tanh_cell rnn_relu_cell", factors=(0,)),
+    Operator(Role.RECURRENT, (recurrence.RECURRENCE, recurrence.PACKED_RECURRENCE)),  # on an int8 weight
 )  # fmt: skip
 
 _COMPUTED = (

@@ -13,7 +13,7 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer as layer_of
-from inductor_x86q.quantization import qat, specs, torchao
+from inductor_x86q.quantization import qat, recurrent, specs, torchao
 from inductor_x86q.quantization.config import (
     DYNAMIC,
     Config,
@@ -63,12 +63,19 @@ class X86Quantizer(torchao.Quantizer):
         mode = ("per_tensor" if dynamic is True else dynamic) or "static"
         self.config = Config(config, LayerConfig(mode=str(mode)))
         self.excluded: list[fx.Node] = []
+        self._float_recurrences: list[fx.Node] = []
         self.static: list[fx.Node] = []  # layers whose inputs' ranges are to be calibrated
+
+    def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        self._float_recurrences = recurrent.rewrite(
+            model, lambda node: self._mode(node) == "float", bits=7 if self.reduce_range else 8
+        )
+        return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         plan = Plan(model.graph, self._mode, folds=self.is_qat)
-        self.config.check([*plan.compute, *plan.dynamic], plan.excluded)
-        self.excluded, self.static = plan.excluded, list(plan.compute)
+        self.excluded, self.static = [*plan.excluded, *self._float_recurrences], list(plan.compute)
+        self.config.check([*plan.compute, *plan.dynamic], self.excluded)
         self._annotate_static(plan)
         self._annotate_dynamic(plan)
         qat.scale_weights(plan.norms)

@@ -14,6 +14,7 @@ from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
+from inductor_x86q.graph.recurrence import RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
 from inductor_x86q.passes.fuse import compute, half
@@ -37,7 +38,7 @@ def collect(graph: fx.Graph) -> Report:
         shown.add(node)
         node.meta["x86q_reported"] = node.name  # what replaces it in a later stage is told by that
         if kind == "fused":
-            report.fused.append(_fusion(node))
+            report.fused.append(_recurrence(node) if node.target is RECURRENCE else _fusion(node))
         elif kind == "product":
             miss = _miss(node)
             kind = "kept_float" if miss.reason in BY_DESIGN else "missed"
@@ -78,7 +79,7 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "output"
     if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
         return None
-    if is_call(node):
+    if is_call(node) or node.target is RECURRENCE:
         return "fused"
     if _is_product(node):
         return "product"
@@ -125,6 +126,26 @@ def _attention_macs(node: fx.Node) -> int | None:
     return int(total) if isinstance(total, int) else None
 
 
+def _recurrence(node: fx.Node) -> Fusion:
+    """The row of a recurrent layer's steps."""
+    arguments = qdq.schema_arguments(node)
+    x, weight = (qdq.value(arguments[name]) for name in ("x", "weight"))
+    macs = math.prod(x.shape[:2]) * weight.numel()
+    return Fusion(
+        layer=layer(node),
+        kernel=str(node.target),
+        operator=arguments["cell"],
+        absorbed=(),
+        input_dtype=_name(x.dtype),
+        weight_dtype="int8",
+        output_dtype="float32",
+        output_shape=_shape(node),
+        macs=int(macs) if isinstance(macs, int) else None,
+        source=source(node),
+        node=node.name,
+    )
+
+
 def _recurrent_macs(node: fx.Node) -> int | None:
     """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
     arguments = qdq.schema_arguments(node)
@@ -138,9 +159,14 @@ _MACS: dict[Any, Callable[[fx.Node], int | None]] = {
 }  # fmt: skip
 
 
+_FLOAT_RECURRENCE = (
+    "part of a recurrent layer; one with a projection, of packed sequences or with dropout in training cannot be quantized"
+)
+
+
 def _obstacle(node: fx.Node) -> Obstacle:
     if _is_recurrent(node):
-        return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
+        return Obstacle(Reason.NOT_QUANTIZED, _FLOAT_RECURRENCE)
     found = _layer_obstacle(node)
     is_float_convolution = node.target is compute.CONVOLUTION and found == Obstacle(Reason.NOT_QUANTIZED)
     if is_float_convolution and any(other.target is qdq.QUANTIZE_TENSOR for other in node.graph.nodes):
