@@ -141,17 +141,13 @@ class Mixed(nn.Module):
         return self.head(self.gru(self.lstm(self.conv(x.mT).mT)[0])[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*were assigned during export")
-def test_convolutions_and_recurrent_layers_stay_float_for_a_reason() -> None:
+def test_convolutions_stay_float_for_a_reason_and_recurrent_layers_do_not() -> None:
     x = torch.randn(2, 3, 16)
     report = inductor_x86q.explain(inductor_x86q.quantize(Mixed().eval(), (x,), dynamic=True), (x,))
-    assert [fusion.layer for fusion in report.fused] == ["head"]
+    assert {fusion.layer for fusion in report.fused} == {"lstm", "gru", "head"}
     assert report.missed == []
     reasons = {miss.layer: miss for miss in report.kept_float}
-    assert "convolutions need calibration" in str(reasons["conv"])
-    assert reasons["lstm"].operator == "lstm" and reasons["lstm"].macs == 2 * 3 * 4 * 32 * (16 + 32)
-    for name in ("lstm", "gru"):
-        assert reasons[name].reason is Reason.NO_KERNEL and "recurrent" in str(reasons[name])
+    assert set(reasons) == {"conv"} and "convolutions need calibration" in str(reasons["conv"])
 
 
 # --- what the code calls ----------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ class Role(enum.Enum):
     INTEGER_PRODUCT = enum.auto()
     ATTENTION = enum.auto()
     RECURRENT = enum.auto()
+    EMBEDDING = enum.auto()
     ACTIVATION = enum.auto()
     ADDITION = enum.auto()
     POINTWISE = enum.auto()  # any other that computes each element of its own
@@ -125,6 +126,7 @@ _LAYERS = (
 )  # fmt: skip
 
 _COMPUTED = (
+    _row(Role.EMBEDDING, "embedding"),
     _activation("relu relu_", clips=True, post_operations=_post(
         "relu", "conv1d conv2d linear", after_addition="conv2d linear")),
     _activation("hardtanh hardtanh_", clips=True, post_operations=_post(

@@ -13,7 +13,7 @@ from inductor_x86q.graph.reasons import No
 from inductor_x86q.graph.recurrence import PACKED_RECURRENCE, RECURRENCE
 from inductor_x86q.inductor import objects
 from inductor_x86q.kernels import isa
-from inductor_x86q.kernels.recurrence import Recurrence
+from inductor_x86q.kernels.recurrence import Kernel, Recurrence
 from inductor_x86q.passes.stage import Rule
 
 
@@ -40,12 +40,22 @@ def _find(node: fx.Node) -> _Layer | No:
     return _Layer(recurrence, weight, scale, bias)
 
 
+def kernel(node: fx.Node) -> Kernel | None:
+    """The kernel that computes the steps; None where Inductor calls the operator itself."""
+    found = _find(node)
+    return None if isinstance(found, No) else _chosen(found.recurrence)
+
+
+def _chosen(recurrence: Recurrence) -> Kernel:
+    return recurrence.kernel(isa.best(cpu.usable_flags(), recurrence.lanes))
+
+
 def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
     """recurrence(…) → recurrence_packed(what the kernel reads, what that is, …)"""
     from inductor_x86q.inductor.lowering import recurrent  # noqa: F401  registers with Inductor, which is slow to import
 
     given = layer.recurrence
-    objects.start([given.kernel(isa.best(cpu.usable_flags(), given.lanes))])
+    objects.start([_chosen(given)])
     constants = qdq.new_constant(given.constants(layer.weight, layer.scale, layer.bias), like=node)
     new = node.graph.call_function(PACKED_RECURRENCE, (constants, given.text(), *node.args))
     new.meta.update(node.meta)

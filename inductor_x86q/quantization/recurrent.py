@@ -19,18 +19,17 @@ from torch import fx
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.recurrence import RECURRENCE, state_count
-from inductor_x86q.inductor import fake_tensors
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-LAYERS = {
+LAYERS: dict[Any, str] = {
     aten.lstm.input: "lstm",
     aten.gru.input: "gru",
     aten.rnn_tanh.input: "rnn_tanh",
     aten.rnn_relu.input: "rnn_relu",
 }
-CELLS = {
+CELLS: dict[Any, str] = {
     aten.lstm_cell.default: "lstm",
     aten.gru_cell.default: "gru",
     aten.rnn_tanh_cell.default: "rnn_tanh",
@@ -92,23 +91,33 @@ def _rewrite_layer(model: fx.GraphModule, node: fx.Node, bits: int) -> None:
     per_direction, directions = (4 if arguments["has_biases"] else 2), (2 if arguments["bidirectional"] else 1)
     each = [_Direction(*parameters[i : i + per_direction]) for i in range(0, len(parameters), per_direction)]
     given = arguments["hx"] if cell == "lstm" else [arguments["hx"]]
-    output, states = arguments["input"], []
+    output, states, stack = arguments["input"], [], node.meta.get("nn_module_stack") or {}
     with node.graph.inserting_before(node):
-        for number in range(arguments["num_layers"]):
-            own = each[number * directions : (number + 1) * directions]
-            initial = [_of_layer(state, number, directions, arguments["num_layers"]) for state in given]
-            steps = _layer(model, node, cell, own, output, initial, arguments["batch_first"], bits, number)
+        for layer in range(arguments["num_layers"]):
+            own = each[layer * directions : (layer + 1) * directions]
+            initial = [_of_layer(state, layer, directions, arguments["num_layers"]) for state in given]
+            if arguments["num_layers"] > 1:
+                node.meta["nn_module_stack"] = _inside(stack, layer)  # which all that is made for the layer is given
+            steps = _layer(model, node, cell, own, output, initial, arguments["batch_first"], bits)
             output, state = (qdq.call(operator.getitem, steps, i, like=steps) for i in range(2))
             states.append(state)
-        results = [output]
+        node.meta["nn_module_stack"], results = stack, [output]
         for kind in range(state_count(cell)):
             of_layers = [qdq.call(aten.select.int, state, 0, kind, like=node) for state in states]
             results.append(of_layers[0] if len(of_layers) == 1 else qdq.call(aten.cat.default, of_layers, like=node))
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        number: Any = user.args[1]
+        user.replace_all_uses_with(results[number])
         node.graph.erase_node(user)
     node.graph.erase_node(node)
 
+
+def _inside(stack: dict[str, Any], number: int) -> dict[str, Any]:
+    """Where a layer of several is said to be: in a module of its own, named as in the names of its parameters."""
+    if not stack:
+        return stack
+    key, (path, kind) = list(stack.items())[-1]
+    return {**stack, f"{key}_l{number}": (f"{path}.l{number}", kind)}
 
 
 def _of_layer(state: fx.Node, number: int, directions: int, layers: int) -> fx.Node | None:
@@ -129,47 +138,30 @@ def _layer(
     initial: list[fx.Node | None],
     batch_first: bool,
     bits: int,
-    number: int,
 ) -> fx.Node:
     """One layer: its linear and its steps."""
 
-    def store(name: str, tensor: torch.Tensor) -> fx.Node:
-        new = qdq.store(model, name, tensor, node)
-        with fake_tensors.fake_mode(node.graph) as mode:
-            new.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-        return new
+    def store(like: fx.Node | None, suffix: str, tensor: torch.Tensor | None) -> fx.Node | None:
+        return None if tensor is None or like is None else qdq.store(model, f"{like.target}_{suffix}", tensor, node)
 
-    name = str(directions[0].weight.target)
-    input_weight = directions[0].input_weight
+    first = directions[0]
+    input_weight: fx.Node | None = first.input_weight
     if len(directions) > 1:
         whole = torch.cat([_value(direction.input_weight) for direction in directions])
-        input_weight = store(f"{input_weight.target}_both", whole)
+        input_weight = store(input_weight, "both", whole)
     weight = torch.stack([_value(direction.weight) for direction in directions])
     most = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(-1) / most).clamp(min=_SMALLEST_SCALE)
     integers = (weight / scale[..., None]).round().clamp(-most, most).to(torch.int8)
     input_bias, bias = _biases(cell, directions, weight.shape[-1])
-    linear = qdq.call(
-        aten.linear.default,
-        x,
-        input_weight,
-        None if input_bias is None else store(f"{name}_input_bias", input_bias),
-        like=node,
+    gates = qdq.call(aten.linear.default, x, input_weight, store(first.input_bias, "whole", input_bias), like=node)
+    stored = (
+        store(first.weight, "int8", integers),
+        store(first.weight, "scale", scale),
+        store(first.bias, "new", bias),
     )
     hidden, cell_state = (*initial, None)[:2]
-    steps = qdq.call(
-        RECURRENCE,
-        cell,
-        linear,
-        hidden,
-        cell_state,
-        store(f"{name}_int8", integers),
-        store(f"{name}_scale", scale),
-        None if bias is None else store(f"{name}_bias", bias),
-        batch_first,
-        like=node,
-    )
-    return steps
+    return qdq.call(RECURRENCE, cell, gates, hidden, cell_state, *stored, batch_first, like=node)
 
 
 def _biases(cell: str, directions: list[_Direction], hidden: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -234,6 +226,7 @@ def _rewrite_cell(node: fx.Node) -> None:
     if cell != "lstm":
         node.replace_all_uses_with(results[0])
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        number: Any = user.args[1]
+        user.replace_all_uses_with(results[number])
         node.graph.erase_node(user)
     node.graph.erase_node(node)

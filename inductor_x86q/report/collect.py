@@ -17,6 +17,7 @@ from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
 from inductor_x86q.graph.recurrence import RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
+from inductor_x86q.passes import recurrent
 from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
 from inductor_x86q.report.report import Report
@@ -38,7 +39,7 @@ def collect(graph: fx.Graph) -> Report:
         shown.add(node)
         node.meta["x86q_reported"] = node.name  # what replaces it in a later stage is told by that
         if kind == "fused":
-            report.fused.append(_recurrence(node) if node.target is RECURRENCE else _fusion(node))
+            report.fused.append(_fusion(node))
         elif kind == "product":
             miss = _miss(node)
             kind = "kept_float" if miss.reason in BY_DESIGN else "missed"
@@ -79,7 +80,7 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "output"
     if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
         return None
-    if is_call(node) or node.target is RECURRENCE:
+    if is_call(node) or node.target is RECURRENCE or _is_int8_lookup(node):
         return "fused"
     if _is_product(node):
         return "product"
@@ -126,26 +127,6 @@ def _attention_macs(node: fx.Node) -> int | None:
     return int(total) if isinstance(total, int) else None
 
 
-def _recurrence(node: fx.Node) -> Fusion:
-    """The row of a recurrent layer's steps."""
-    arguments = qdq.schema_arguments(node)
-    x, weight = (qdq.value(arguments[name]) for name in ("x", "weight"))
-    macs = math.prod(x.shape[:2]) * weight.numel()
-    return Fusion(
-        layer=layer(node),
-        kernel=str(node.target),
-        operator=arguments["cell"],
-        absorbed=(),
-        input_dtype=_name(x.dtype),
-        weight_dtype="int8",
-        output_dtype="float32",
-        output_shape=_shape(node),
-        macs=int(macs) if isinstance(macs, int) else None,
-        source=source(node),
-        node=node.name,
-    )
-
-
 def _recurrent_macs(node: fx.Node) -> int | None:
     """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
     arguments = qdq.schema_arguments(node)
@@ -160,7 +141,7 @@ _MACS: dict[Any, Callable[[fx.Node], int | None]] = {
 
 
 _FLOAT_RECURRENCE = (
-    "part of a recurrent layer; one with a projection, of packed sequences or with dropout in training cannot be quantized"
+    "part of a recurrent layer; those with a projection, of packed sequences or with dropout in training stay float"
 )
 
 
@@ -266,24 +247,56 @@ def _dtype(node: fx.Node) -> str:
 
 
 def _fusion(node: fx.Node) -> Fusion:
+    alike: dict[str, Any] = {
+        **dict(layer=layer(node), kernel=str(node.target), absorbed=tuple(node.meta.get("x86q_absorbed", ()))),
+        **dict(weight_dtype="int8", output_shape=_shape(node), source=source(node), node=node.name),
+    }
+    if node.target is RECURRENCE:
+        return _recurrence(node, alike)
+    return _lookup(node, alike) if _is_int8_lookup(node) else _call(node, alike)
+
+
+def _call(node: fx.Node, alike: dict[str, Any]) -> Fusion:
     call = read(node)
     return Fusion(
-        layer=layer(node),
-        kernel=str(node.target),
+        **alike,
         operator=call.family,
-        absorbed=tuple(node.meta.get("x86q_absorbed", ())),
         input_dtype=_name(qdq.value(call.x).dtype),
-        weight_dtype="int8",
         output_dtype=_name(call.output_dtype),
-        output_shape=_shape(node),
         macs=node.meta.get("x86q_macs"),
-        source=source(node),
-        node=node.name,
         input_scale=call.x_scale if call.is_static else None,
         input_zero_point=call.x_zero_point if call.is_static else None,
         output_scale=call.output_scale if call.has_int8_output else None,
         output_zero_point=call.output_zero_point if call.has_int8_output else None,
     )
+
+
+def _recurrence(node: fx.Node, alike: dict[str, Any]) -> Fusion:
+    """Of a recurrent layer's steps."""
+    arguments = qdq.schema_arguments(node)
+    x, weight = (qdq.value(arguments[name]) for name in ("x", "weight"))
+    macs = math.prod(x.shape[:2]) * weight.numel()
+    with fake_tensors.disable_modes():
+        kernel = recurrent.kernel(node)
+    return Fusion(
+        **alike,
+        operator=arguments["cell"],
+        input_dtype=_name(x.dtype),
+        output_dtype=_dtype(node),
+        macs=int(macs) if isinstance(macs, int) else None,
+        computed_by=kernel.name if kernel else "",
+    )
+
+
+def _is_int8_lookup(node: fx.Node) -> bool:
+    """Whether the node looks up rows of an int8 table."""
+    table = qdq.constant(node.args[0]) if role(node) is Role.EMBEDDING else None
+    return table is not None and table.dtype == torch.int8
+
+
+def _lookup(node: fx.Node, alike: dict[str, Any]) -> Fusion:
+    indices = _dtype(qdq.operand(node, 1))
+    return Fusion(**alike, operator="embedding", input_dtype=indices, output_dtype="int8", macs=0)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -42,7 +42,9 @@ class _Steps(Template):
     def _threads(self) -> int | None:
         """How many threads share the multiply-accumulates of a step; None where its rows are not known when compiling."""
         batch = self._sizes["batch"]
-        return configuration.threads(batch * self._macs, configuration.MACS_PER_THREAD) if isinstance(batch, int) else None
+        if not isinstance(batch, int):
+            return None
+        return configuration.threads(batch * self._macs, configuration.MACS_PER_THREAD)
 
     def shared(self) -> Sequence[str]:
         kernel = self._kernel_of_ours
@@ -98,13 +100,19 @@ def _lower(
     x_row, out_row = ints(x.get_size())[2], output[2]
     sizes = {
         **dict(steps=steps, batch=batch, hidden=given.hidden, directions=given.directions),
-        **dict(x_step=x_row if batch_first else batch * x_row, x_row=steps * x_row if batch_first else x_row),
-        **dict(out_step=out_row if batch_first else batch * out_row, out_row=steps * out_row if batch_first else out_row),
+        **_strides("x", x_row, steps, batch, batch_first),
+        **_strides("out", out_row, steps, batch, batch_first),
     }
     kernel = given.kernel(isa.best(cpu.usable_flags(), given.lanes))
     template = _Steps({**tensors, "constants": constants}, layout, kernel, sizes, given.macs())
     whole = computed(template.generate().output_node(), None)
     return _part(whole, output, 0), _part(whole, states, sympy_product(output))
+
+
+def _strides(name: str, width: Any, steps: Any, batch: Any, batch_first: bool) -> dict[str, Any]:
+    """Of a step and a row, in elements, where a row of a step is so wide."""
+    step, row = (width, steps * width) if batch_first else (batch * width, width)
+    return {f"{name}_step": step, f"{name}_row": row}
 
 
 def _part(whole: Any, size: list[Any], offset: Any) -> Any:
