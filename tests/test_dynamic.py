@@ -129,6 +129,27 @@ def test_nan_in_a_weight_is_named() -> None:
         inductor_x86q.quantize(model, INPUTS, dynamic=True)
 
 
+class Transposed(nn.Module):
+    """A linear of rows that do not lie one after the other: AOTAutograd makes a product of batches of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 40)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dynamic", [True, "per_token"])
+def test_a_linear_of_transposed_rows_is_int8(dynamic: Any) -> None:
+    x = torch.randn(3, 5, 24)
+    q = inductor_x86q.quantize(Transposed().eval(), (x,), dynamic=dynamic)
+    with torch.no_grad():
+        result, report = inspection.run_fused(q, (x,))
+        assert report.missed == [] and len(report.fused) == 1
+        assert testing.snr(result, q(x)) > 60
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
