@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import qdq, recurrence
 from inductor_x86q.inductor import fake_tensors
 
 fake_tensors.register_primitives()
@@ -31,6 +31,7 @@ class Role(enum.Enum):
     INTEGER_PRODUCT = enum.auto()
     ATTENTION = enum.auto()
     RECURRENT = enum.auto()
+    EMBEDDING = enum.auto()
     ACTIVATION = enum.auto()
     ADDITION = enum.auto()
     POINTWISE = enum.auto()  # any other that computes each element of its own
@@ -119,10 +120,13 @@ _LAYERS = (
          "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
          "_scaled_dot_product_cudnn_attention", "attention", factors=(0, 1)),
     _row(Role.RECURRENT, "mkldnn_rnn_layer", "lstm", factors=(0,)),  # one direction of one layer
-    _row(Role.RECURRENT, "lstm.input lstm.data gru.input gru.data lstm_cell gru_cell", factors=(0,)),
+    _row(Role.RECURRENT, "lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_relu.input lstm_cell gru_cell "
+         "rnn_tanh_cell rnn_relu_cell", factors=(0,)),
+    Operator(Role.RECURRENT, (recurrence.RECURRENCE, recurrence.PACKED_RECURRENCE)),  # on an int8 weight
 )  # fmt: skip
 
 _COMPUTED = (
+    _row(Role.EMBEDDING, "embedding"),
     _activation("relu relu_", clips=True, post_operations=_post(
         "relu", "conv1d conv2d linear", after_addition="conv2d linear")),
     _activation("hardtanh hardtanh_", clips=True, post_operations=_post(

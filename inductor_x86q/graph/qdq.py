@@ -194,6 +194,8 @@ def store(module: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.No
     with module.graph.inserting_before(before):
         node = module.graph.get_attr(".".join([*path, unique]))
     copy_origin(node, before)
+    with fake_tensors.fake_mode(module.graph) as mode:
+        node.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
     return node
 
 

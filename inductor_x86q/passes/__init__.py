@@ -15,7 +15,7 @@ from torch import fx
 
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import fake_tensors
-from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate
+from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate, recurrent
 from inductor_x86q.passes.stage import Rule, Stage, StageResult
 from inductor_x86q.version import sources_digest
 
@@ -47,7 +47,7 @@ POST_OPS = Stage(
 OUTPUT_TYPES = Stage(
     "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
 )
-FINISH = Stage("finish", [*finish.RULES], "The graph is legal for Inductor.")
+FINISH = Stage("finish", [*finish.RULES, *recurrent.RULES], "The graph is legal for Inductor.")
 IMAGES = Stage(
     "images",
     [*images.RULES],

@@ -31,7 +31,9 @@ def export(
     except TypeError as error:
         raise QuantizationError(f"the example does not fit the model: {error}") from None
     # Training goes through the graph: grad mode is part of what is exported.
-    with torch.set_grad_enabled(model.training):
+    with torch.set_grad_enabled(model.training), warnings.catch_warnings():
+        # Recurrent modules list their weights anew when they are traced, which changes nothing.
+        warnings.filterwarnings("ignore", message="The tensor attributes .*_flat_weights")
         if dynamic_shapes is not None:
             return _export_as_asked(model, args, kwargs, bound, dynamic_shapes), True
         for (inputs, named), shapes in _any_batch(args, kwargs, bound):

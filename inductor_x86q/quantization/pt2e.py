@@ -45,6 +45,7 @@ def quantize(
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     accuracy: str | Iterable[str] | None = None,
+    embeddings: str | None = None,
 ) -> QuantizedGraph:
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
 
@@ -82,6 +83,8 @@ def quantize(
             "equalize" (channels between convolutions), "smooth" (channels in front of linears, as SmoothQuant),
             "rounding" (of weights, for the least error of each layer's output, as GPTQ) and "bias" (takes out the mean
             error of each channel); "best" tries each and keeps what helps. For dynamic layers the data may be given too.
+        embeddings: "int8" keeps the tables of embeddings and embedding bags in int8, a quarter of their size, each row
+            with a scale of its own; rows are dequantized when they are looked up.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, it does not take the example, there is
@@ -102,7 +105,9 @@ def quantize(
     fixed_batch = None if any_batch else batch_size((args, named))
 
     def prepared_for(given: Any) -> fx.GraphModule:
-        quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given)
+        quantizer = X86Quantizer(
+            reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given, embeddings=embeddings
+        )
         # Preparing takes the exported graph over, and there may be several attempts.
         prepared = prepare(copy.deepcopy(exported) if switches else exported, quantizer)
         if calibration is None and quantizer.static:
@@ -226,7 +231,7 @@ def prepare(
         prepared = step(exported, quantizer)
     qat.show_batch_norms(prepared.graph)
     prepared.recompile()
-    if not any(is_observer(module) for module in prepared.modules()):
+    if not quantizer.rewritten and not any(is_observer(module) for module in prepared.modules()):
         excluded = ", ".join(layer(node) for node in quantizer.excluded)
         raise QuantizationError(
             "there is nothing to quantize: the model has no convolution or linear with a constant weight"

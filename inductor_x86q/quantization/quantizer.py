@@ -13,7 +13,8 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer as layer_of
-from inductor_x86q.quantization import qat, specs, torchao
+from inductor_x86q.quantization import embeddings as embedding_tables
+from inductor_x86q.quantization import qat, recurrent, specs, torchao
 from inductor_x86q.quantization.config import (
     DYNAMIC,
     Config,
@@ -40,6 +41,7 @@ class X86Quantizer(torchao.Quantizer):
         dynamic: linears only, each input's scale and zero point computed from its values at every call; "per_token" for
             each row of it.
         config: as of `quantize`.
+        embeddings: as of `quantize`.
 
     Example:
         >>> inductor_x86q.X86Quantizer(exclude=["layer1.*", torch.nn.Linear]).exclude
@@ -54,24 +56,40 @@ class X86Quantizer(torchao.Quantizer):
         is_qat: bool = False,
         dynamic: bool | str = False,
         config: Any = None,
+        embeddings: str | None = None,
     ) -> None:
         super().__init__()
         if dynamic and is_qat:
             raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not cpu.has_vnni() if reduce_range is None else reduce_range
         self.exclude = _rules(exclude)
+        if embeddings not in embedding_tables.MODES:
+            raise QuantizationError(f"embeddings is {embeddings!r}: expected None or 'int8'")
+        self.embeddings = embeddings
         self.is_qat = is_qat
         if is_qat and config is not None:
             raise QuantizationError("config is for quantizing after training: prepare_qat() and is_qat take none")
         mode = ("per_tensor" if dynamic is True else dynamic) or "static"
         self.config = Config(config, LayerConfig(mode=str(mode)))
         self.excluded: list[fx.Node] = []
+        self.rewritten = 0  # layers that need no observer, being quantized before others are annotated
+        self._left_out: list[fx.Node] = []  # of those that could be
         self.static: list[fx.Node] = []  # layers whose inputs' ranges are to be calibrated
+
+    def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        def is_float(node: fx.Node) -> bool:
+            return self._mode(node) == "float"
+
+        self._left_out = recurrent.rewrite(model, is_float, bits=7 if self.reduce_range else 8)
+        if self.embeddings:
+            self.rewritten, left_out = embedding_tables.rewrite(model, is_float)
+            self._left_out += left_out
+        return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         plan = Plan(model.graph, self._mode, folds=self.is_qat)
-        self.config.check([*plan.compute, *plan.dynamic, *plan.excluded], self.exclude)
-        self.excluded, self.static = list(plan.excluded), list(plan.compute)
+        self.excluded, self.static = [*plan.excluded, *self._left_out], list(plan.compute)
+        self.config.check([*plan.compute, *plan.dynamic, *self.excluded], self.exclude)
         self._annotate_static(plan)
         self._annotate_dynamic(plan)
         for node in plan.excluded:

@@ -14,8 +14,10 @@ from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
+from inductor_x86q.graph.recurrence import RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
+from inductor_x86q.passes import recurrent
 from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
 from inductor_x86q.report.report import Report
@@ -78,7 +80,7 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "output"
     if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
         return None
-    if is_call(node):
+    if is_call(node) or node.target is RECURRENCE or _is_int8_lookup(node):
         return "fused"
     if _is_product(node):
         return "product"
@@ -138,9 +140,14 @@ _MACS: dict[Any, Callable[[fx.Node], int | None]] = {
 }  # fmt: skip
 
 
+_FLOAT_RECURRENCE = (
+    "part of a recurrent layer; those with a projection, of packed sequences or with dropout in training stay float"
+)
+
+
 def _obstacle(node: fx.Node) -> Obstacle:
     if _is_recurrent(node):
-        return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
+        return Obstacle(Reason.NOT_QUANTIZED, _FLOAT_RECURRENCE)
     found = _layer_obstacle(node)
     is_float_convolution = node.target is compute.CONVOLUTION and found == Obstacle(Reason.NOT_QUANTIZED)
     if is_float_convolution and any(other.target is qdq.QUANTIZE_TENSOR for other in node.graph.nodes):
@@ -240,24 +247,56 @@ def _dtype(node: fx.Node) -> str:
 
 
 def _fusion(node: fx.Node) -> Fusion:
+    alike: dict[str, Any] = {
+        **dict(layer=layer(node), kernel=str(node.target), absorbed=tuple(node.meta.get("x86q_absorbed", ()))),
+        **dict(weight_dtype="int8", output_shape=_shape(node), source=source(node), node=node.name),
+    }
+    if node.target is RECURRENCE:
+        return _recurrence(node, alike)
+    return _lookup(node, alike) if _is_int8_lookup(node) else _call(node, alike)
+
+
+def _call(node: fx.Node, alike: dict[str, Any]) -> Fusion:
     call = read(node)
     return Fusion(
-        layer=layer(node),
-        kernel=str(node.target),
+        **alike,
         operator=call.family,
-        absorbed=tuple(node.meta.get("x86q_absorbed", ())),
         input_dtype=_name(qdq.value(call.x).dtype),
-        weight_dtype="int8",
         output_dtype=_name(call.output_dtype),
-        output_shape=_shape(node),
         macs=node.meta.get("x86q_macs"),
-        source=source(node),
-        node=node.name,
         input_scale=call.x_scale if call.is_static else None,
         input_zero_point=call.x_zero_point if call.is_static else None,
         output_scale=call.output_scale if call.has_int8_output else None,
         output_zero_point=call.output_zero_point if call.has_int8_output else None,
     )
+
+
+def _recurrence(node: fx.Node, alike: dict[str, Any]) -> Fusion:
+    """Of a recurrent layer's steps."""
+    arguments = qdq.schema_arguments(node)
+    x, weight = (qdq.value(arguments[name]) for name in ("x", "weight"))
+    macs = math.prod(x.shape[:2]) * weight.numel()
+    with fake_tensors.disable_modes():
+        kernel = recurrent.kernel(node)
+    return Fusion(
+        **alike,
+        operator=arguments["cell"],
+        input_dtype=_name(x.dtype),
+        output_dtype=_dtype(node),
+        macs=int(macs) if isinstance(macs, int) else None,
+        computed_by=kernel.name if kernel else "",
+    )
+
+
+def _is_int8_lookup(node: fx.Node) -> bool:
+    """Whether the node looks up rows of an int8 table."""
+    table = qdq.constant(node.args[0]) if role(node) is Role.EMBEDDING else None
+    return table is not None and table.dtype == torch.int8
+
+
+def _lookup(node: fx.Node, alike: dict[str, Any]) -> Fusion:
+    indices = _dtype(qdq.operand(node, 1))
+    return Fusion(**alike, operator="embedding", input_dtype=indices, output_dtype="int8", macs=0)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -32,9 +32,9 @@ def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> 
     templates = [LayerTemplate(inputs, convolution, kernel) for kernel in given.kernels]
     chosen = decide(target, arguments, given, templates)
     if chosen is None:
-        _forget(constants)
+        forget(constants)
         return lowerings[target](*arguments)
-    _forget(call.weight, call.weight_scale, call.weight_zero_point, call.bias)
+    forget(call.weight, call.weight_scale, call.weight_zero_point, call.bias)
     return computed(chosen.generate().output_node(), part)
 
 
@@ -50,7 +50,7 @@ def decide(
     return templates[0]
 
 
-def _forget(*constants: Any) -> None:
+def forget(*constants: Any) -> None:
     """Takes what was meant for the other choice out of the compiled code, where no other operator reads it."""
     for constant in filter(None, constants):  # there may be no bias
         others = readers(V.graph, constant.get_name())

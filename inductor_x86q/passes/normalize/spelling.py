@@ -318,6 +318,17 @@ def _rewrite_activation(node: fx.Node, found: _Activation) -> fx.Node:
     return qdq.call(found.operator, *found.arguments, like=node)
 
 
+def _find_expand(node: fx.Node) -> fx.Node | No:
+    x = qdq.operand(node)
+    same = fake_tensors.same_shape(qdq.value(x).shape, qdq.value(node).shape)
+    return x if same else No("it repeats elements")
+
+
+def _rewrite_expand(node: fx.Node, x: fx.Node) -> fx.Node:
+    """An expand to the shape that there is, as products of batches have it, goes away."""
+    return x
+
+
 _TENSOR_SPELLINGS = tuple(t for t in (*qdq.QUANTIZES, *qdq.DEQUANTIZES) if "tensor" in t._overloadname)
 
 CAST = Rule("cast", (CONVERT,), _find_cast, _rewrite_cast)
@@ -329,6 +340,7 @@ RULES = (
     Rule("view of a weight", MOVEMENTS, _find_constant_view, _rewrite_weight),
     Rule("matrix product", PRODUCTS, _find_matrix_product, _rewrite_matrix_product),
     Rule("rows moved behind a linear", ROW_MOVEMENTS, _find_moved_rows, _rewrite_moved_rows),
+    Rule("expand of nothing", (aten.expand.default,), _find_expand, _rewrite_expand),
     Rule("view of a view", RESHAPES, _find_view_of_view, _rewrite_view_of_view),
     Rule("bias behind a linear", (aten.add.Tensor,), _find_bias, _rewrite_bias),
     Rule(
