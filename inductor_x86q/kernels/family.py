@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from importlib import resources
 
+from inductor_x86q.kernels import library
 from inductor_x86q.kernels.arguments import STRUCT, arguments
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, flag
@@ -71,25 +71,25 @@ class Kernel:
     @property
     def flags(self) -> tuple[str, ...]:
         """The compiler's flags that it needs besides those for optimization."""
-        return (*ISAS[self.isa].compiler_flags, "-std=c++17", "-fopenmp", "-ffp-contract=off")
+        return library.flags(self.isa)
 
     def shared(self) -> str:
         """The C++ in front of its definition, which others of the family need as well; a file may hold it more than once."""
-        return STRUCT + _once("prelude", _text("prelude.h")) + _once(f"{self.isa}_{self.kind}", _library(self))
+        return STRUCT + library.templates(self.isa, self.kind, ("epilogue.h", "threads.h", "shape.h", f"{self.kind}.h"))
 
     def definition(self) -> str:
         """The C++ of its function: `void NAME(x, constants, other, out, arguments)`."""
-        library = f"x86q_{self.isa}_{self.kind}"
+        templates = library.namespace(self.isa, self.kind)
         return f"""\
 namespace {self.name}_ {{
-using namespace {library};
+using namespace {templates};
 struct Kernel {{
 {self._constants()}}};
 {self.epilogue.source()}}}
 extern "C" void {self.name}(
     const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments) {{
     using Epilogue = {self.name}_::Epilogue;
-    {library}::{self.kind}<{self.name}_::Kernel, Epilogue>(
+    {templates}::{self.kind}<{self.name}_::Kernel, Epilogue>(
         (const uint8_t*)x, (const int32_t*)constants, (const Epilogue::Other*)other, (Epilogue::Out*)out, *arguments);
 }}
 """
@@ -128,41 +128,3 @@ def candidates(convolution: Convolution, epilogue: Epilogue, isa: str) -> list[K
         return [make(kind="depthwise", rows=1, columns=columns, taps=taps)]
     blocks = [(rows, columns) for rows, columns in BLOCKS[row.registers] if columns <= convolution.group_vectors]
     return [make(kind="convolution", rows=rows, columns=columns) for rows, columns in blocks]
-
-
-def _once(name: str, text: str) -> str:
-    guard = f"X86Q_HAS_{name}".upper()
-    return f"#ifndef {guard}\n#define {guard}\n{text}#endif\n"
-
-
-def _library(kernel: Kernel) -> str:
-    return _library_text(kernel.isa, kernel.kind)
-
-
-@functools.cache
-def _library_text(isa: str, kind: str) -> str:
-    """The templates for an instruction set, in a namespace of their own."""
-    row = ISAS[isa]
-    dot = f"#ifdef {row.dot[1]}\n#define X86Q_DOT {row.dot[0]}\n#endif\n" if row.dot else ""
-    files = (f"vector_{32 * row.lanes}.h", "vector.h", "epilogue.h", "shape.h", f"{kind}.h")
-    return f"""\
-namespace x86q_{isa}_{kind} {{
-#define X86Q_HAS_MASKS {int(row.has_masks)}
-{dot}{"".join(_text(file) for file in files)}\
-#undef X86Q_HAS_MASKS
-#undef X86Q_DOT
-#undef X86Q_MM
-#undef X86Q_PARTWISE
-}}  // namespace x86q_{isa}_{kind}
-"""
-
-
-@functools.cache
-def _text(file: str) -> str:
-    return resources.files(__package__).joinpath(file).read_text()
-
-
-def templates() -> str:
-    """The text of all templates, on which every kernel depends."""
-    files = [file for file in resources.files(__package__).iterdir() if file.name.endswith(".h")]
-    return "".join(file.read_text() for file in sorted(files, key=lambda file: file.name))
