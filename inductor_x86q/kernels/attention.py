@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from inductor_x86q.kernels import library
+from inductor_x86q import cpu
+from inductor_x86q.kernels import isa, library
 from inductor_x86q.kernels.epilogue import CPP_TYPES, SHORT_NAMES, flag
 
 # Names in order, and what they are: int64 where no type is said. Strides are in elements.
@@ -66,6 +67,8 @@ PARAMETERS = (
 )
 MASKS = {None: "none", torch.bool: "boolean", torch.float32: "added"}  # by the mask's type
 
+OUTPUTS = (torch.uint8, torch.int8, torch.float32)
+
 # Of which the kernel's integers hold the sums.
 LARGEST_WIDTH, MOST_KEYS = 8192, 32768
 
@@ -117,4 +120,7 @@ extern "C" void {self.name}(
 """
 
 
-OUTPUTS = (torch.uint8, torch.int8, torch.float32)
+def choose(mask: torch.dtype | None, output_dtype: torch.dtype, largest: int) -> AttentionKernel:
+    """The kernel for this CPU; `largest` is the largest integer that query, key and value hold."""
+    best = isa.best(cpu.usable_flags(), cpu.int8_lanes())
+    return AttentionKernel(best, MASKS[mask], output_dtype, fits_16=not cpu.has_vnni() and largest <= 127)

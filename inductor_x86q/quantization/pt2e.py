@@ -16,6 +16,7 @@ from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import corrections, qat, torchao
 from inductor_x86q.quantization.arguments import batch_size, checked, positional
+from inductor_x86q.quantization.attention import quantize_attention
 from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
 from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
 from inductor_x86q.quantization.data import Calls
@@ -39,6 +40,7 @@ def quantize(
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     accuracy: str | Iterable[str] | None = None,
+    attention: str | None = None,
 ) -> QuantizedGraph:
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
 
@@ -96,7 +98,9 @@ def quantize(
     fixed_batch = None if any_batch else batch_size((args, named))
 
     def prepared_for(given: Any) -> fx.GraphModule:
-        quantizer = X86Quantizer(reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given)
+        quantizer = X86Quantizer(
+            reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given, attention=attention
+        )
         # Preparing takes the exported graph over, and there may be several attempts.
         prepared = prepare(copy.deepcopy(exported) if switches else exported, quantizer)
         if calibration is None and quantizer.static:
@@ -193,6 +197,7 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
     torchao.forget_graphs()
     qat.show_batch_norms(converted.graph)
     quantize_per_token(converted)
+    quantize_attention(converted)
     fold_weights(converted)
     if left := left_out(converted):
         log.info("not quantized, stays float: %s", ", ".join(left))

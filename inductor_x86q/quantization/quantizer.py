@@ -24,6 +24,8 @@ from inductor_x86q.quantization.config import (
 )
 from inductor_x86q.quantization.plan import Plan, Slot, is_float, shares
 
+ATTENTION_MODES = (None, "int8", "float")
+
 
 class X86Quantizer(torchao.Quantizer):
     """Annotates a graph for int8 on x86: activations uint8 per tensor, weights int8 per output channel.
@@ -41,6 +43,7 @@ class X86Quantizer(torchao.Quantizer):
         dynamic: linears only, each input's scale and zero point computed from its values at every call; "per_token" for
             each row of it.
         config: as of `quantize`.
+        attention: "int8" or "float"; None is "int8". Static layers' only; while training it is float.
     """
 
     def __init__(
@@ -51,12 +54,16 @@ class X86Quantizer(torchao.Quantizer):
         is_qat: bool = False,
         dynamic: bool | str = False,
         config: Any = None,
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         if dynamic and is_qat:
             raise ValueError("dynamic and is_qat exclude each other: training needs the ranges that calibration finds")
         self.reduce_range = not cpu.has_vnni() if reduce_range is None else reduce_range
         self.exclude = _rules(exclude)
+        if attention not in ATTENTION_MODES:
+            raise QuantizationError(f"attention is {attention!r}: expected {', '.join(map(repr, ATTENTION_MODES))}")
+        self.attention = attention
         self.is_qat = is_qat
         if is_qat and config is not None:
             raise QuantizationError("config is for quantizing after training: prepare_qat() and is_qat take none")
@@ -66,7 +73,7 @@ class X86Quantizer(torchao.Quantizer):
         self.static: list[fx.Node] = []  # layers whose inputs' ranges are to be calibrated
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = Plan(model.graph, self._mode, folds=self.is_qat)
+        plan = Plan(model.graph, self._mode, attention=self._attention_mode, folds=self.is_qat)
         self.config.check([*plan.compute, *plan.dynamic], plan.excluded)
         self.excluded, self.static = plan.excluded, list(plan.compute)
         self._annotate_static(plan)
@@ -89,6 +96,11 @@ class X86Quantizer(torchao.Quantizer):
                 )
             return "float"  # what the whole model is said to be holds where it can
         return str(choice.mode)
+
+    def _attention_mode(self, node: fx.Node) -> str:
+        if self.is_qat or self.attention == "float":
+            return "float"
+        return self._mode(node)
 
     def _annotate_static(self, plan: Plan) -> None:
         groups = _grouped(plan)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import attention, operators, qdq
+from inductor_x86q.graph.attention import is_int8_attention
 from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
+from inductor_x86q.passes.fuse import attention as fuse_attention
 from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
 from inductor_x86q.report.report import Report
@@ -78,7 +80,7 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "output"
     if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
         return None
-    if is_call(node):
+    if is_call(node) or is_int8_attention(node):
         return "fused"
     if _is_product(node):
         return "product"
@@ -139,6 +141,8 @@ _MACS: dict[Any, Callable[[fx.Node], int | None]] = {
 
 
 def _obstacle(node: fx.Node) -> Obstacle:
+    if role(node) is Role.ATTENTION and (why := fuse_attention.obstacle(node)):
+        return why
     if _is_recurrent(node):
         return Obstacle(Reason.NO_KERNEL, "part of a recurrent layer, whose steps torch computes in float only")
     found = _layer_obstacle(node)
@@ -240,19 +244,35 @@ def _dtype(node: fx.Node) -> str:
 
 
 def _fusion(node: fx.Node) -> Fusion:
+    alike: dict[str, Any] = {
+        **dict(layer=layer(node), kernel=str(node.target), absorbed=tuple(node.meta.get("x86q_absorbed", ()))),
+        **dict(input_dtype=_dtype(node.all_input_nodes[0]), output_dtype=_dtype(node), output_shape=_shape(node)),
+        **dict(macs=node.meta.get("x86q_macs"), source=source(node), node=node.name),
+    }
+    return _attention_fusion(node, alike) if is_int8_attention(node) else _call_fusion(node, alike)
+
+
+def _attention_fusion(node: fx.Node, alike: dict[str, Any]) -> Fusion:
+    found = attention.read(node)
+    is_integer = not found.output_dtype.is_floating_point
+    return Fusion(
+        **alike,
+        operator="attention",
+        weight_dtype=_dtype(found.key),
+        input_scale=found.query_scale,
+        input_zero_point=found.query_zero_point,
+        output_scale=found.output_scale if is_integer else None,
+        output_zero_point=found.output_zero_point if is_integer else None,
+        computed_by=fuse_attention.kernel(node).name,
+    )
+
+
+def _call_fusion(node: fx.Node, alike: dict[str, Any]) -> Fusion:
     call = read(node)
     return Fusion(
-        layer=layer(node),
-        kernel=str(node.target),
+        **alike,
         operator=call.family,
-        absorbed=tuple(node.meta.get("x86q_absorbed", ())),
-        input_dtype=_name(qdq.value(call.x).dtype),
         weight_dtype="int8",
-        output_dtype=_name(call.output_dtype),
-        output_shape=_shape(node),
-        macs=node.meta.get("x86q_macs"),
-        source=source(node),
-        node=node.name,
         input_scale=call.x_scale if call.is_static else None,
         input_zero_point=call.x_zero_point if call.is_static else None,
         output_scale=call.output_scale if call.has_int8_output else None,
