@@ -65,7 +65,7 @@ def _int8_attention(
         decomposed.dequantize_per_tensor.default(x, *grid, 0, 255, x.dtype)
         for x, grid in zip((query, key, value), (grids[:2], grids[2:4], grids[4:]), strict=True)
     ]
-    result = attention(*reals, mask, is_causal, scale)
+    result = attention(reals[0], reals[1], reals[2], mask, is_causal, scale)
     if output[-1].is_floating_point:
         return result
     quantized: torch.Tensor = decomposed.quantize_per_tensor.default(result, *output)

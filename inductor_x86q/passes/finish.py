@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def _token_dequantize(x: Tensor, scales: Tensor, zero_points: Tensor, low: int, 
 
 
 # Operators of which Inductor has no lowering, or a wrong one, and what they compute.
-WRITTEN_OUT = {
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     qdq.QUANTIZE_TENSOR: _computed_quantize,
     qdq.QUANTIZE_TOKEN: _token_quantize,
     qdq.DEQUANTIZE_TOKEN: _token_dequantize,

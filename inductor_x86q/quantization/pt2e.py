@@ -17,6 +17,7 @@ from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import corrections, qat, torchao
 from inductor_x86q.quantization.arguments import batch_size, checked, positional
 from inductor_x86q.quantization.attention import quantize_attention
+from inductor_x86q.quantization.attention_drift import NOTES, keep_float
 from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
 from inductor_x86q.quantization.convert import fold_weights, freeze_parameters, left_out, quantize_per_token
 from inductor_x86q.quantization.data import Calls
@@ -118,19 +119,18 @@ def quantize(
 
     if switches:
         calls = list(calls)
-        return convert(
-            corrections.corrected(
-                prepared_for,
-                run,
-                first_calls(exported, calls, fixed_batch, corrections.ROWS),
-                switches,
-                config,
-                best=accuracy == "best",
-            )
-        )
-    prepared = prepared_for(config)
-    run(prepared)
-    return convert(prepared)
+        some = first_calls(exported, calls, fixed_batch, corrections.ROWS)
+        prepared = corrections.corrected(prepared_for, run, some, switches, config, best=accuracy == "best")
+    else:
+        prepared = prepared_for(config)
+        run(prepared)
+    notes = []
+    if attention is None:
+        first = calls[:1] if isinstance(calls, list) else calls.first
+        notes = keep_float(prepared, first_calls(prepared, first, fixed_batch, 1))
+    quantized = convert(prepared)
+    quantized.meta[NOTES] = notes
+    return quantized
 
 
 _NO_DATA = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,8 +24,9 @@ def obstacle(node: fx.Node) -> Obstacle | None:
     if node.target is not ATTENTION:
         if all(qdq.is_dequantize(operand) for operand in node.args[:3]):
             return Obstacle(Reason.NOT_QUANTIZED, "its weights are not: convert with inductor_x86q.convert()")
-        return Obstacle(Reason.NOT_QUANTIZED)
-    for name, operand in zip(("query", "key", "value"), node.args[:3], strict=True):
+        return Obstacle(Reason.NOT_QUANTIZED, 'quantize() has it in int8 with attention="int8"')
+    for position, name in enumerate(("query", "key", "value")):
+        operand = qdq.operand(node, position)
         if not qdq.is_dequantize(operand):
             return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, name)
         grid = qdq.qparams(operand)
@@ -39,7 +41,8 @@ def obstacle(node: fx.Node) -> Obstacle | None:
 
 def _kernel_obstacle(node: fx.Node) -> Obstacle | None:
     query, key, value = (qdq.value(operand) for operand in node.args[:3])
-    mask, scale = node.args[3], attention.usual_scale(query, node.args[5])
+    arguments: Any = node.args
+    mask, scale = arguments[3], attention.usual_scale(query, arguments[5])
     widths = (query.shape[-1], value.shape[-1])
     if not all(isinstance(width, int) and 0 < width <= LARGEST_WIDTH for width in widths):
         return Obstacle(Reason.NO_KERNEL, f"heads of {widths[0]} and {widths[1]}")
@@ -59,13 +62,16 @@ def _kernel_obstacle(node: fx.Node) -> Obstacle | None:
 def _find(node: fx.Node) -> Attention | No:
     if found := obstacle(node):
         return No(str(found), tuple(operand for operand in node.all_input_nodes if not qdq.is_dequantize(operand)))
-    mask, is_causal, scale = node.args[3:]
-    scale = attention.usual_scale(qdq.value(node.args[0]), scale)
+    arguments: Any = node.args
+    mask, is_causal, scale = arguments[3:]
+    scale = attention.usual_scale(qdq.value(arguments[0]), scale)
     sources = [qdq.operand(node, position) for position in range(3)]
     grids = [qdq.qparams(source) for source in sources]
     numbers = [number for grid in grids for number in (grid.scale, grid.zero_point)]
     largest = max(grid.quant_max for grid in grids)
-    return Attention(*map(qdq.operand, sources), mask, *numbers, is_causal, scale, largest)  # type: ignore[arg-type]
+    query, key, value = map(qdq.operand, sources)
+    operands: tuple[Any, ...] = (query, key, value, mask, *numbers, is_causal, scale, largest)
+    return Attention(*operands)
 
 
 def _rewrite(node: fx.Node, found: Attention) -> fx.Node:
