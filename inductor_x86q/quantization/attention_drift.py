@@ -17,6 +17,7 @@ from inductor_x86q.quantization.corrections.prepared import observer_of
 
 # What int8 may make of an attention's result, as signal-to-noise ratio in dB; below it, it stays float unless asked for.
 LEAST_RATIO = 20.0
+MOVING = frozenset({Role.VIEW, Role.MOVEMENT, Role.SPLIT, Role.ITEM})
 NOTES = "x86q_notes"  # in a quantized graph's `meta`: lines that its reports repeat
 
 
@@ -82,16 +83,12 @@ def _drop_useless_observers(prepared: fx.GraphModule) -> None:
     """Takes out the observers of values that, moved or not, only float attention reads: nothing would compute with the bytes."""
     useless: set[fx.Node] = set()  # what needs no bytes of what it reads
     for node in reversed(prepared.graph.nodes):
-        reads = all(user in useless for user in node.users)
-        if (node.target in SPELLINGS and not any(observer_of(prepared, x) for x in node.args[:3])) or (
-            node.users and reads and (operators.role(node) in MOVING or observer_of(prepared, node))
-        ):
+        is_float = node.target in SPELLINGS and not any(observer_of(prepared, x) for x in node.args[:3])
+        passes_on = operators.role(node) in MOVING or observer_of(prepared, node)
+        if is_float or (passes_on and all(user in useless for user in node.users)):
             useless.add(node)
     for node in useless:
         if observer_of(prepared, node):
             node.replace_all_uses_with(qdq.operand(node))
             prepared.graph.erase_node(node)
     prepared.recompile()
-
-
-MOVING = frozenset({Role.VIEW, Role.MOVEMENT, Role.SPLIT, Role.ITEM})

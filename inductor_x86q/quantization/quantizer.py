@@ -13,7 +13,7 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer as layer_of
-from inductor_x86q.quantization import qat, specs, torchao
+from inductor_x86q.quantization import attention_written_out, qat, specs, torchao
 from inductor_x86q.quantization.config import (
     DYNAMIC,
     Config,
@@ -71,6 +71,12 @@ class X86Quantizer(torchao.Quantizer):
         self.config = Config(config, LayerConfig(mode=str(mode)))
         self.excluded: list[fx.Node] = []
         self.static: list[fx.Node] = []  # layers whose inputs' ranges are to be calibrated
+
+    def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Attention that is written out is joined first, for there is a kernel for the whole."""
+        if self.attention != "float" and not self.is_qat:
+            attention_written_out.join(model)
+        return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
         plan = Plan(model.graph, self._mode, attention=self._attention_mode, folds=self.is_qat)
