@@ -289,3 +289,14 @@ def test_where_somebody_looks_at_the_weights_attention_stays_as_it_is() -> None:
     inputs = (torch.randn(2, 20, 32),)
     q = inductor_x86q.quantize(Multihead(need_weights=True, returned=True).eval(), inputs, calibration=[inputs])
     assert "attention" not in {fusion.operator for fusion in explain(q, inputs).fused}
+
+
+def test_drift_is_told_of_attention_too() -> None:
+    x = torch.randn(2, 20, 32)
+    model = Block(outlier=100.0).eval()
+    q = inductor_x86q.quantize(model, (x,), calibration=[(x,)], attention="int8")
+    drift = explain(q, (x,), drift=model).drift
+    assert drift is not None
+    ratios = {row.operator: row.here for row in drift.layers}
+    assert ratios["attention"] is not None and ratios["attention"] < 20
+    assert drift.layers[0].operator == "attention"

@@ -79,6 +79,9 @@ def quantize(
             "equalize" (channels between convolutions), "smooth" (channels in front of linears, as SmoothQuant),
             "rounding" (of weights, for the least error of each layer's output, as GPTQ) and "bias" (takes out the mean
             error of each channel); "best" tries each and keeps what helps. For dynamic layers the data may be given too.
+        attention: "int8" computes it on int8 query, key and value, with the softmax's exponentials rounded to a byte;
+            "float" does not. None is "int8" where that leaves 20 dB of signal to noise on the calibration data, and
+            `explain` says what it found elsewhere. With ranges computed at every call attention is float.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, it does not take the example, there is

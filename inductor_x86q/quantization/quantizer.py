@@ -43,7 +43,8 @@ class X86Quantizer(torchao.Quantizer):
         dynamic: linears only, each input's scale and zero point computed from its values at every call; "per_token" for
             each row of it.
         config: as of `quantize`.
-        attention: "int8" or "float"; None is "int8". Static layers' only; while training it is float.
+        attention: "int8" or "float"; None is "int8". Static layers' only; while training it is float. Convert with
+            `inductor_x86q.convert`: torchao's leaves the softmax as it is, and attention is float then.
     """
 
     def __init__(

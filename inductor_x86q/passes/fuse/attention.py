@@ -24,7 +24,7 @@ def obstacle(node: fx.Node) -> Obstacle | None:
     if node.target is not ATTENTION:
         if all(qdq.is_dequantize(operand) for operand in node.args[:3]):
             return Obstacle(Reason.NOT_QUANTIZED, "its weights are not: convert with inductor_x86q.convert()")
-        return Obstacle(Reason.NOT_QUANTIZED, 'quantize() has it in int8 with attention="int8"')
+        return Obstacle(Reason.NOT_QUANTIZED, 'static quantization has it in int8 with attention="int8"')
     for position, name in enumerate(("query", "key", "value")):
         operand = qdq.operand(node, position)
         if not qdq.is_dequantize(operand):
