@@ -250,6 +250,24 @@ class WrittenOut(Block):
         return self.output(torch.matmul(weights, value).transpose(1, 2).reshape(batch, tokens, 32))
 
 
+class Windows(Block):
+    """As shifted windows have it: four windows of an image are part of the batch, and each has a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, 4, 5, 5))
+        self.register_buffer("mask", torch.where(torch.rand(4, 5, 5) > 0.3, 0.0, -100.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        images = x.shape[0]
+        x = x.view(images * 4, 5, 32)
+        query, key, value = (layer(x).view(-1, 5, 4, 8).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        scores = (query * 8**-0.5).matmul(key.transpose(-2, -1)) + self.bias
+        scores = scores.view(images, 4, 4, 5, 5) + self.mask.unsqueeze(1).unsqueeze(0)
+        weights = F.softmax(scores.view(-1, 4, 5, 5), dim=-1)
+        return self.output(weights.matmul(value).transpose(1, 2).reshape(images, 20, 32))
+
+
 class Multihead(nn.Module):
     def __init__(self, *, need_weights: bool, returned: bool = False) -> None:
         super().__init__()
@@ -269,11 +287,12 @@ MASKED = torch.where(torch.rand(2, 1, 20, 20) > 0.3, 0.0, FLOAT_MASK)
     [
         (WrittenOut(), (torch.randn(2, 20, 32),)),
         (WrittenOut(), (torch.randn(2, 20, 32), MASKED)),
+        (Windows(), (torch.randn(3, 20, 32),)),
         (Multihead(need_weights=True), (torch.randn(2, 20, 32),)),
         (Multihead(need_weights=False), (torch.randn(2, 20, 32),)),
         (nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), (torch.randn(2, 20, 32),)),
     ],
-    ids=["written out", "written out, masked", "multihead, weights", "multihead", "encoder layer"],
+    ids=["written out", "written out, masked", "windows", "multihead, weights", "multihead", "encoder layer"],
 )
 def test_attention_is_known_however_it_is_spelled(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
     q = inductor_x86q.quantize(model.eval(), inputs, calibration=[inputs])

@@ -14,11 +14,21 @@ from inductor_x86q.inductor import fake_tensors
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
+_VIEWS = (aten.view.default, aten.reshape.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 # What may stand between softmax and value: nothing, in eval mode and in single precision.
 _IDENTITIES = (aten.dropout.default, aten.to.dtype, aten.contiguous.default, aten.clone.default)
 _FACTORS = {aten.mul.Tensor: lambda number: number, aten.div.Tensor: lambda number: 1 / number}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """A mask for each of an image's windows, which are part of the batch, as shifted windows' attention has it."""
+
+    mask: fx.Node
+    images: Any  # the shape of scores in which the images are a dimension of their own
+    batch: Any  # the shape in which they are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,7 @@ class _Scores:
     key: fx.Node
     scale: float
     mask: fx.Node | None
+    windows: _Windows | None = None
 
 
 def join(graph_module: fx.GraphModule) -> None:
@@ -46,11 +57,22 @@ def join(graph_module: fx.GraphModule) -> None:
             continue
         with graph.inserting_before(node):
             key = qdq.call(aten.transpose.int, scores.key, -2, -1, like=node)
-            operands = (scores.query, key, qdq.operand(node, 1), scores.mask)
+            operands = (scores.query, key, qdq.operand(node, 1), _mask(scores, node))
             new = qdq.call(SDPA, *operands, like=node, scale=scores.scale)
         node.replace_all_uses_with(new)
         qdq.erase_dead(node)
     graph_module.recompile()
+
+
+def _mask(scores: _Scores, like: fx.Node) -> fx.Node | None:
+    """All that is added to the scores."""
+    if scores.windows is None:
+        return scores.mask
+    mask = scores.windows.mask
+    if scores.mask is not None:
+        mask = qdq.call(aten.add.Tensor, mask, scores.mask, like=like)
+    each = qdq.call(aten.expand.default, mask, scores.windows.images, like=like)
+    return qdq.call(aten.reshape.default, each, scores.windows.batch, like=like)
 
 
 def _scores(node: fx.Node) -> _Scores | None:
@@ -64,16 +86,35 @@ def _scores(node: fx.Node) -> _Scores | None:
         or weights.args[1] not in (-1, _dimensions(weights) - 1)
     ):
         return None
-    result = qdq.operand(weights)
+    result, windows = _without_windows(qdq.operand(weights))
     mask: Any = None
     if result.target is aten.add.Tensor and qdq.only_user(result) and result.kwargs.get("alpha", 1) == 1:
         mask = result.args[1]
         result = qdq.operand(result)
     scale, product = _without_factor(result)
     found = _product(product, scale, mask)
-    if found is None or not qdq.only_user(product) or not _fits(found, value, weights):
+    if found is None or not qdq.only_user(product):
         return None
-    return found
+    found = dataclasses.replace(found, windows=windows)
+    return found if _fits(found, value, weights) else None
+
+
+def _without_windows(node: fx.Node) -> tuple[fx.Node, _Windows | None]:
+    """The scores that masks of windows are added to, in a view (images, windows, heads, rows, rows), and these."""
+    chain = [node]
+    for target in (_VIEWS, (aten.add.Tensor,), _VIEWS):
+        if chain[-1].target not in target or chain[-1].kwargs or not qdq.only_user(chain[-1]):
+            return node, None
+        chain.append(qdq.operand(chain[-1]))
+    joined, added, split, scores = chain
+    mask: Any = added.args[1]
+    shape = qdq.value(scores).shape
+    is_plain = isinstance(mask, fx.Node) and qdq.value(added).dim() == 5 and qdq.value(split).dim() == 5
+    if not is_plain or not fake_tensors.same_shape(qdq.value(joined).shape, shape):
+        return node, None
+    if not fake_tensors.same_shape(qdq.value(split).shape[-3:], shape[-3:]):
+        return node, None
+    return scores, _Windows(mask, split.args[1], joined.args[1])
 
 
 def _product(node: fx.Node, scale: float, mask: Any) -> _Scores | None:
@@ -104,6 +145,8 @@ def _fits(found: _Scores, value: fx.Node, weights: fx.Node) -> bool:
     )
     if any(x.dtype != torch.float32 for x in tensors) or query.dim() not in (3, 4):
         return False
+    if found.windows is not None and found.mask is not None and qdq.value(found.mask).shape[:-3].numel() != 1:
+        return False  # it differs from image to image
     batches = [x.shape[:-2] for x in (key, value_, result)]
     return all(fake_tensors.same_shape(query.shape[:-2], batch) for batch in batches) and found.scale > 0
 
