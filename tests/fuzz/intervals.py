@@ -264,10 +264,12 @@ def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any, 
     return result.widened((ACCUMULATION_ERROR + TERM_ERROR * terms) * magnitude)
 
 
-def _attention(target: Any, query: Any, key: Any, value: Any, mask: None, is_causal: bool, scale: float) -> Interval:
+def _attention(
+    target: Any, query: Any, key: Any, value: Any, mask: None, is_causal: bool, scale: float | None
+) -> Interval:
     """A score that may lie anywhere gives weights of which one is right; the result lies among the values all the same."""
     value, keys = _interval(value), _movement(torch.Tensor.transpose, _interval(key), -1, -2)
-    scores = _product(target, _matrix_product(torch.matmul, query, keys), scale)
+    scores = _product(target, _matrix_product(torch.matmul, query, keys), scale or value.shape[-1] ** -0.5)
     low, high = scores.low, scores.high
     if is_causal:
         hidden = torch.ones(low.shape[-2:], dtype=torch.bool).triu(1)
