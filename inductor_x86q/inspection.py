@@ -20,6 +20,7 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor import compiling, cpp_text, dynamo, profiling, uncompiled, wrapper_source
 from inductor_x86q.quantization.arguments import bind, checked
+from inductor_x86q.quantization.attention_drift import NOTES
 from inductor_x86q.report import Code, Kernel, Report, dump
 from inductor_x86q.report.dump import Answer
 
@@ -69,6 +70,7 @@ def explain(
         report = _generated(model, args, named, mode, options)
     else:
         _, report = _run_uncompiled(model, args, named, mode, options)
+    report.notes += getattr(model, "meta", {}).get(NOTES, [])
     if drift is not False:
         original: Any = None if drift is True else drift
         report.drift = drift_module.measure(model, args, named, original)

@@ -20,9 +20,10 @@ import pytest
 from inductor_x86q import cpu
 from inductor_x86q.graph import aliasing, operators
 from inductor_x86q.graph import calls as call
+from inductor_x86q.graph.attention import Attention
 from inductor_x86q.inductor import decompositions
 from inductor_x86q.passes import channels, finish, propagate
-from inductor_x86q.passes.fuse import compute, output_types, pool, post_ops
+from inductor_x86q.passes.fuse import attention, compute, output_types, pool, post_ops
 from inductor_x86q.passes.normalize import channel_factors
 from inductor_x86q.passes.normalize import spelling as normalize
 from tests.fuzz.check import Mismatch, check, check_exactly
@@ -146,6 +147,18 @@ BROKEN = {
                "node.target is CONVOLUTION and parameters.dtype == torch.int8", "False", "signed convolution"),
         Broken("take a transposed convolution for a convolution", compute.obstacle, "layer.transposed", "False",
                "weight of a transposed convolution"),
+    ],
+    "attention": [
+        Broken("drop the zero points of its operands", attention._find, "(grid.scale, grid.zero_point)", "(grid.scale, 0)",
+               "attention"),
+        Broken("take the query for the key", attention._find, "map(qdq.operand, sources)",
+               "map(qdq.operand, (sources[0], sources[0], sources[2]))", "attention"),
+        Broken("forget its scale", attention._find, "(qdq.value(arguments[0]), scale)", "(qdq.value(arguments[0]), None)",
+               "attention"),
+        Broken("let queries see what comes later", attention._find, "is_causal, scale, largest)", "False, scale, largest)",
+               "causal attention"),
+        Broken("drop the zero point of its result", Attention.with_output, "grid.arguments()",
+               "(grid.scale, 0, *grid.arguments()[2:])", "quantized attention"),
     ],
     "pool": [
         Broken("forget ceil mode", pool._pool_2d, "bool(ceil_mode)", "False", "max pool, ceil mode"),

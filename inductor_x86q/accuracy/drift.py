@@ -16,6 +16,7 @@ from torch import fx
 from inductor_x86q import progress
 from inductor_x86q.errors import CompileError
 from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph.attention import ATTENTION
 from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.quantized_graph import SEPARATOR, attribute_of
@@ -90,6 +91,9 @@ def measure(
     return Drift(output, tuple(rows), bool(weights))
 
 
+_LAYERS = (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION, Role.LINEAR, Role.PRODUCT, Role.ATTENTION)
+
+
 class _Run(fx.Interpreter):
     """The graph in float32, save for the layers in `rounded`, which read what their q/dq nodes make of their operands."""
 
@@ -106,6 +110,9 @@ class _Run(fx.Interpreter):
             return self.env[qdq.operand(node)]
         if qdq.is_dequantize(node):
             return self._skipped(node)
+        if node.target is ATTENTION and node not in self.rounded:
+            self.results[node] = self._unrounded_attention(node)
+            return self.results[node]
         if not is_layer(node):
             value = super().run_node(node)
             if node.op == "output":
@@ -117,6 +124,11 @@ class _Run(fx.Interpreter):
         self.results[node] = super().run_node(node)
         self.env = values
         return self.results[node]
+
+    def _unrounded_attention(self, node: fx.Node) -> torch.Tensor:
+        query, key, value, mask, is_causal, scale = self.fetch_args_kwargs_from_env(node)[0]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=query.dim() > 3)
 
     def _skipped(self, node: fx.Node) -> Any:
         value = self.env[qdq.operand(node)]
@@ -136,9 +148,8 @@ class _Run(fx.Interpreter):
 
 
 def is_layer(node: fx.Node) -> bool:
-    """Whether the node is a convolution, linear or matrix product that reads a dequantized operand."""
-    known = operators.role(node) in (Role.CONVOLUTION, Role.TRANSPOSED_CONVOLUTION, Role.LINEAR, Role.PRODUCT)
-    return known and any(qdq.is_dequantize(operand) for operand in node.all_input_nodes)
+    """Whether the node is a convolution, linear, matrix product or attention that reads a dequantized operand."""
+    return operators.role(node) in _LAYERS and any(qdq.is_dequantize(operand) for operand in node.all_input_nodes)
 
 
 def _weight_name(node: fx.Node) -> str | None:

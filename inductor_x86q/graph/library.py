@@ -11,6 +11,7 @@ they are that operator; `lowering` decides what compiled code does.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +24,13 @@ GENERATED: dict[Any, Any] = {}  # the call → our operator
 _library = torch.library.Library("inductor_x86q", "DEF")
 
 
-_library.define("cat(Tensor[] images) -> Tensor")
-_library.impl("cat", lambda images: torch.cat(images, 1), "CompositeExplicitAutograd")
+def define(schema: str, function: Callable[..., torch.Tensor]) -> None:
+    """Defines an operator, which is what the function computes of the arguments in order."""
+    _library.define(schema)
+    _library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
+
+
+define("cat(Tensor[] images) -> Tensor", lambda images: torch.cat(images, 1))
 CAT = torch.ops.inductor_x86q.cat.default
 
 POOL = torch.ops.quantized.max_pool2d.default
@@ -44,15 +50,11 @@ def _avg_pool2d(
     return result
 
 
-_library.define(
+define(
     "avg_pool2d(Tensor x, float scale, int zero_point, int[] kernel_size, int[] stride, int[] padding, "
     "bool count_include_pad, int? divisor_override, float output_scale, int output_zero_point, int quant_min, "
-    "int quant_max, ScalarType dtype) -> Tensor"
-)
-_library.impl(
-    "avg_pool2d",
+    "int quant_max, ScalarType dtype) -> Tensor",
     lambda x, scale, zero_point, *rest: _avg_pool2d(x, scale, zero_point, rest[:5], rest[5:]),
-    "CompositeExplicitAutograd",
 )
 AVERAGE_POOL = torch.ops.inductor_x86q.avg_pool2d.default
 

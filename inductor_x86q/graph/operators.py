@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq, recurrence
+from inductor_x86q.graph import attention, qdq, recurrence  # noqa: F401  attention defines an operator
 from inductor_x86q.inductor import fake_tensors
 
 fake_tensors.register_primitives()
@@ -118,7 +118,8 @@ _LAYERS = (
     _row(Role.ATTENTION, "scaled_dot_product_attention _scaled_dot_product_flash_attention_for_cpu "
          "_scaled_dot_product_attention_math _scaled_dot_product_fused_attention_overrideable "
          "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
-         "_scaled_dot_product_cudnn_attention", "attention", factors=(0, 1)),
+         "_scaled_dot_product_cudnn_attention "
+         "inductor_x86q::attention", "attention", factors=(0, 1)),
     _row(Role.RECURRENT, "mkldnn_rnn_layer", "lstm", factors=(0,)),  # one direction of one layer
     _row(Role.RECURRENT, "lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_relu.input lstm_cell gru_cell "
          "rnn_tanh_cell rnn_relu_cell", factors=(0,)),

@@ -19,6 +19,17 @@ X86Q_INLINE Integers extend_shorts(const void* address) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)address));
 }
 
+// 16 bytes for each part, which lie `stride` apart.
+X86Q_INLINE Integers load_parts(const uint8_t* address, int64_t stride) {
+    return _mm256_loadu2_m128i((const __m128i*)(address + stride), (const __m128i*)address);
+}
+
+X86Q_INLINE void store_parts(uint8_t* address, int64_t stride, Integers value) {
+    _mm256_storeu2_m128i((__m128i*)(address + stride), (__m128i*)address, value);
+}
+
+X86Q_INLINE Integers lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+
 #if X86Q_HAS_MASKS
 // The lower half of each number.
 X86Q_INLINE void store_shorts(void* address, Integers value) {

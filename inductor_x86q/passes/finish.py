@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from inductor_x86q.graph import calls, qdq
+from inductor_x86q.graph.attention import ATTENTION
+from inductor_x86q.graph.attention import attention as reference
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import decompositions, fake_tensors
-from inductor_x86q.passes.fuse import half
+from inductor_x86q.passes.fuse import attention, half
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
@@ -49,10 +52,11 @@ def _token_dequantize(x: Tensor, scales: Tensor, zero_points: Tensor, low: int, 
 
 
 # Operators of which Inductor has no lowering, or a wrong one, and what they compute.
-WRITTEN_OUT = {
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     qdq.QUANTIZE_TENSOR: _computed_quantize,
     qdq.QUANTIZE_TOKEN: _token_quantize,
     qdq.DEQUANTIZE_TOKEN: _token_dequantize,
+    ATTENTION: reference,
 }
 # These, and what the passes kept whole or put into the graph, and Inductor decomposes itself.
 DECOMPOSED = (*WRITTEN_OUT, *decompositions.KEPT_WHOLE, aten.linear.default)
@@ -111,4 +115,5 @@ RULES = (
     Rule("quantize of float16", _QUANTIZES, _find_float16_quantize, _rewrite_float16_quantize),
     Rule("convolution of lines", calls.TARGETS, _find_line, _rewrite_line),
     Rule("decompose", DECOMPOSED, qdq.graph_module, _decompose),
+    *attention.FINISH_RULES,
 )

@@ -36,11 +36,14 @@ class Calls:
         self.batches, self.taken = batches, len(example_inputs)
         self.transform, self.max_batches = transform, max_batches
         self.warned = False
+        self.first: list[Any] = []  # the first of the calls, once they have been read
 
     def __iter__(self) -> Iterator[Any]:
         for batch in itertools.islice(self.batches, self.max_batches):
             call = self.transform(batch) if self.transform is not None else batch
-            yield self._fitting(tuple(call)) if isinstance(call, (tuple, list)) else call
+            fitting = self._fitting(tuple(call)) if isinstance(call, (tuple, list)) else call
+            self.first = self.first or [fitting]
+            yield fitting
 
     def __length_hint__(self) -> int:
         length = operator.length_hint(self.batches)

@@ -21,6 +21,7 @@ from inductor_x86q.graph import layers, operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.quantization import qat
+from inductor_x86q.quantization.attention import takes
 
 aten = torch.ops.aten
 
@@ -46,18 +47,31 @@ class Plan:
     one the operator and what the call does behind it. `wanted`: the values to quantize. `norms`: of each convolution
     and linear the batch norm that will be folded into it, while training.
 
+    `attention`: each attention to quantize, with its query, key and value.
+
     `dynamic`: linears of which only what they read is quantized, apart from all else: to know the range of a value,
     all of it has to be there, so that no kernel could write it in int8.
     """
 
-    def __init__(self, graph: fx.Graph, mode: Callable[[fx.Node], str], *, folds: bool = False) -> None:
-        """`mode` says how a layer is quantized: "static", not at all ("float", "bfloat16"), or else dynamically."""
+    def __init__(
+        self,
+        graph: fx.Graph,
+        mode: Callable[[fx.Node], str],
+        *,
+        attention: Callable[[fx.Node], str] = lambda node: "float",
+        folds: bool = False,
+    ) -> None:
+        """`mode` says how a layer is quantized: "static", not at all ("float", "bfloat16"), or else dynamically; `attention`
+        how an attention is."""
         self.nodes = list(graph.nodes)
         self._constants = qdq.constants(graph)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self.attention: dict[fx.Node, tuple[Any, ...]] = {}
         self.excluded: dict[fx.Node, None] = {}
         for node in self.nodes:
+            if role(node) is Role.ATTENTION and self._attends(node) and attention(node) == "static":
+                self.attention[node] = node.args[:3]
             layer = self._layer_operands(node)
             if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
                 continue  # training knows no weights whose channels are not their first dimension
@@ -72,6 +86,7 @@ class Plan:
             if norm is not None:
                 self.norms[node] = norm
         self.ends: dict[fx.Node, fx.Node] = {}
+        self.ends.update((node, node) for node in self.attention)
         self.starts: dict[fx.Node, list[fx.Node]] = {}
         self._claimed: set[fx.Node] = set()
         for node in reversed(self.compute):  # the later of two convolutions takes the addition, as when fusing
@@ -106,6 +121,10 @@ class Plan:
         if weight not in self._constants or activation in self._constants or not is_float(activation) or dimensions < 2:
             return None
         return activation, weight
+
+    def _attends(self, node: fx.Node) -> bool:
+        """Whether query, key and value are floats that are computed, and ours takes the operator."""
+        return takes(node) and all(is_float(x) and x not in self._constants for x in node.all_input_nodes[:3])
 
     def _find_region(self, start: fx.Node) -> None:
         """What one call will compute: the operator with what its weight takes up, a batch norm or a constant factor;
@@ -174,6 +193,8 @@ class Plan:
         """Whether `user` should read `value` in int8."""
         if user in self.compute:
             return self.compute[user][0] is value
+        if user in self.attention:
+            return value in self.attention[user]
         if shares(user):
             moves = role(user) is Role.JOIN or user.args[0] is value  # and does not look at its shape only
             return moves and self._results_wanted(user)

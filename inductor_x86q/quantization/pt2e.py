@@ -16,6 +16,8 @@ from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import corrections, qat, torchao
 from inductor_x86q.quantization.arguments import batch_size, checked, positional
+from inductor_x86q.quantization.attention import quantize_attention
+from inductor_x86q.quantization.attention_drift import NOTES, keep_float
 from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
 from inductor_x86q.quantization.convert import (
     convert_to_bfloat16,
@@ -46,6 +48,7 @@ def quantize(
     max_batches: int | None = None,
     accuracy: str | Iterable[str] | None = None,
     embeddings: str | None = None,
+    attention: str | None = None,
 ) -> QuantizedGraph:
     """Quantizes a model to int8 with torchao's PT2E steps and X86Quantizer.
 
@@ -85,6 +88,9 @@ def quantize(
             error of each channel); "best" tries each and keeps what helps. For dynamic layers the data may be given too.
         embeddings: "int8" keeps the tables of embeddings and embedding bags in int8, a quarter of their size, each row
             with a scale of its own; rows are dequantized when they are looked up.
+        attention: "int8" computes it on int8 query, key and value, with the softmax's exponentials rounded to a byte;
+            "float" does not. None is "int8" where that leaves 20 dB of signal to noise on the calibration data, and
+            `explain` says what it found elsewhere. With ranges computed at every call attention is float.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, it does not take the example, there is
@@ -106,7 +112,12 @@ def quantize(
 
     def prepared_for(given: Any) -> fx.GraphModule:
         quantizer = X86Quantizer(
-            reduce_range=reduce_range, exclude=exclude, dynamic=dynamic, config=given, embeddings=embeddings
+            reduce_range=reduce_range,
+            exclude=exclude,
+            dynamic=dynamic,
+            config=given,
+            embeddings=embeddings,
+            attention=attention,
         )
         # Preparing takes the exported graph over, and there may be several attempts.
         prepared = prepare(copy.deepcopy(exported) if switches else exported, quantizer)
@@ -130,8 +141,12 @@ def quantize(
         calls = list(calls)
         some = first_calls(exported, calls, fixed_batch, corrections.ROWS, corrections.VALUES)
         prepared, kept = corrections.corrected(prepared_for, run, some, switches, config, best=accuracy == "best")
+    notes = []
+    if attention is None:
+        first = calls[:1] if isinstance(calls, list) else calls.first
+        notes = keep_float(prepared, first_calls(prepared, first, fixed_batch, 1, 1))
     quantized = convert(prepared)
-    quantized.meta[corrections.MADE] = kept
+    quantized.meta[corrections.MADE], quantized.meta[NOTES] = kept, notes
     return quantized
 
 
@@ -212,6 +227,7 @@ def convert(prepared: fx.GraphModule) -> QuantizedGraph:
     torchao.forget_graphs()
     qat.show_batch_norms(converted.graph)
     quantize_per_token(converted)
+    quantize_attention(converted)
     fold_weights(converted)
     convert_to_bfloat16(converted)
     if left := left_out(converted):

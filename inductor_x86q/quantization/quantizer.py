@@ -13,8 +13,8 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer as layer_of
+from inductor_x86q.quantization import attention_written_out, qat, recurrent, specs, torchao
 from inductor_x86q.quantization import embeddings as embedding_tables
-from inductor_x86q.quantization import qat, recurrent, specs, torchao
 from inductor_x86q.quantization.config import (
     DYNAMIC,
     Config,
@@ -23,6 +23,8 @@ from inductor_x86q.quantization.config import (
     is_layer_operator,
 )
 from inductor_x86q.quantization.plan import Plan, Slot, is_float, shares
+
+ATTENTION_MODES = (None, "int8", "float")
 
 
 class X86Quantizer(torchao.Quantizer):
@@ -42,6 +44,8 @@ class X86Quantizer(torchao.Quantizer):
             each row of it.
         config: as of `quantize`.
         embeddings: as of `quantize`.
+        attention: "int8" or "float"; None is "int8". Static layers' only; while training it is float. Convert with
+            `inductor_x86q.convert`: torchao's leaves the softmax as it is, and attention is float then.
 
     Example:
         >>> inductor_x86q.X86Quantizer(exclude=["layer1.*", torch.nn.Linear]).exclude
@@ -57,6 +61,7 @@ class X86Quantizer(torchao.Quantizer):
         dynamic: bool | str = False,
         config: Any = None,
         embeddings: str | None = None,
+        attention: str | None = None,
     ) -> None:
         super().__init__()
         if dynamic and is_qat:
@@ -66,6 +71,9 @@ class X86Quantizer(torchao.Quantizer):
         if embeddings not in embedding_tables.MODES:
             raise QuantizationError(f"embeddings is {embeddings!r}: expected None or 'int8'")
         self.embeddings = embeddings
+        if attention not in ATTENTION_MODES:
+            raise QuantizationError(f"attention is {attention!r}: expected {', '.join(map(repr, ATTENTION_MODES))}")
+        self.attention = attention
         self.is_qat = is_qat
         if is_qat and config is not None:
             raise QuantizationError("config is for quantizing after training: prepare_qat() and is_qat take none")
@@ -77,6 +85,9 @@ class X86Quantizer(torchao.Quantizer):
         self.static: list[fx.Node] = []  # layers whose inputs' ranges are to be calibrated
 
     def transform_for_annotation(self, model: fx.GraphModule) -> fx.GraphModule:
+        """Layers that are quantized otherwise than by an observer are rewritten; attention that is written out is joined,
+        for there is a kernel for the whole."""
+
         def is_float(node: fx.Node) -> bool:
             return self._mode(node) == "float"
 
@@ -84,10 +95,12 @@ class X86Quantizer(torchao.Quantizer):
         if self.embeddings:
             self.rewritten, left_out = embedding_tables.rewrite(model, is_float)
             self._left_out += left_out
+        if self.attention != "float" and not self.is_qat:
+            attention_written_out.join(model)
         return model
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        plan = Plan(model.graph, self._mode, folds=self.is_qat)
+        plan = Plan(model.graph, self._mode, attention=self._attention_mode, folds=self.is_qat)
         self.excluded, self.static = [*plan.excluded, *self._left_out], list(plan.compute)
         self.config.check([*plan.compute, *plan.dynamic, *self.excluded], self.exclude)
         self._annotate_static(plan)
@@ -112,6 +125,11 @@ class X86Quantizer(torchao.Quantizer):
                 )
             return "float"  # what the whole model is said to be holds where it can
         return str(choice.mode)
+
+    def _attention_mode(self, node: fx.Node) -> str:
+        if self.is_qat or self.attention == "float":
+            return "float"
+        return self._mode(node)
 
     def _annotate_static(self, plan: Plan) -> None:
         groups = _grouped(plan)

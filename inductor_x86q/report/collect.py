@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import attention, operators, qdq
+from inductor_x86q.graph.attention import is_int8_attention
 from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
@@ -18,6 +19,7 @@ from inductor_x86q.graph.recurrence import RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
 from inductor_x86q.passes import recurrent
+from inductor_x86q.passes.fuse import attention as fuse_attention
 from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
 from inductor_x86q.report.report import Report
@@ -80,7 +82,7 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "output"
     if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
         return None
-    if is_call(node) or node.target is RECURRENCE or _is_int8_lookup(node):
+    if is_call(node) or node.target is RECURRENCE or _is_int8_lookup(node) or is_int8_attention(node):
         return "fused"
     if _is_product(node):
         return "product"
@@ -146,6 +148,8 @@ _FLOAT_RECURRENCE = (
 
 
 def _obstacle(node: fx.Node) -> Obstacle:
+    if role(node) is Role.ATTENTION and (why := fuse_attention.obstacle(node)):
+        return why
     if _is_recurrent(node):
         return Obstacle(Reason.NOT_QUANTIZED, _FLOAT_RECURRENCE)
     found = _layer_obstacle(node)
@@ -249,11 +253,31 @@ def _dtype(node: fx.Node) -> str:
 def _fusion(node: fx.Node) -> Fusion:
     alike: dict[str, Any] = {
         **dict(layer=layer(node), kernel=str(node.target), absorbed=tuple(node.meta.get("x86q_absorbed", ()))),
-        **dict(weight_dtype="int8", output_shape=_shape(node), source=source(node), node=node.name),
+        **dict(output_shape=_shape(node), source=source(node), node=node.name),
     }
     if node.target is RECURRENCE:
         return _recurrence(node, alike)
+    if is_int8_attention(node):
+        return _attention(node, alike)
     return _lookup(node, alike) if _is_int8_lookup(node) else _call(node, alike)
+
+
+def _attention(node: fx.Node, alike: dict[str, Any]) -> Fusion:
+    found = attention.read(node)
+    is_integer = not found.output_dtype.is_floating_point
+    return Fusion(
+        **alike,
+        operator="attention",
+        input_dtype=_dtype(found.query),
+        output_dtype=_dtype(node),
+        weight_dtype=_dtype(found.key),
+        macs=node.meta.get("x86q_macs"),
+        input_scale=found.query_scale,
+        input_zero_point=found.query_zero_point,
+        output_scale=found.output_scale if is_integer else None,
+        output_zero_point=found.output_zero_point if is_integer else None,
+        computed_by=fuse_attention.kernel(node).name,
+    )
 
 
 def _call(node: fx.Node, alike: dict[str, Any]) -> Fusion:
@@ -263,6 +287,7 @@ def _call(node: fx.Node, alike: dict[str, Any]) -> Fusion:
         operator=call.family,
         input_dtype=_name(qdq.value(call.x).dtype),
         output_dtype=_name(call.output_dtype),
+        weight_dtype="int8",
         macs=node.meta.get("x86q_macs"),
         input_scale=call.x_scale if call.is_static else None,
         input_zero_point=call.x_zero_point if call.is_static else None,
@@ -282,6 +307,7 @@ def _recurrence(node: fx.Node, alike: dict[str, Any]) -> Fusion:
         **alike,
         operator=arguments["cell"],
         input_dtype=_name(x.dtype),
+        weight_dtype="int8",
         output_dtype=_dtype(node),
         macs=int(macs) if isinstance(macs, int) else None,
         computed_by=kernel.name if kernel else "",
@@ -296,7 +322,7 @@ def _is_int8_lookup(node: fx.Node) -> bool:
 
 def _lookup(node: fx.Node, alike: dict[str, Any]) -> Fusion:
     indices = _dtype(qdq.operand(node, 1))
-    return Fusion(**alike, operator="embedding", input_dtype=indices, output_dtype="int8", macs=0)
+    return Fusion(**alike, operator="embedding", input_dtype=indices, weight_dtype="int8", output_dtype="int8", macs=0)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -34,7 +34,7 @@ def draw(tuning: Tuning, path: Path, title: str) -> None:
         chosen = [number for number, inside in enumerate(within) if inside is kept]
         if chosen:
             metrics = [tuning.steps[number].metric for number in chosen]
-            axes.scatter([places[number] for number in chosen], metrics, color=colour, label=label, zorder=3)  # type: ignore[misc]
+            axes.scatter([places[number] for number in chosen], metrics, color=colour, label=label, zorder=3)  # type: ignore[arg-type]
     for place, step in zip(places, tuning.steps, strict=True):
         axes.annotate(step.what, (place, step.metric), xytext=(5, 4), textcoords="offset points", fontsize=8)  # type: ignore[arg-type]
     axes.axhline(tuning.float_metric, color="#5c6470", linewidth=1, label="float32")

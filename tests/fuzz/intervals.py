@@ -285,6 +285,31 @@ def _bilinear(multiply: Callable[..., torch.Tensor], x: Any, y: Any, bias: Any, 
     return result.widened((ACCUMULATION_ERROR + TERM_ERROR * terms) * magnitude)
 
 
+def _attention(
+    target: Any, query: Any, key: Any, value: Any, mask: None, is_causal: bool, scale: float | None
+) -> Interval:
+    """A score that may lie anywhere gives weights of which one is right; the result lies among the values all the same."""
+    value, keys = _interval(value), _movement(torch.Tensor.transpose, _interval(key), -1, -2)
+    scores = _product(target, _matrix_product(torch.matmul, query, keys), scale or value.shape[-1] ** -0.5)
+    low, high = scores.low, scores.high
+    if is_causal:
+        hidden = torch.ones(low.shape[-2:], dtype=torch.bool).triu(1)
+        low, high = (end.masked_fill(hidden, -math.inf) for end in (low, high))
+    below = (low - high.amax(-1, keepdim=True), (high - low.amax(-1, keepdim=True)).clamp(max=0))
+    least, most = (
+        torch.round(255 * torch.exp(end) * (1 + sign * APPROXIMATION_ERROR))
+        for end, sign in zip(below, (-1, 1), strict=True)
+    )
+    weights, doubt = (least + most) / 2, (most - least) / 2
+    total, surely = weights.sum(-1, keepdim=True), least.sum(-1, keepdim=True).clamp(min=255)
+    center = weights @ value.center / total
+    apart = (value.center.unsqueeze(-3) - center.unsqueeze(-2)).abs()
+    radius = ((doubt.unsqueeze(-1) * apart).sum(-2) + most @ value.radius) / surely
+    error = (ACCUMULATION_ERROR + TERM_ERROR * low.shape[-1]) * (weights @ value.magnitude) / total
+    ends = value.low.amin(-2, keepdim=True), value.high.amax(-2, keepdim=True)
+    return Interval(*((center + sign * radius).clamp(*ends) for sign in (-1, 1))).widened(error)
+
+
 def _quantize(
     target: Any, x: Interval, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: Any
 ) -> Interval:
@@ -335,6 +360,7 @@ _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({F.conv_transpose2d}), _transposed_convolution),
     (frozenset({torch.mm, torch.bmm, torch.matmul}), _matrix_product),
     (frozenset({torch.addmm, torch.baddbmm}), _matrix_product_and_sum),
+    (frozenset({torch.ops.inductor_x86q.attention}), _attention),
     (frozenset({operator.add, torch.add}), _addition),
     (frozenset({operator.sub}), _subtraction),
     (frozenset({operator.mul, torch.mul}), _product),

@@ -104,6 +104,20 @@ class Steps(Draft):
         self.note("bmm of two activations", name)
         return self.emit(f"torch.bmm({name}, {other}.transpose(1, 2))", name, other)
 
+    def attention(self) -> str | None:
+        name = self.rank(3, 4)
+        if name is None or 0 in self.values[name].shape or self.types != (torch.float32,):
+            return None
+        low, high = (float(end) for end in self.values[name].aminmax())
+        operands = [
+            self.quantized(source, self.grid(low, high, "seven bits", "eight bits", "narrow"))
+            for source in (name, self.emit(f"torch.flip({name}, (-2,))", name), name)
+        ]
+        self.note("attention", name)
+        scale = float(f"{self.pick(1.0, 4.0, 0.1) / max(abs(low), abs(high), 1e-6) ** 2:.3g}")
+        call = f"torch.ops.inductor_x86q.attention({', '.join(operands)}, None, {self.chance(30)}, {scale})"
+        return self.emit(call, *operands)
+
     def unary(self, name: str | None = None) -> str | None:
         name = name or self.choose()
         assert name is not None

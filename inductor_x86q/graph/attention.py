@@ -1,0 +1,133 @@
+"""Attention: our operators for it, what they compute, and a typed view of the int8 one.
+
+`inductor_x86q::attention` is what q/dq graphs hold where attention is int8: on dequantized query, key and value it computes
+what the kernel does. It differs from `aten::scaled_dot_product_attention` by what the softmax gives: a score's weight, which is
+the exponential of what it lies below the row's greatest, is rounded to a byte before it is divided by the row's sum of weights,
+so that long rows lose no more than short ones. A row of which all is masked gives 0.
+
+`inductor_x86q::int8_attention` is that between a dequantize of each operand and, perhaps, a quantize.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q.graph import library, qdq
+from inductor_x86q.graph.qdq import QParams
+
+aten = torch.ops.aten
+
+LEVELS = 255  # of a weight
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """Query, key and value are (..., heads, rows, width); queries may have a multiple of the heads. No scale is the usual one.
+
+    The result lies in memory as (..., rows, heads, width), which is how the next linear reads it.
+    """
+    if query.dim() > 3 and query.shape[-3] != key.shape[-3]:
+        each = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(each, -3), value.repeat_interleave(each, -3)
+    scores = query @ key.transpose(-1, -2) * usual_scale(query, scale)
+    if is_causal:
+        queries, keys = (torch.arange(size, device=scores.device) for size in scores.shape[-2:])
+        scores = scores.masked_fill(keys > queries.unsqueeze(1), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(mask.logical_not(), -math.inf) if mask.dtype == torch.bool else scores + mask
+    greatest = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = torch.round(LEVELS * torch.exp(scores - greatest))
+    result = weights @ value / weights.sum(-1, keepdim=True).clamp(min=1)
+    return result.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def usual_scale(query: torch.Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def _int8_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
+    grids, (is_causal, scale, _largest), output = rest[:6], rest[6:9], rest[9:]
+    decomposed = torch.ops.quantized_decomposed
+    reals = [
+        decomposed.dequantize_per_tensor.default(x, *grid, 0, 255, x.dtype)
+        for x, grid in zip((query, key, value), (grids[:2], grids[2:4], grids[4:]), strict=True)
+    ]
+    result = attention(reals[0], reals[1], reals[2], mask, is_causal, scale)
+    if output[-1].is_floating_point:
+        return result
+    quantized: torch.Tensor = decomposed.quantize_per_tensor.default(result, *output)
+    return quantized
+
+
+library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> Tensor", attention
+)
+library.define(
+    "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float query_scale, int query_zero_point, "
+    "float key_scale, int key_zero_point, float value_scale, int value_zero_point, bool is_causal, float scale, "
+    "int largest, float output_scale, int output_zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor",
+    _int8_attention,
+)
+ATTENTION = torch.ops.inductor_x86q.attention.default
+INT8_ATTENTION = torch.ops.inductor_x86q.int8_attention.default
+SPELLINGS = (aten.scaled_dot_product_attention.default,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A call of `int8_attention`: its arguments in order."""
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+    query_scale: float
+    query_zero_point: int
+    key_scale: float
+    key_zero_point: int
+    value_scale: float
+    value_zero_point: int
+    is_causal: bool
+    scale: float
+    largest: int  # of the integers of query, key and value
+    output_scale: float = 1.0
+    output_zero_point: int = 0
+    quant_min: int = 0
+    quant_max: int = 0
+    output_dtype: torch.dtype = torch.float32
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def with_output(self, grid: QParams) -> Attention:
+        names = ("output_scale", "output_zero_point", "quant_min", "quant_max", "output_dtype")
+        return dataclasses.replace(self, **dict(zip(names, grid.arguments(), strict=True)))
+
+
+def is_int8_attention(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is INT8_ATTENTION
+
+
+def read(node: fx.Node) -> Attention:
+    return Attention(*node.args)  # type: ignore[arg-type]
+
+
+def macs(node: fx.Node) -> int | None:
+    """Multiply-accumulates of queries with keys and of weights with values; None where a size is not known."""
+    query, key, value = (qdq.value(argument).shape for argument in node.args[:3])
+    total = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    return int(total) if isinstance(total, int) else None

@@ -1,0 +1,126 @@
+"""Attention between int8 tensors: what decides its kernel's machine code, and what that is told at a call."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from inductor_x86q import cpu
+from inductor_x86q.kernels import isa, library
+from inductor_x86q.kernels.epilogue import CPP_TYPES, SHORT_NAMES, flag
+
+# Names in order, and what they are: int64 where no type is said. Strides are in elements.
+FIELDS: dict[str, str] = {
+    "batch": "",
+    "heads": "of queries",
+    "key_heads": "of keys and values, each for as many heads of queries",
+    "queries": "",
+    "keys": "",
+    "width": "of a query and a key",
+    "value_width": "",
+    "query_batch": "strides of a batch, of its heads and rows",
+    "query_head": "",
+    "query_row": "",
+    "key_batch": "",
+    "key_head": "",
+    "key_row": "",
+    "value_batch": "",
+    "value_head": "",
+    "value_row": "",
+    "mask_batch": "0 where it is the same for all",
+    "mask_head": "",
+    "mask_row": "",
+    "out_batch": "",
+    "out_head": "",
+    "out_row": "",
+    "is_causal": "whether a query sees no key behind its own place",
+    "query_zero_point": "",
+    "value_zero_point": "",
+    "zero_point": "of the output, and the bounds of its integers",
+    "low": "",
+    "high": "",
+    "threads": "0: as many as there are",
+    "factor": "float: of a score, the product of query's and key's scale and the softmax's",
+    "value_scale": "float",
+    "inverse_scale": "float: of the output",
+}
+
+FLOATS = frozenset(name for name, meaning in FIELDS.items() if meaning.startswith("float"))
+
+
+def _member(name: str, meaning: str) -> str:
+    return f"    {'float' if name in FLOATS else 'int64_t'} {name};{f'  // {meaning}' if meaning else ''}\n"
+
+
+STRUCT = f"""\
+#ifndef X86Q_HAS_ATTENTION_ARGUMENTS
+#define X86Q_HAS_ATTENTION_ARGUMENTS
+#include <cstdint>
+struct X86qAttention {{
+{"".join(_member(name, meaning) for name, meaning in FIELDS.items())}}};
+#endif
+"""
+
+PARAMETERS = (
+    "const void* query, const void* key, const void* value, const void* mask, void* out, const X86qAttention* arguments"
+)
+MASKS = {None: "none", torch.bool: "boolean", torch.float32: "added"}  # by the mask's type
+
+OUTPUTS = (torch.uint8, torch.int8, torch.float32)
+
+# Of which the kernel's integers hold the sums.
+LARGEST_WIDTH, MOST_KEYS = 8192, 32768
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKernel:
+    """What decides machine code, and nothing of a layer or a network.
+
+    Args:
+        isa: of `ISAS`.
+        mask: of the values of `MASKS`.
+        output_dtype: of `OUTPUTS`.
+        fits_16: query, key and value keep 7 bits, so that no sum of two products exceeds 16 bits.
+    """
+
+    isa: str
+    mask: str
+    output_dtype: torch.dtype
+    fits_16: bool = False
+
+    @property
+    def name(self) -> str:
+        """Tells type, mask and instruction set, as a C identifier."""
+        fits = "_fits16" if self.fits_16 else ""
+        return f"x86q_attention_{self.isa}{fits}_{self.mask}_{SHORT_NAMES[self.output_dtype]}"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return library.flags(self.isa)
+
+    def source(self) -> str:
+        """A complete C++ translation unit, with the function `void NAME(PARAMETERS)`."""
+        templates = library.namespace(self.isa, "attention")
+        return f"""\
+{STRUCT}{library.templates(self.isa, "attention", ("threads.h", "attention.h"))}\
+namespace {self.name}_ {{
+struct Kernel {{
+    using Out = {CPP_TYPES[self.output_dtype]};
+    static constexpr auto MASK = {templates}::Mask::{self.mask.upper()};
+    static constexpr bool FITS_16 = {flag(self.fits_16)};
+}};
+}}
+extern "C" void {self.name}(
+    {PARAMETERS}) {{
+    using Out = {CPP_TYPES[self.output_dtype]};
+    {templates}::attention<{self.name}_::Kernel>(
+        (const uint8_t*)query, (const uint8_t*)key, (const uint8_t*)value, (const uint8_t*)mask, (Out*)out, *arguments);
+}}
+"""
+
+
+def choose(mask: torch.dtype | None, output_dtype: torch.dtype, largest: int) -> AttentionKernel:
+    """The kernel for this CPU; `largest` is the largest integer that query, key and value hold."""
+    best = isa.best(cpu.usable_flags(), cpu.int8_lanes())
+    return AttentionKernel(best, MASKS[mask], output_dtype, fits_16=not cpu.has_vnni() and largest <= 127)

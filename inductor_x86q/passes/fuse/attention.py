@@ -1,0 +1,129 @@
+"""Attention between dequantized query, key and value becomes a call of ours with float output, and takes in its quantize."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from inductor_x86q import cpu
+from inductor_x86q.graph import attention, qdq
+from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, Attention
+from inductor_x86q.graph.reasons import No, Obstacle, Reason
+from inductor_x86q.inductor import objects
+from inductor_x86q.kernels.attention import LARGEST_WIDTH, MASKS, MOST_KEYS, OUTPUTS, AttentionKernel, choose
+from inductor_x86q.passes.stage import Rule
+
+KERNEL = "x86q_kernel"  # in `meta`: the name of the kernel that computes it
+
+
+def obstacle(node: fx.Node) -> Obstacle | None:
+    """What keeps an attention from running in int8, or None; also the report's source."""
+    if node.target is not ATTENTION:
+        if all(qdq.is_dequantize(operand) for operand in node.args[:3]):
+            return Obstacle(Reason.NOT_QUANTIZED, "its weights are not: convert with inductor_x86q.convert()")
+        return Obstacle(Reason.NOT_QUANTIZED, 'static quantization has it in int8 with attention="int8"')
+    for position, name in enumerate(("query", "key", "value")):
+        operand = qdq.operand(node, position)
+        if not qdq.is_dequantize(operand):
+            return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, name)
+        grid = qdq.qparams(operand)
+        if grid.dtype != torch.uint8 or grid.axis is not None or not grid.is_static:
+            return Obstacle(
+                Reason.ACTIVATION_TYPE, f"{name}: of attention, torch.uint8 with a scale that is a constant"
+            )
+        if not (math.isfinite(grid.scale) and grid.scale > 0) or not 0 <= grid.zero_point <= 255:
+            return Obstacle(Reason.BAD_PARAMETERS, f"{name}: scale {grid.scale}, zero point {grid.zero_point}")
+    return _kernel_obstacle(node)
+
+
+def _kernel_obstacle(node: fx.Node) -> Obstacle | None:
+    query, key, value = (qdq.value(operand) for operand in node.args[:3])
+    arguments: Any = node.args
+    mask, scale = arguments[3], attention.usual_scale(query, arguments[5])
+    widths = (query.shape[-1], value.shape[-1])
+    if not all(isinstance(width, int) and 0 < width <= LARGEST_WIDTH for width in widths):
+        return Obstacle(Reason.NO_KERNEL, f"heads of {widths[0]} and {widths[1]}")
+    if query.dim() not in (3, 4) or query.dim() != key.dim():
+        return Obstacle(Reason.NO_KERNEL, f"attention of {query.dim()} dimensions")
+    if isinstance(key.shape[-2], int) and key.shape[-2] > MOST_KEYS:
+        return Obstacle(Reason.NO_KERNEL, f"{key.shape[-2]} keys, of which integers of 32 bits do not hold the sum")
+    if any(isinstance(size, int) and size == 0 for x in (query, key) for size in x.shape):
+        return Obstacle(Reason.NO_KERNEL, "an empty input")
+    if mask is not None and (qdq.value(mask).dtype not in MASKS or qdq.value(mask).dim() > query.dim()):
+        return Obstacle(Reason.NO_KERNEL, f"a mask of {qdq.value(mask).dtype}")
+    if not (isinstance(scale, float) and scale > 0) or qdq.value(node).dtype != torch.float32:
+        return Obstacle(Reason.NO_KERNEL, f"a scale of {scale} and a result of {qdq.value(node).dtype}")
+    return None if cpu.int8_lanes() else Obstacle(Reason.NO_KERNEL, "this CPU has no AVX2")
+
+
+def _find(node: fx.Node) -> Attention | No:
+    if found := obstacle(node):
+        return No(str(found), tuple(operand for operand in node.all_input_nodes if not qdq.is_dequantize(operand)))
+    arguments: Any = node.args
+    mask, is_causal, scale = arguments[3:]
+    scale = attention.usual_scale(qdq.value(arguments[0]), scale)
+    sources = [qdq.operand(node, position) for position in range(3)]
+    grids = [qdq.qparams(source) for source in sources]
+    numbers = [number for grid in grids for number in (grid.scale, grid.zero_point)]
+    largest = max(grid.quant_max for grid in grids)
+    query, key, value = map(qdq.operand, sources)
+    operands: tuple[Any, ...] = (query, key, value, mask, *numbers, is_causal, scale, largest)
+    return Attention(*operands)
+
+
+def _rewrite(node: fx.Node, found: Attention) -> fx.Node:
+    """attention(dequantize(query), …) → int8_attention(query, …), with float output"""
+    new = qdq.call(INT8_ATTENTION, *found.arguments, like=node)
+    new.meta["x86q_macs"] = attention.macs(node)
+    new.meta["original_aten"] = INT8_ATTENTION  # which Inductor names the kernel by
+    return new
+
+
+def _find_quantize(node: fx.Node) -> Attention | No:
+    source = qdq.operand(node)
+    if source.target is not INT8_ATTENTION:
+        return No("it quantizes no attention", (source,))
+    if len(source.users) != 1:
+        return No(f"the attention's result has {len(source.users)} users", tuple(source.users))
+    found, grid = attention.read(source), qdq.qparams(node)
+    if found.output_dtype != torch.float32 or grid.dtype not in OUTPUTS or grid.quant_min > grid.quant_max:
+        return No(f"the kernel does not give {grid.dtype} from {grid.quant_min} to {grid.quant_max}")
+    if not (math.isfinite(grid.scale) and grid.scale > 0):
+        return No(f"its scale is {grid.scale}")
+    return found.with_output(grid)
+
+
+def _rewrite_quantize(node: fx.Node, found: Attention) -> fx.Node:
+    source = qdq.operand(node)
+    new = qdq.call(INT8_ATTENTION, *found.arguments, like=source)
+    new.meta["x86q_macs"] = source.meta.get("x86q_macs")
+    new.meta["x86q_absorbed"] = ["quantize"]
+    new.meta["original_aten"] = INT8_ATTENTION
+    return new
+
+
+def kernel(node: fx.Node) -> AttentionKernel:
+    """Which computes an int8 attention on this CPU."""
+    found = attention.read(node)
+    mask = None if found.mask is None else qdq.value(found.mask).dtype
+    return choose(mask, found.output_dtype, found.largest)
+
+
+def _find_kernel(node: fx.Node) -> AttentionKernel | No:
+    return No("its kernel is chosen") if KERNEL in node.meta else kernel(node)
+
+
+def _rewrite_kernel(node: fx.Node, found: AttentionKernel) -> None:
+    """The kernel begins to be built while all else is lowered."""
+    from inductor_x86q.inductor.lowering import attention as _  # noqa: F401  registers with Inductor, slow to import
+
+    node.meta[KERNEL] = found.name
+    objects.start([found])
+
+
+COMPUTE_RULES = (Rule("attention", (ATTENTION,), _find, _rewrite),)
+POST_OP_RULES = (Rule("quantized attention", (qdq.QUANTIZE,), _find_quantize, _rewrite_quantize),)
+FINISH_RULES = (Rule("kernel of attention", (INT8_ATTENTION,), _find_kernel, _rewrite_kernel),)
