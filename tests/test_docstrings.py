@@ -23,7 +23,7 @@ PUBLIC = {
 }
 # Where one line says it all, or the example of another name shows it.
 WITHOUT_EXAMPLE = {
-    "CompileError", "No", "QuantizationError", "Rule", "testing.Compiled", "testing.PINNED", "testing.QConv1d",
+    "BudgetError", "CompileError", "No", "QuantizationError", "Rule", "testing.Compiled", "testing.PINNED", "testing.QConv1d",
     "testing.QConv2d", "testing.QConv3d", "testing.QLinear", "testing.assert_expected_cpp", "testing.compile_once",
     "testing.float_calls", "testing.own_calls",
 }  # fmt: skip
