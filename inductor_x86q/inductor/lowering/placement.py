@@ -47,8 +47,9 @@ def pixels(box: Any, family: str, *, even: bool = False) -> Pixels:
     `even`. Nothing less would do: channels innermost is all that Inductor can be asked for, and it takes gaps for that.
     """
     if family == "linear":
+        box.realize()  # once, not again behind each view of it
         box = laid_out(box, ir.ExternKernel.require_contiguous)
-        *rows, c = ints(box.get_size())
+        *rows, c = ints(box.get_size()) or [1]
         return Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
     found = image(laid_out(box, ir.ExternKernel.require_channels_last))
     if found.channel != 1 or (even and not found.is_even):
