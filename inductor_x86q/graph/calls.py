@@ -56,7 +56,9 @@ class Call:
     output_zero_point: int = 0
     unary: Unary = Unary()
     binary: Binary | None = None
-    is_per_token: bool = False  # scale and zero point are tensors, of one element for each row; zero points may be one for all
+    is_per_token: bool = (
+        False  # scale and zero point are tensors, of one element for each row; zero points may be one for all
+    )
 
     @property
     def kernel(self) -> str:
@@ -115,7 +117,8 @@ def parse(target: Any, arguments: Sequence[Any]) -> Call:
     unary = Unary(name, tuple(scalars), algorithm)
     return Call(
         *(family, x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point),
-        *(bias, geometry, dtype, scale, zero_point, unary, binary, mode == "per_token"),
+        *(bias, geometry, dtype, scale, zero_point, unary, binary),
+        is_per_token=mode == "per_token",
     )
 
 

@@ -28,10 +28,13 @@ _ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+# A float output, and no post-operation.
+_FLOAT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+
+
 def _product(x: torch.Tensor, zero_point: int, *weight: torch.Tensor) -> torch.Tensor:
     """(x - zero point)·weight, of weights with their scales."""
-    arguments = (None, 1.0, 0, torch.float32, "none", [], "")
-    result: torch.Tensor = onednn.qlinear_pointwise(x, 1.0, zero_point, *weight, *arguments)
+    result: torch.Tensor = onednn.qlinear_pointwise(x, 1.0, zero_point, *weight, None, *_FLOAT)
     return result
 
 
@@ -67,8 +70,7 @@ def _linear_with_addition(
     scale: float, zero_point: int, dtype: torch.dtype, other_scale: float, other_zero_point: int, kind: str, alpha: float,
     *activation: Any,
 ) -> torch.Tensor:  # fmt: skip
-    plain = (1.0, 0, torch.float32, "none", [], "")
-    value = _linear(x, x_scales, x_zero_points, weight, weight_scale, weight_zero_point, bias, *plain)
+    value = _linear(x, x_scales, x_zero_points, weight, weight_scale, weight_zero_point, bias, *_FLOAT)
     name, *others = activation
     value = value + (other.float() - other_zero_point) * other_scale
     return _quantized(_ACTIVATIONS[name](value, *others), scale, zero_point, dtype)

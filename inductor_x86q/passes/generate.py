@@ -21,7 +21,7 @@ from inductor_x86q.graph.operators import CONVERT
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import configuration, fake_tensors, objects
 from inductor_x86q.kernels import cost
-from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.convolution import Convolution, Depth
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
@@ -48,15 +48,16 @@ def _find(node: fx.Node) -> _Layer | No:
         return No(why)
     call = calls.read(node)
     weight = qdq.constant(call.weight.args[0])
-    if weight is None or (call.family == "conv" and weight.dim() != 4):
-        return No(f"no kernel is generated for a {call.kernel}")
+    if weight is None:
+        return No("its weight is not known when compiling")
     if not isinstance(qdq.value(call.x).shape[1 if call.family == "conv" else -1], int):
         return No("its number of channels is not known when compiling")
     if why := _obstacle(call):
         return No(f"no kernel is generated for {why}")
     epilogue = _epilogue(call)
     convolution = cost.widest(_convolution(call, weight), epilogue)
-    weight, numbers = weight.reshape(*weight.shape[:2], *convolution.kernel), _numbers(call)
+    depth = () if convolution.depth == Depth() else (convolution.depth.kernel,)
+    weight, numbers = weight.reshape(*weight.shape[:2], *depth, *convolution.kernel), _numbers(call)
     if epilogue.is_integer and call.is_static and not (convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
     specification = Specification(convolution, epilogue)
@@ -69,23 +70,29 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
     """The convolution that a call is; a linear is one of 1×1 on its rows."""
     x = qdq.value(call.x)
     is_conv = call.family == "conv"
-    n, c, h, w = map(_example, x.shape if is_conv else (1, x.shape[-1], 1, math.prod(x.shape[:-1])))
+    n, c, *planes, h, w = map(_example, x.shape if is_conv else (1, x.shape[-1], 1, math.prod(x.shape[:-1])))
+    kernel = weight.shape[2:] if is_conv else (1, 1)
     stride, padding, dilation, groups = call.geometry if is_conv else ((1, 1), (0, 0), (1, 1), 1)
-    out_c = weight.shape[0]
+    depth = Depth()
+    if planes:
+        # No kernel that is written for one plane takes more of them.
+        size = planes[0] if isinstance(x.shape[2], int) else max(planes[0], 2)
+        depth = Depth(size, *(int(values[0]) for values in (kernel, stride, padding, dilation)))
     found = Convolution(
         n=n,
         h=h,
         w=w,
         c=c,
-        out_c=out_c,
-        kernel=_pair(weight.shape[2:]) if is_conv else (1, 1),
-        stride=_pair(stride),
-        padding=_pair(padding),
-        dilation=_pair(dilation),
+        out_c=weight.shape[0],
+        kernel=_pair(kernel[-2:]),
+        stride=_pair(stride[-2:]),
+        padding=_pair(padding[-2:]),
+        dilation=_pair(dilation[-2:]),
         groups=groups,
         lanes=8,
         x_signed=x.dtype == torch.int8,
         fits_16=not cpu.has_vnni(),
+        depth=depth,
     )
     return dataclasses.replace(found, threads=configuration.threads(found.macs, configuration.MACS_PER_THREAD))
 
@@ -130,12 +137,12 @@ def _numbers(call: calls.Call) -> Numbers:
     scale, binary = qdq.constant(call.weight_scale), call.binary
     assert scale is not None
     known = qdq.constant(call.x_zero_point)
-    x = (call.x_scale, call.x_zero_point) if call.is_static else (1.0, 0 if known is None else int(known))
     return Numbers(
-        *(*x, scale, qdq.constant(call.bias)),
+        *((call.x_scale, call.x_zero_point) if call.is_static else (1.0, 0 if known is None else int(known))),
+        *(scale, qdq.constant(call.bias)),
         *(call.output_scale, call.output_zero_point),
         *((binary.scale, binary.zero_point) if binary else (1.0, 0)),
-        tuple(float(value) for value in call.unary.scalars),
+        activation=tuple(float(value) for value in call.unary.scalars),
     )
 
 

@@ -18,7 +18,7 @@ from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous
 from inductor_x86q.inductor.lowering.template import Template
 from inductor_x86q.inductor.patches.linked_objects import mark
 from inductor_x86q.kernels import family
-from inductor_x86q.kernels.convolution import FEW_CHANNELS, Convolution
+from inductor_x86q.kernels.convolution import FEW_CHANNELS, Convolution, Depth
 from inductor_x86q.kernels.specification import Specification
 
 
@@ -35,12 +35,9 @@ class Inputs:
 
     def open_sizes(self) -> dict[str, Any]:
         """The kernel's arguments that are not known when compiling, as Inductor's expressions."""
-        names = ("n", "h", "w", "x_image", "x_row", "x_pixel")
-        return {
-            name: value
-            for name, value in zip(names, (*self.x.sizes[:3], *self.x.strides), strict=True)
-            if not isinstance(value, int)
-        }
+        names = ("n", "h", "w", "d", "x_image", "x_row", "x_pixel", "x_plane")
+        values = (*self.x.sizes[:3], self.x.planes, *self.x.strides, self.x.plane)
+        return {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, int)}
 
     def realized(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The call's arguments, with the tensors as the kernels read them: the first three, and a binary call's seventh."""
@@ -102,12 +99,12 @@ class LayerTemplate(Template):
         if not open_:
             return {}
         given = self.convolution
-        of_pixel = given.macs // given.pixels
-        channel = 1 if len(self.inputs.layout.size) == 4 else -1
-        sizes = list(self.inputs.layout.size)
-        sizes.pop(channel)
-        pixels_ = self.cpp(sympy_product(sizes))
-        return {**open_, "threads": configuration.threads_cpp(f"{pixels_} * {of_pixel}", configuration.MACS_PER_THREAD)}
+        of_output = given.macs // (given.pixels * given.out_c)
+        outputs = self.cpp(sympy_product(self.inputs.layout.size))
+        return {
+            **open_,
+            "threads": configuration.threads_cpp(f"{outputs} * {of_output}", configuration.MACS_PER_THREAD),
+        }
 
 
 def steps(computed: dict[str, Pixels]) -> dict[str, int]:
@@ -128,8 +125,12 @@ def specified(
     size = ints(V.graph.current_node.meta["val"].shape)
     layout = contiguous(size, call.output_dtype, call.family, part)
     given = Specification.read(text)
+    depth = given.convolution.depth
+    if depth != Depth():
+        depth = dataclasses.replace(depth, x_stride=_number(x.plane))
     convolution = dataclasses.replace(
         given.convolution,
+        depth=depth,
         x_strides=(_number(x.strides[0]), _number(x.strides[1]), _number(x.strides[2])),
         x_channel=x.channel,
         other_pixel=0 if other is None else other.strides[2],
@@ -144,6 +145,7 @@ def _computed_parameters(call: calls.Call) -> tuple[Pixels | None, Pixels | None
     if call.is_static:
         return None, None
     zero_point: Any = call.x_zero_point
+    zero_point.realize()
     is_known = buffer(zero_point).get_name() in V.graph.constants
     return pixels(call.x_scale, "linear"), None if is_known else pixels(zero_point, "linear")
 

@@ -78,9 +78,10 @@ def _find_bias(node: fx.Node) -> _Biased | No:
         if not isinstance(product, fx.Node) or product.target is not per_token.LINEAR or len(product.users) != 1:
             continue
         call, tensor = calls.read(product), qdq.constant(bias)
-        if call.bias is None and _ends_in_nothing(call) and tensor is not None and tensor.dtype == torch.float32:
-            if tensor.shape == (qdq.value(product).shape[-1],):
-                return _Biased(product, bias)
+        outputs = (qdq.value(product).shape[-1],)
+        is_bias = tensor is not None and tensor.dtype == torch.float32 and tensor.shape == outputs
+        if is_bias and call.bias is None and _ends_in_nothing(call):
+            return _Biased(product, bias)
     return No("it adds no constant of each output to a linear whose rows have scales")
 
 
