@@ -137,12 +137,14 @@ def _numbers(call: calls.Call) -> Numbers:
     scale, binary = qdq.constant(call.weight_scale), call.binary
     assert scale is not None
     known = qdq.constant(call.x_zero_point)
+    x_scale, x_zero_point = call.x_scale, call.x_zero_point
+    if not call.is_static:
+        x_scale, x_zero_point = 1.0, 0 if known is None else int(known)
     return Numbers(
-        *((call.x_scale, call.x_zero_point) if call.is_static else (1.0, 0 if known is None else int(known))),
-        *(scale, qdq.constant(call.bias)),
+        *(x_scale, x_zero_point, scale, qdq.constant(call.bias)),
         *(call.output_scale, call.output_zero_point),
         *((binary.scale, binary.zero_point) if binary else (1.0, 0)),
-        activation=tuple(float(value) for value in call.unary.scalars),
+        tuple(float(value) for value in call.unary.scalars),
     )
 
 
