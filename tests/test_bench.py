@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import inductor_x86q
+from inductor_x86q.inductor import compiling
 from inductor_x86q.report import tables
 from inductor_x86q.tools import bench, engines
 
@@ -79,7 +80,7 @@ def test_only_starts_keep_a_package(monkeypatch, tmp_path):
 
     monkeypatch.setattr(inductor_x86q, "quantize", lambda model, inputs, calibration: model)
     monkeypatch.setattr(inductor_x86q, "package", package)
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda x: Path(path).read_text())
+    monkeypatch.setattr(compiling, "load_package", lambda path: lambda x: Path(path).read_text())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     engine = bench.ENGINES["x86q-package"]
     assert [engine(name, torch.zeros(1))() for name in ("first", "second")] == ["first", "second"]

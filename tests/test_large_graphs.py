@@ -14,6 +14,7 @@ from torch import fx, nn
 import inductor_x86q
 from inductor_x86q.graph import aliasing, qdq
 from inductor_x86q.graph.library import CAT
+from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes import channels
 from inductor_x86q.passes.images import cat
 from inductor_x86q.quantization import convert, plan
@@ -66,7 +67,7 @@ def visits(graph: fx.Graph) -> int:
 
     sys.setprofile(profile)
     try:
-        Plan(graph, lambda node: False)
+        Plan(graph, lambda node: "static")
     finally:
         sys.setprofile(None)
     return count
@@ -120,7 +121,7 @@ def test_what_stands_between_two_layers_is_planned_as_ever() -> None:
     first = chain.convolution(chain.x)
     last = chain.gated(first, 40)
     chain.graph.output(chain.convolution(last))
-    found = Plan(chain.graph, lambda node: False)
+    found = Plan(chain.graph, lambda node: "static")
     # The links hand float to each other, within one generated kernel that reads int8 and writes int8.
     assert found.wanted == {chain.x, first, last}
     assert found.slots(first) == [first] and found.slots(last) == [last]
@@ -190,7 +191,7 @@ def test_channels_are_traced_through_thousands_of_nodes() -> None:
         x = half(chain, x)
     # Each link turns the channels by two.
     assert channels._origins(x) == [(first, channel) for channel in (2, 3, 0, 1)]
-    assert channels._orderings(first) is None  # nothing reads the last one
+    assert isinstance(channels._orderings(first), No)  # nothing reads the last one
     chain.call(qdq.DEQUANTIZE, x)
     assert channels._orderings(first) == {node for node in chain.graph.nodes if node.target in (
         aten.neg.default, aten.cat.default, aten.slice.Tensor)}  # fmt: skip
