@@ -171,7 +171,7 @@ def _run(graph: fx.Graph, chosen: Settings, observe: Callable[[str, fx.Graph], N
         observe(stage.name, graph)
 
     keeps_calls = chosen.kernels == "onednn"
-    results = passes.run(graph, between, without=(passes.GENERATE,) if keeps_calls else ())
+    results = passes.run(graph, between, without=passes.OURS if keeps_calls else ())
     assert report is not None
     for node, why in [] if keeps_calls else passes.generate.calls_left(graph):
         report.notes.append(f"{layer(node)} is computed by oneDNN: {why}")

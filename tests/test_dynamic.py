@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -67,17 +68,21 @@ class Run:
     """A compile, and what it and the q/dq graph return for each set of inputs."""
 
     granularity: str
+    kernels: str
     done: testing.Compiled
     results: list[tuple[Any, Any]]
 
 
-@pytest.fixture(scope="module", params=["per_tensor", "per_token"])
+@pytest.fixture(scope="module", params=itertools.product(["per_tensor", "per_token"], ["auto", "onednn"]), ids="-".join)
 def compiled(request: pytest.FixtureRequest) -> Run:
-    q = inductor_x86q.quantize(linears(), INPUTS, dynamic=request.param)
+    granularity, kernels = request.param
+    if kernels == "auto" and not cpu.int8_lanes():
+        pytest.skip("kernels are generated for CPUs with AVX2")
+    q = inductor_x86q.quantize(linears(), INPUTS, dynamic=granularity)
     with torch.no_grad():
-        done = testing.compile_once(q, INPUTS, options={"strict": True})
+        done = testing.compile_once(q, INPUTS, options={"strict": True, "kernels": kernels})
         results = [(done.run(*inputs), q(*inputs)) for inputs in (INPUTS, INPUTS, OTHER_INPUTS)]
-    return Run(request.param, done, results)
+    return Run(granularity, kernels, done, results)
 
 
 def operators(graph_module: torch.fx.GraphModule) -> list[str]:
@@ -175,19 +180,18 @@ def test_convolutions_stay_float_for_a_reason_and_recurrent_layers_do_not() -> N
 
 
 def test_every_linear_is_one_int8_call(compiled: Run) -> None:
+    """With one scale for all rows and with one for each: what follows is part of the call, or of the kernel in its place."""
     done = compiled.done
-    if compiled.granularity == "per_tensor":
-        assert testing.int8_calls(done.code) == {"qlinear": 7, "qlinear.binary": 1}
-        absorbed = {fusion.layer.split(".")[-1]: fusion.absorbed for fusion in done.report.fused}
-        assert absorbed == {
-            **dict.fromkeys(("plain", "no_bias", "high", "low"), ()),
-            "relu": ("relu",), "gelu": ("gelu",), "tanh_gelu": ("gelu",), "add": ("add",),
-        }  # fmt: skip
-        assert {fusion.input_scale for fusion in done.report.fused} == {None}
-    else:
-        # The rows' scales stand between the product and what follows, which one generated kernel computes.
-        assert testing.int8_calls(done.code).get("qlinear", 0) + sum(testing.own_calls(done.code).values()) == 8
-        assert all(fusion.absorbed == () for fusion in done.report.fused)
+    calls = {"qlinear": 7, "qlinear.binary": 1} if compiled.kernels == "onednn" else {}
+    if compiled.kernels == "onednn" and compiled.granularity == "per_token":
+        calls = {"qlinear": 8}  # which takes no scale of a row
+    assert testing.int8_calls(done.code) == calls
+    assert sum(testing.own_calls(done.code).values()) == (0 if calls else 8)
+    absorbed = {fusion.layer.split(".")[-1]: fusion.absorbed for fusion in done.report.fused}
+    plain = dict.fromkeys(Linears.names(), ())
+    ends = {"relu": ("relu",), "gelu": ("gelu",), "tanh_gelu": ("gelu",), "add": ("add",)}
+    assert absorbed == (plain if calls == {"qlinear": 8} else plain | ends)
+    assert {fusion.input_scale for fusion in done.report.fused} == {1.0 if calls == {"qlinear": 8} else None}
     assert testing.float_calls(done.code) == {}
     assert {fusion.output_dtype for fusion in done.report.fused} == {"float32"}
     assert done.report.missed == [] and done.report.kept_float == []

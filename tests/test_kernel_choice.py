@@ -11,7 +11,7 @@ from inductor_x86q import cpu, testing
 from inductor_x86q.kernels import cost, family, isa
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue
-from inductor_x86q.testing import QConv2d, QConv3d, quantize_dequantize
+from inductor_x86q.testing import QConv2d, quantize_dequantize
 from tests.models import Quantized
 
 QD = quantize_dequantize
@@ -136,11 +136,3 @@ def test_a_kernel_reads_just_what_was_packed_for_it(monkeypatch: pytest.MonkeyPa
         Exception, match=r"layer layer: \d+ bytes of constants were packed for its kernel, which reads \d+"
     ):
         inductor_x86q.cpp_code(q, (x,))
-
-
-def test_what_is_not_generated_is_named() -> None:
-    """A layer of a kind for which there is no kernel keeps its call, and the report says so."""
-    x = torch.randn(1, 4, 3, 6, 6)
-    compiled = testing.assert_close_to_reference(testing.qdq_graph(Quantized(QConv3d(4, 8, 3)), (x,)), (x,), mode=MODE)
-    assert testing.int8_calls(compiled.code)
-    assert "layer is computed by oneDNN: no kernel is generated for a conv3d" in str(compiled.report)

@@ -135,6 +135,7 @@ def compile_(kernels: list[family.Kernel], directory: Path, *flags: str) -> ctyp
 def run(
     library: ctypes.CDLL, kernel: family.Kernel, layer: Layer, conv: Convolution, x: torch.Tensor, weight: torch.Tensor,
     given: Numbers, other: torch.Tensor | None = None, x_scales: torch.Tensor | None = None,
+    x_zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """What a kernel makes of a layer, between guards that it must not touch."""
     constants = conv.constants(weight, given, kernel.epilogue)
@@ -142,11 +143,11 @@ def run(
     image = x.movedim(-1, 1).contiguous() if layer.planes else x
     count = conv.pixels * conv.out_c
     out = torch.full((count + 128,), 77).to(kernel.epilogue.output_dtype)
-    open_ = (
-        {}
-        if x_scales is None
-        else dict(x_scales=x_scales.data_ptr(), x_scales_step=int(len(x_scales) > 1), x_zero_point=3)
-    )
+    open_: dict[str, int] = {}
+    if x_scales is not None:
+        open_ |= dict(x_scales=x_scales.data_ptr(), x_scales_step=int(len(x_scales) > 1))
+    if x_zero_points is not None:
+        open_ |= dict(x_zero_points=x_zero_points.data_ptr(), x_zero_points_step=int(len(x_zero_points) > 1))
     sizes = (ctypes.c_int64 * len(FIELDS))(*map(int, arguments(conv, **open_)))
     begin = out.data_ptr() + 64 * out.element_size()
     addresses = image.data_ptr(), constants.data_ptr(), 0 if other is None else other.data_ptr(), begin
@@ -256,19 +257,22 @@ def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
         assert off.max() <= 1 and (off > 0).float().mean() < 0.01, f"{kernel.name}: {off.max()}, {(off > 0).sum()}"
 
 
-def test_scales_of_rows(tmp_path: Path) -> None:
-    """Each row of a linear has a scale of its own, which is not known when compiling."""
-    row = isa.ISAS["avx2"]
+@pytest.mark.parametrize("name", ["avx512_vnni", "avx2"])
+@pytest.mark.parametrize("rows", [3, 7, 14])
+def test_scales_and_zero_points_of_rows(name: str, rows: int, tmp_path: Path) -> None:
+    """Each row of a linear has a scale, and perhaps a zero point, of its own, which are not known when compiling."""
+    row = isa.ISAS[name]
     if not row.cpu_flags <= set(cpu.instruction_sets()):
-        pytest.skip("this CPU has no AVX2")
-    layer = Layer(1, 1, 7, 40, 20, signed=True)
+        pytest.skip(f"this CPU has no {name}")
+    layer = Layer(1, 1, rows, 40, 20, signed=True)
     conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)
-    kernel = family.candidates(conv, Epilogue(FLOAT, dynamic=True), "avx2")[0]
-    scales = torch.rand(7)
-    result = run(
-        compile_([kernel], tmp_path, *kernel.flags), kernel, layer, conv, x, weight, numbers(layer), None, scales
-    )
-    torch.testing.assert_close(result[0, 0], (sums(layer, x, weight)[0, 0] * scales[:, None]).float())
+    kernel = family.candidates(conv, Epilogue(FLOAT, dynamic=True), name)[0]
+    library, scales = compile_([kernel], tmp_path, *kernel.flags), torch.rand(rows)
+    for zero_points in (None, torch.tensor([-5]), torch.arange(rows) * 9 - 60):
+        given = (weight, numbers(layer), None, scales, None if zero_points is None else zero_points.int())
+        result = run(library, kernel, layer, conv, x, *given)
+        centered = x[0, 0].double() - (3 if zero_points is None else zero_points[:, None])
+        torch.testing.assert_close(result[0, 0], (centered @ weight.flatten(1).double().t() * scales[:, None]).float())
 
 
 def test_sums_of_16_bits_that_overflow(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from inductor_x86q.kernels import cost, isa
 from inductor_x86q.kernels.arguments import FIELDS
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, Numbers
-from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
+from inductor_x86q.testing import QConv1d, QConv2d, QConv3d, QLinear, quantize_dequantize
 from tests.models import Quantized
 
 QD = quantize_dequantize
@@ -61,6 +61,12 @@ CASES = (
     Case("linear of rows", QLinear(32, 40), (2, 5, 32), lambda y, o: F.leaky_relu(y, 0.1)),
     Case("linear, s8", QLinear(18, 12, largest=63), (7, 18), lambda y, o: to_int8(torch.tanh(y)), signed=True),
     Case("linear, addition", QLinear(24, 16), (6, 24), add),
+    Case("1-d", QConv1d(10, 20, 5, stride=2, padding=2), (2, 10, 15), lambda y, o: to_int8(y.relu())),
+    Case("1-d, depthwise", QConv1d(24, 24, 3, padding=1, groups=24), (1, 24, 11), lambda y, o: y),
+    Case("3-d", QConv3d(9, 20, (3, 3, 2), stride=(2, 1, 2), padding=(1, 1, 0)), (2, 9, 6, 4, 5)),
+    Case("3-d, few channels", QConv3d(3, 20, (2, 1, 3), dilation=(2, 1, 1)), (1, 3, 4, 4, 5), lambda y, o: y),
+    Case("3-d, groups", QConv3d(8, 8, 3, padding=1, groups=8), (1, 8, 3, 4, 5)),
+    Case("3-d of one plane", QConv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), groups=8), (2, 8, 1, 4, 5)),
 )
 
 

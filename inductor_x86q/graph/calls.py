@@ -1,4 +1,4 @@
-"""One typed view of the four onednn operators that the fuse stage builds.
+"""One typed view of the four onednn operators that the fuse stage builds, and of ours for rows that have scales of their own.
 
 `qconv_pointwise`, `qconv2d_pointwise.binary`, `qlinear_pointwise` and `qlinear_pointwise.binary` take the same things
 under other names and in another order. The rules see a `Call`; this file alone knows the schemas.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import operators, per_token, qdq
 from inductor_x86q.graph.qdq import QParams
 
 onednn = torch.ops.onednn
@@ -56,6 +56,9 @@ class Call:
     output_zero_point: int = 0
     unary: Unary = Unary()
     binary: Binary | None = None
+    is_per_token: bool = (
+        False  # scale and zero point are tensors, of one element for each row; zero points may be one for all
+    )
 
     @property
     def kernel(self) -> str:
@@ -68,19 +71,21 @@ class Call:
 
     @property
     def is_static(self) -> bool:
-        return not isinstance(self.x_scale, fx.Node)
+        return isinstance(self.x_scale, (int, float))
 
 
-_TARGETS: dict[tuple[str, bool, bool], Any] = {
-    # family, has a binary post-op, has static parameters
-    ("conv", False, True): onednn.qconv_pointwise.default,
-    ("conv", False, False): onednn.qconv_pointwise.tensor,
-    ("conv", True, True): onednn.qconv2d_pointwise.binary,
-    ("conv", True, False): onednn.qconv2d_pointwise.binary_tensor,
-    ("linear", False, True): onednn.qlinear_pointwise.default,
-    ("linear", False, False): onednn.qlinear_pointwise.tensor,
-    ("linear", True, True): onednn.qlinear_pointwise.binary,
-    ("linear", True, False): onednn.qlinear_pointwise.binary_tensor,
+_TARGETS: dict[tuple[str, bool, str], Any] = {
+    # family, has a binary post-op, scale and zero point of the input
+    ("conv", False, "static"): onednn.qconv_pointwise.default,
+    ("conv", False, "per_tensor"): onednn.qconv_pointwise.tensor,
+    ("conv", True, "static"): onednn.qconv2d_pointwise.binary,
+    ("conv", True, "per_tensor"): onednn.qconv2d_pointwise.binary_tensor,
+    ("linear", False, "static"): onednn.qlinear_pointwise.default,
+    ("linear", False, "per_tensor"): onednn.qlinear_pointwise.tensor,
+    ("linear", False, "per_token"): per_token.LINEAR,
+    ("linear", True, "static"): onednn.qlinear_pointwise.binary,
+    ("linear", True, "per_tensor"): onednn.qlinear_pointwise.binary_tensor,
+    ("linear", True, "per_token"): per_token.LINEAR_WITH_ADDITION,
 }
 _KINDS = {target: kind for kind, target in _TARGETS.items()}
 TARGETS: tuple[Any, ...] = tuple(_KINDS)
@@ -97,7 +102,7 @@ def read(node: fx.Node) -> Call:
 
 def parse(target: Any, arguments: Sequence[Any]) -> Call:
     """The call of `target` with these arguments."""
-    family, has_binary, _ = _KINDS[target]
+    family, has_binary, mode = _KINDS[target]
     values: list[Any] = list(arguments)
     x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point, *values = values
     other: Any = values.pop(0) if has_binary else None
@@ -113,6 +118,7 @@ def parse(target: Any, arguments: Sequence[Any]) -> Call:
     return Call(
         *(family, x, x_scale, x_zero_point, weight, weight_scale, weight_zero_point),
         *(bias, geometry, dtype, scale, zero_point, unary, binary),
+        is_per_token=mode == "per_token",
     )
 
 
@@ -128,7 +134,8 @@ def emit(call: Call, *, like: fx.Node) -> fx.Node:
         *((binary.scale, binary.zero_point, binary.kind, 1.0) if binary else ()),
         *(call.unary.name, list(call.unary.scalars), call.unary.algorithm),
     ]
-    target = _TARGETS[call.family, binary is not None, call.is_static]
+    mode = "static" if call.is_static else "per_token" if call.is_per_token else "per_tensor"
+    target = _TARGETS[call.family, binary is not None, mode]
     node = like.graph.call_function(target, tuple(arguments))
     qdq.copy_origin(node, like)
     fake = qdq.value(like)

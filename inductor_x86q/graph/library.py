@@ -4,8 +4,8 @@
 `inductor_x86q::avg_pool2d` is a dequantize, `aten::avg_pool2d` without `ceil_mode`, and a quantize.
 
 `inductor_x86q::qconv_pointwise` and its family take what a kernel of ours reads of a layer, the text of what it has to
-compute (`kernels.specification`), and then the arguments of the operator of the same name in `torch.ops.onednn`. Run eagerly
-they are that operator; `lowering` decides what compiled code does.
+compute (`kernels.specification`), and then the arguments of the operator of the same name in `torch.ops.onednn`; those of
+`inductor_x86q::linear_per_token` stand for that. Run eagerly they are that operator; `lowering` decides what compiled code does.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from inductor_x86q.graph import per_token
 
 onednn = torch.ops.onednn
 
@@ -72,6 +74,7 @@ def _run(call: Any, constants: Any, specification: str, *arguments: Any) -> torc
 def _define(call: Any) -> None:
     """Defines the operator that stands for `call`, with the same arguments behind its own."""
     schema = str(call._schema).removeprefix("onednn::").replace("Tensor(a!)", "Tensor")
+    schema = schema.replace("inductor_x86q::", "specified_")
     name = schema.split("(")[0]
     _library.define(schema.replace("(", "(Tensor constants, str specification, ", 1))
     _library.impl(name, functools.partial(_run, call), "CompositeExplicitAutograd")
@@ -82,8 +85,13 @@ def _define(call: Any) -> None:
 
 for _call in (
     onednn.qconv_pointwise.default,
+    onednn.qconv_pointwise.tensor,
     onednn.qconv2d_pointwise.binary,
+    onednn.qconv2d_pointwise.binary_tensor,
     onednn.qlinear_pointwise.default,
+    onednn.qlinear_pointwise.tensor,
     onednn.qlinear_pointwise.binary,
+    onednn.qlinear_pointwise.binary_tensor,
+    *per_token.TARGETS,
 ):
     _define(_call)

@@ -43,7 +43,8 @@ FIELDS: dict[str, str] = {
     "threads": "0: as many as there are",
     "x_scales": "address of the input's scale as float, or of the scales of its pixels, where they are arguments",
     "x_scales_step": "1: each pixel has a scale",
-    "x_zero_point": "where it is an argument",
+    "x_zero_points": "address of the input's zero point as int32, or of those of its pixels, where they are arguments",
+    "x_zero_points_step": "1: each pixel has a zero point",
 }
 
 _MEMBERS = "".join(f"    int64_t {name};{f'  // {meaning}' if meaning else ''}\n" for name, meaning in FIELDS.items())
@@ -77,7 +78,7 @@ def arguments(convolution: Convolution, **open_: Size) -> tuple[Size, ...]:
         ),
         **dict(other_pixel=c.other_pixel, out_pixel=c.out_pixel or c.out_c, is_copied=int(c.copied)),
         **dict(row_runs=row_runs, run=run, group_vectors=c.group_vectors, channels=c.channel_count, threads=c.threads),
-        **dict(x_scales=0, x_scales_step=0, x_zero_point=0),
+        **dict(x_scales=0, x_scales_step=0, x_zero_points=0, x_zero_points_step=0),
     }
     assert open_.keys() <= known.keys(), f"no arguments of a kernel: {open_.keys() - known.keys()}"
     return tuple((known | open_)[name] for name in FIELDS)

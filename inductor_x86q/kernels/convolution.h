@@ -78,12 +78,13 @@ struct KernelRows {
     int64_t first, end;
 };
 
-// The sums of ROWS pixels by COLUMNS vectors over some rows of the kernel. DYNAMIC: the zero point is not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
+// The sums of ROWS pixels by COLUMNS vectors over some rows of the kernel. DYNAMIC: the zero
+// points, of each pixel, are not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
 // fours of a vector: whether four products may exceed 16 bits.
 template <class Kernel, bool DYNAMIC, int ROWS>
 X86Q_INLINE void multiply(
     const Shape& shape, const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows,
-    const int32_t* channels, int32_t zero_point, const KernelRows& kernel_rows, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
+    const int32_t* channels, const int32_t (&zero_points)[ROWS], const KernelRows& kernel_rows, Ints (&sums)[ROWS][Kernel::COLUMNS]) {
     typedef Product<Kernel, ROWS> Product;
     constexpr int COLUMNS = Kernel::COLUMNS;
     constexpr int64_t FOUR = Product::FOUR;
@@ -95,7 +96,7 @@ X86Q_INLINE void multiply(
 #pragma GCC unroll 16
         for (int column = 0; column < COLUMNS; ++column) {
             sums[row][column] = load<Ints>(channels + column * LANES);
-            if constexpr (DYNAMIC) sums[row][column] *= zero_point;
+            if constexpr (DYNAMIC) sums[row][column] *= zero_points[row];
         }
     const int8_t* here = weight + kernel_rows.first * shape.row_runs * ((run + 3) / 4) * FOUR;
     overflows += kernel_rows.first * shape.row_runs * pairs;
@@ -277,7 +278,7 @@ struct Blocks {
         const int64_t pairs = Kernel::FITS_16 ? runs() * (local.run / 8) : 0;  // of a vector
         const int8_t* weight = packed_weight(channels, local.channels);
         const int8_t* overflows = weight + local.groups * local.group_vectors * bytes;
-        const int32_t zero_point = local.x_zero_point + (Kernel::SIGNED ? 128 : 0);  // if it is an argument
+        const int32_t* const x_zero_points = local.x_zero_points ? (const int32_t*)local.x_zero_points : &numbers.x_zero_point;
         const uint8_t* image = x + group * group_c;
         // Rows of the kernel outside of the image are left out where they add nothing, because what they read is 0.
         const bool reads_0 = scalars.x_zero_point + (Kernel::SIGNED ? 128 : 0) == 0;
@@ -298,6 +299,14 @@ struct Blocks {
                 bases[row] = row < valid ? walker.base : bases[0];
                 walker.next();
             }
+            [[maybe_unused]] int32_t zero_points[ROWS];
+            if constexpr (Epilogue::DYNAMIC) {
+#pragma GCC unroll 16
+                for (int row = 0; row < ROWS; ++row) {
+                    const int64_t there = (row < valid ? pixel + row : pixel) * local.x_zero_points_step;
+                    zero_points[row] = x_zero_points[there] + (Kernel::SIGNED ? 128 : 0);
+                }
+            }
             KernelRows kernel_rows = {0, local.kernel_d * local.kernel_h};
             if (skips && walker.last_image() == first_image) kernel_rows = rows_inside(local, first_line, walker.last_line());
             for (int64_t panel = first_panel; panel < end_panel; ++panel) {
@@ -306,7 +315,7 @@ struct Blocks {
                 Ints sums[ROWS][COLUMNS];
                 multiply<Kernel, Epilogue::DYNAMIC, ROWS>(
                     local, bases, weight + vector * bytes,
-                    overflows + vector * pairs, channels + vector * LANES, zero_point, kernel_rows, sums);
+                    overflows + vector * pairs, channels + vector * LANES, zero_points, kernel_rows, sums);
                 const int64_t to_c = group * group_out + c;
                 const Target<Epilogue> target = {
                     channels + vector * LANES, local.channels,

@@ -39,6 +39,11 @@ CHANNELS = Stage(
 COMPUTE = Stage(
     "fuse: compute", [*fuse.COMPUTE_RULES], "Every eligible convolution and linear is a call with float output."
 )
+PER_TOKEN = Stage(
+    "fuse: per token",
+    [*fuse.PER_TOKEN_RULES],
+    "Every scale for each row, and the bias behind it, is an argument of the linear's call.",
+)
 POST_OPS = Stage(
     "fuse: post-ops",
     [*fuse.POST_OP_RULES],
@@ -58,7 +63,9 @@ GENERATE = Stage(
     [*generate.RULES],
     "Every call brings along what the kernel of ours needs that may replace it.",
 )
-STAGES = (NORMALIZE, PROPAGATE, CHANNELS, COMPUTE, POST_OPS, OUTPUT_TYPES, FINISH, IMAGES, GENERATE)
+STAGES = (NORMALIZE, PROPAGATE, CHANNELS, COMPUTE, PER_TOKEN, POST_OPS, OUTPUT_TYPES, FINISH, IMAGES, GENERATE)
+# Without these all calls stay oneDNN's.
+OURS = (PER_TOKEN, GENERATE)
 # After this one all that is fused is, and nothing is taken apart for Inductor yet: what a report is made of.
 FUSED = OUTPUT_TYPES
 
@@ -69,7 +76,7 @@ def register_pass(stage: str, rule: Rule[Any]) -> Callable[[], None]:
     The report, the debug dump and `x86q why` list it by its name as they list ours.
 
     Args:
-        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: post-ops", "fuse: output types",
+        stage: "normalize", "propagate", "channels", "fuse: compute", "fuse: per token", "fuse: post-ops", "fuse: output types",
             "finish", "images" or "generate"; what holds after each is said in STAGES, and the rule has to keep it so.
 
     Returns:

@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import calls, qdq
-from inductor_x86q.graph.library import GENERATED
+from inductor_x86q.graph import calls, per_token, qdq
+from inductor_x86q.graph.library import GENERATED, STANDS_FOR
+from inductor_x86q.graph.operators import CONVERT
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import configuration, fake_tensors, objects
 from inductor_x86q.kernels import cost
-from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.convolution import Convolution, Depth
 from inductor_x86q.kernels.epilogue import ACTIVATIONS, CPP_TYPES, Epilogue, Numbers
 from inductor_x86q.kernels.specification import Specification
 from inductor_x86q.passes.stage import Rule
@@ -35,26 +36,32 @@ class _Layer:
     specification: Specification
 
 
-def _find(node: fx.Node) -> _Layer | No:
+def unavailable() -> str:
+    """Why no kernel of ours can be used at all; empty where they can."""
     if not configuration.keeps_constants():
-        return No("no kernel is generated with the option always_keep_tensor_constants=False")
-    if not cpu.int8_lanes():
-        return No("this CPU has no AVX2")
+        return "no kernel is generated with the option always_keep_tensor_constants=False"
+    return "" if cpu.int8_lanes() else "this CPU has no AVX2"
+
+
+def _find(node: fx.Node) -> _Layer | No:
+    if why := unavailable():
+        return No(why)
     call = calls.read(node)
     weight = qdq.constant(call.weight.args[0])
-    if weight is None or (call.family == "conv" and weight.dim() != 4):
-        return No(f"no kernel is generated for a {call.kernel}")
+    if weight is None:
+        return No("its weight is not known when compiling")
     if not isinstance(qdq.value(call.x).shape[1 if call.family == "conv" else -1], int):
         return No("its number of channels is not known when compiling")
     if why := _obstacle(call):
         return No(f"no kernel is generated for {why}")
     epilogue = _epilogue(call)
     convolution = cost.widest(_convolution(call, weight), epilogue)
-    weight, numbers = weight.reshape(*weight.shape[:2], *convolution.kernel), _numbers(call)
-    if epilogue.is_integer and not (convolution.largest_step(weight, numbers) < 2**30):
+    depth = () if convolution.depth == Depth() else (convolution.depth.kernel,)
+    weight, numbers = weight.reshape(*weight.shape[:2], *depth, *convolution.kernel), _numbers(call)
+    if epilogue.is_integer and call.is_static and not (convolution.largest_step(weight, numbers) < 2**30):
         return No("no kernel is generated for an output scale so small beside those of input and weight")
     specification = Specification(convolution, epilogue)
-    if specification.is_call and not _is_timed(call.x):
+    if specification.is_call and not call.is_per_token and not _is_timed(call.x):
         return No("the call is thought faster")
     return _Layer(weight, numbers, specification)
 
@@ -63,23 +70,29 @@ def _convolution(call: calls.Call, weight: torch.Tensor) -> Convolution:
     """The convolution that a call is; a linear is one of 1×1 on its rows."""
     x = qdq.value(call.x)
     is_conv = call.family == "conv"
-    n, c, h, w = map(_example, x.shape if is_conv else (1, x.shape[-1], 1, math.prod(x.shape[:-1])))
+    n, c, *planes, h, w = map(_example, x.shape if is_conv else (1, x.shape[-1], 1, math.prod(x.shape[:-1])))
+    kernel = weight.shape[2:] if is_conv else (1, 1)
     stride, padding, dilation, groups = call.geometry if is_conv else ((1, 1), (0, 0), (1, 1), 1)
-    out_c = weight.shape[0]
+    depth = Depth()
+    if planes:
+        # No kernel that is written for one plane takes more of them.
+        size = planes[0] if isinstance(x.shape[2], int) else max(planes[0], 2)
+        depth = Depth(size, *(int(values[0]) for values in (kernel, stride, padding, dilation)))
     found = Convolution(
         n=n,
         h=h,
         w=w,
         c=c,
-        out_c=out_c,
-        kernel=_pair(weight.shape[2:]) if is_conv else (1, 1),
-        stride=_pair(stride),
-        padding=_pair(padding),
-        dilation=_pair(dilation),
+        out_c=weight.shape[0],
+        kernel=_pair(kernel[-2:]),
+        stride=_pair(stride[-2:]),
+        padding=_pair(padding[-2:]),
+        dilation=_pair(dilation[-2:]),
         groups=groups,
         lanes=8,
         x_signed=x.dtype == torch.int8,
         fits_16=not cpu.has_vnni(),
+        depth=depth,
     )
     return dataclasses.replace(found, threads=configuration.threads(found.macs, configuration.MACS_PER_THREAD))
 
@@ -93,7 +106,7 @@ def _example(size: Any) -> int:
 
 
 def _epilogue(call: calls.Call) -> Epilogue:
-    return Epilogue(call.output_dtype, _activation(call), _other_dtype(call))
+    return Epilogue(call.output_dtype, _activation(call), _other_dtype(call), dynamic=not call.is_static)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -120,10 +133,15 @@ def _obstacle(call: calls.Call) -> str:
 
 
 def _numbers(call: calls.Call) -> Numbers:
+    """Of a layer; of an input whose scale is computed at run time only a zero point that is known."""
     scale, binary = qdq.constant(call.weight_scale), call.binary
     assert scale is not None
+    known = qdq.constant(call.x_zero_point)
+    x_scale, x_zero_point = call.x_scale, call.x_zero_point
+    if not call.is_static:
+        x_scale, x_zero_point = 1.0, 0 if known is None else int(known)
     return Numbers(
-        *(call.x_scale, call.x_zero_point, scale, qdq.constant(call.bias)),
+        *(x_scale, x_zero_point, scale, qdq.constant(call.bias)),
         *(call.output_scale, call.output_zero_point),
         *((binary.scale, binary.zero_point) if binary else (1.0, 0)),
         tuple(float(value) for value in call.unary.scalars),
@@ -138,23 +156,30 @@ def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
     objects.start(given.kernels if _is_timed(node.args[0]) else given.kernels[:1])
     packed = given.convolution.constants(layer.weight, layer.numbers, given.epilogue)
     constants = qdq.new_constant(packed, like=node)
-    new = node.graph.call_function(GENERATED[node.target], (constants, given.text(), *node.args))
+    arguments = [*node.args]
+    if given.epilogue.dynamic:
+        arguments[1:3] = _converted(node.args[1], torch.float32, node), _converted(node.args[2], torch.int32, node)
+    new = node.graph.call_function(GENERATED[node.target], (constants, given.text(), *arguments))
     new.meta.update(node.meta)
     return new
+
+
+def _converted(x: Any, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """The tensor in the type in which kernels read it."""
+    return x if qdq.value(x).dtype == dtype else qdq.call(CONVERT, x, dtype, like=like)
 
 
 def choice(node: fx.Node) -> tuple[str, str]:
     """What computes an operator that stands for a call, and why that."""
     given = Specification.read(str(node.args[1]))
-    kernels = given.kernels
+    has_call = STANDS_FOR[node.target] not in per_token.TARGETS
+    choices: list[cost.Choice] = [*given.kernels, *([cost.ONEDNN] if has_call else [])]
+    names = [getattr(choice, "name", "the call") for choice in choices]
     if _is_timed(node.args[2]):
-        return "the fastest", f"timed when it is compiled: {', '.join(kernel.name for kernel in kernels)} and the call"
-    others: list[cost.Choice] = [*kernels[1:], cost.ONEDNN]
-    times = [
-        f"{getattr(other, 'name', 'the call')} {cost.microseconds(other, given.convolution):.1f}" for other in others
-    ]
-    best = cost.microseconds(kernels[0], given.convolution)
-    return kernels[0].name, f"computed by {kernels[0].name}, thought to take {best:.1f} µs; {', '.join(times)}"
+        return "the fastest", f"timed when it is compiled: {' and '.join([', '.join(names[:-1]), names[-1]])}"
+    times = [f"{cost.microseconds(choice, given.convolution):.1f}" for choice in choices]
+    others = "".join(f"; {name} {time}" for name, time in zip(names[1:], times[1:], strict=True)).replace("; ", ", ")
+    return names[0], f"computed by {names[0]}, thought to take {times[0]} µs{others.replace(', ', '; ', 1)}"
 
 
 def _is_timed(x: Any) -> bool:
@@ -168,7 +193,6 @@ RULES = (Rule("generated kernel", tuple(GENERATED), _find, _rewrite),)
 def calls_left(graph: fx.Graph) -> list[tuple[fx.Node, str]]:
     """The calls that no kernel of ours may replace, and why."""
     left = [node for node in graph.nodes if calls.is_call(node)]
-    dynamic = No("its scales are computed at run time")
     with fake_tensors.disable_modes():  # as rules are run
-        reasons = {node: _find(node) if node.target in GENERATED else dynamic for node in left}
+        reasons = {node: _find(node) for node in left}
     return [(node, reason.why) for node, reason in reasons.items() if isinstance(reason, No)]

@@ -61,8 +61,9 @@ def quantize_per_token(converted: fx.GraphModule) -> None:
             return new
 
         with graph.inserting_before(node):
-            largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
-            scales = call(aten.clamp_min.default, call(aten.div.Tensor, largest, high - middle), _SMALLEST_SCALE)
+            # Scaled first, a row's largest value is its scale: one loop finds that, the next one quantizes the row.
+            steps = call(aten.mul.Tensor, call(aten.abs.default, x), 1 / (high - middle))
+            scales = call(aten.amax.default, call(aten.clamp_min.default, steps, _SMALLEST_SCALE), [-1], True)
             zero_points = call(aten.full_like.default, scales, middle)
             arguments = (scales, zero_points, low, high, parameters.dtype)
             integers = call(qdq.QUANTIZE_TOKEN, x, *arguments)

@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from inductor_x86q.errors import QuantizationError
+from inductor_x86q.inductor import guards
 from inductor_x86q.quantization.arguments import batch_size, bind, each_tensor
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ def export(
                          if isinstance(x := values.get(name), torch.Tensor))  # fmt: skip
             dynamic = not isinstance(first.shape[0], int) and _takes_other_batches(exported, args, kwargs)
             if dynamic or batch_size((inputs, named)) == batch_size((args, kwargs)):
-                return exported.module(), dynamic  # type: ignore[return-value]
-        return torch.export.export(model, args, kwargs).module(), False  # type: ignore[return-value]
+                return guards.traceable(exported.module()), dynamic
+        return guards.traceable(torch.export.export(model, args, kwargs).module()), False
 
 
 def _export_as_asked(
@@ -78,7 +79,7 @@ def _export_as_asked(
                 f"fixes it to {size}: the graph takes no other size",
                 stacklevel=4,
             )
-    return exported.module()  # type: ignore[return-value]
+    return guards.traceable(exported.module())
 
 
 def _open_dimensions(bound: dict[str, Any], dynamic_shapes: Any) -> list[tuple[str, int]]:

@@ -175,6 +175,23 @@ class Draft:
             self.kinds.append("dequantize to bfloat16")
         return self.typed(name, dtype)
 
+    def quantized_at_run_time(self, name: str, *, rows: bool) -> tuple[str, Grid]:
+        """Puts quantize and dequantize behind a value, by a scale that is computed from it: one for each row, or for all."""
+        name = self.typed(name, torch.float32)
+        grid = self.grid(-1.0, 1.0, "seven bits", "seven bits", "eight bits", *(["signed"] if rows else []))
+        element, dtype = ("[..., :1]", "") if rows else (".flatten()[:1]", ", dtype=torch.int64")
+        scale = self.pick(0.01, 0.03, 1e-3)
+        expression = f"torch.clamp(torch.abs({name}{element}), {scale}, {3 * scale:.3g})"
+        scales = self.emit(expression, name, is_float=False)
+        middle = (grid.quant_min + grid.quant_max) // 2
+        zero_points = self.emit(f"torch.full_like({scales}, {middle}{dtype})", scales, is_float=False)
+        how = "token" if rows else "tensor"
+        arguments = f"{scales}, {zero_points}, {grid.quant_min}, {grid.quant_max}, {grid.dtype}"
+        integers = self.emit(f"q.quantize_per_{how}({name}, {arguments})", name, is_float=False)
+        output = ", torch.float32" if rows else ""
+        self.kinds.append(f"scale at run time, per {how}")
+        return self.emit(f"q.dequantize_per_{how}({integers}, {arguments}{output})", integers), grid
+
     @property
     def quantized_from(self) -> dict[str, str]:
         return self.__dict__.setdefault("_quantized_from", {})
@@ -183,6 +200,8 @@ class Draft:
         """What a product reads: a dequantized value as a rule, unsigned as a rule where it is `convolved`."""
         if 0 in self.values[name].shape:
             self.defects.add("NO_KERNEL")
+        elif fits(self.values[name], torch.float32) and self.chance(12):
+            return self.quantized_at_run_time(name, rows=not convolved and self.chance(70))
         if self.chance(5):
             grid = self.grids.get(name)
             if grid is None:  # though a dequantize may reach it from further up

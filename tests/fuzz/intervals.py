@@ -313,14 +313,25 @@ def _attention(
 def _quantize(
     target: Any, x: Interval, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: Any
 ) -> Interval:
-    inverse = 1.0 / torch.as_tensor(float(scale), dtype=torch.float64)
+    scale, zero_point = _number(scale), _number(zero_point).low
+    value = _ends(x, Interval(1.0 / scale.high, 1.0 / scale.low))
     # Kernels add the zero point before they round.
-    error = POINTWISE_ERROR * (x.magnitude * inverse + abs(float(zero_point)))
+    error = POINTWISE_ERROR * (value.magnitude + zero_point.abs())
     low, high = (
-        (torch.round(v) + float(zero_point)).clamp(quant_min, quant_max)
-        for v in (x.low * inverse - error, x.high * inverse + error)
+        (torch.round(v) + zero_point).clamp(quant_min, quant_max) for v in (value.low - error, value.high + error)
     )
     return Interval(low, high, dtype)
+
+
+def _number(value: Any) -> Interval:
+    """A scale or zero point."""
+    return value if isinstance(value, Interval) else Interval.exact(torch.as_tensor(value, dtype=torch.float64))
+
+
+def _ends(x: Interval, y: Interval) -> Interval:
+    """The product, exactly."""
+    ends = torch.stack(torch.broadcast_tensors(*(a * b for a in (x.low, x.high) for b in (y.low, y.high))))
+    return Interval(ends.amin(0), ends.amax(0))
 
 
 def _cast(target: Any, x: Any, dtype: torch.dtype) -> Interval:
@@ -330,10 +341,14 @@ def _cast(target: Any, x: Any, dtype: torch.dtype) -> Interval:
 def _dequantize(
     target: Any, x: Any, scale: Any, zero_point: Any, *rest: Any, out_dtype: torch.dtype | None = None
 ) -> Interval:
-    x = _interval(x)
-    result = Interval((x.low - float(zero_point)) * float(scale), (x.high - float(zero_point)) * float(scale))
+    x, zero_point = _interval(x), _number(zero_point).low
+    result = _ends(Interval(x.low - zero_point, x.high - zero_point), _number(scale))
     # The scale is rounded to float32, then the product.
     return result.widened(POINTWISE_ERROR * result.magnitude).of_type(out_dtype or torch.float32)
+
+
+def _dequantize_rows(target: Any, x: Any, scales: Any, zero_points: Any, *rest: Any) -> Interval:
+    return _dequantize(target, x, scales, zero_points)
 
 
 def _dequantize_channels(
@@ -347,13 +362,15 @@ def _dequantize_channels(
 _CONVERSIONS = frozenset({
     getattr, torch.Tensor.to, _q.quantize_per_tensor, _q.quantize_per_tensor.default, _q.dequantize_per_tensor,
     _q.dequantize_per_tensor.default, _q.dequantize_per_channel, _q.dequantize_per_channel.default,
+    _q.quantize_per_token, _q.dequantize_per_token,
 })  # fmt: skip
 
 _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
     (frozenset({getattr}), _getattr),
     (frozenset({operator.getitem}), _item),
     (frozenset({torch.Tensor.to}), _cast),
-    (frozenset({_q.quantize_per_tensor, _q.quantize_per_tensor.default}), _quantize),
+    (frozenset({_q.quantize_per_tensor, _q.quantize_per_tensor.default, _q.quantize_per_token}), _quantize),
+    (frozenset({_q.dequantize_per_token}), _dequantize_rows),
     (frozenset({_q.dequantize_per_tensor, _q.dequantize_per_tensor.default}), _dequantize),
     (frozenset({_q.dequantize_per_channel, _q.dequantize_per_channel.default}), _dequantize_channels),
     (frozenset({F.conv1d, F.conv2d, F.conv3d, F.linear}), _weighted_sum),
@@ -376,5 +393,5 @@ _RULES: tuple[tuple[frozenset[Any], Callable[..., Any]], ...] = (
                 torch.flip, torch.roll, torch.index_select, torch.split, torch.chunk, torch.unbind,
                 torch.flatten, torch.Tensor.flatten, torch.Tensor.permute, torch.Tensor.transpose, torch.Tensor.reshape,
                 torch.Tensor.unsqueeze, torch.Tensor.squeeze, torch.Tensor.repeat, torch.Tensor.expand,
-                torch.Tensor.select, torch.Tensor.contiguous, torch.Tensor.clone}), _movement),
+                torch.Tensor.select, torch.Tensor.contiguous, torch.Tensor.clone, torch.full_like}), _movement),
 )  # fmt: skip

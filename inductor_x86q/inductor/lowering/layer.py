@@ -18,7 +18,7 @@ from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous
 from inductor_x86q.inductor.lowering.template import Template
 from inductor_x86q.inductor.patches.linked_objects import mark
 from inductor_x86q.kernels import family
-from inductor_x86q.kernels.convolution import FEW_CHANNELS, Convolution
+from inductor_x86q.kernels.convolution import FEW_CHANNELS, Convolution, Depth
 from inductor_x86q.kernels.specification import Specification
 
 
@@ -30,30 +30,35 @@ class Inputs:
     constants: Any
     other: Pixels | None
     layout: Any  # of the output
+    scales: Pixels | None = None  # of the input, where they are computed at run time
+    zero_points: Pixels | None = None
 
     def open_sizes(self) -> dict[str, Any]:
         """The kernel's arguments that are not known when compiling, as Inductor's expressions."""
-        names = ("n", "h", "w", "x_image", "x_row", "x_pixel")
-        return {
-            name: value
-            for name, value in zip(names, (*self.x.sizes[:3], *self.x.strides), strict=True)
-            if not isinstance(value, int)
-        }
+        names = ("n", "h", "w", "d", "x_image", "x_row", "x_pixel", "x_plane")
+        values = (*self.x.sizes[:3], self.x.planes, *self.x.strides, self.x.plane)
+        return {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, int)}
 
     def realized(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """The call's arguments, with the tensors as the kernels read them: the first, and a binary call's seventh."""
+        """The call's arguments, with the tensors as the kernels read them: the first three, and a binary call's seventh."""
         changed = list(arguments)
-        changed[0] = self.x.box
-        if self.other is not None:
-            changed[6] = self.other.box
+        for position, tensor in ((0, self.x), (1, self.scales), (2, self.zero_points), (6, self.other)):
+            if tensor is not None:
+                changed[position] = tensor.box
         return tuple(changed)
 
     def by_name(self) -> dict[str, Any]:
-        """Each buffer under one name, also where the other operand lies in the input's."""
+        """Each buffer under one name, also where two operands lie in one."""
         found = {"x": self.x.buffer, "constants": self.constants}
-        if self.other is not None and self.other.buffer.get_name() != self.x.buffer.get_name():
-            found["other"] = self.other.buffer
+        for name, tensor in (("other", self.other), ("x_scales", self.scales), ("x_zero_points", self.zero_points)):
+            if tensor is not None and all(tensor.buffer.get_name() != other.get_name() for other in found.values()):
+                found[name] = tensor.buffer
         return found
+
+    def computed(self) -> dict[str, Pixels]:
+        """The tensors whose addresses are arguments of the kernel, by its names of these."""
+        found = {"x_scales": self.scales, "x_zero_points": self.zero_points}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
     def nodes(self) -> list[Any]:
@@ -76,24 +81,35 @@ class LayerTemplate(Template):
     def body(self, name: str) -> str:
         x, other = self.inputs.x, self.inputs.other
         addend = self.address(other) if other is not None else "nullptr"
-        open_ = self._open()
+        open_ = self._open() | self._computed()
         values = family.arguments(self.convolution, **open_)
         return f"""\
 {"" if open_ else "static "}const X86qArguments arguments = {{{", ".join(map(str, values))}}};
 {self.kernel.name}({self.address(x)}, constants, {addend}, out, &arguments);"""
 
-    def _open(self) -> dict[str, str]:
+    def _computed(self) -> dict[str, str | int]:
+        """The arguments that say where scales and zero points are."""
+        found = self.inputs.computed()
+        addresses = {name: f"(int64_t)({self.address(tensor)})" for name, tensor in found.items()}
+        return {**addresses, **steps(found)}
+
+    def _open(self) -> dict[str, str | int]:
         """The C++ of the arguments that are not known when compiling."""
         open_ = {name: self.cpp(value) for name, value in self.inputs.open_sizes().items()}
         if not open_:
             return {}
         given = self.convolution
-        of_pixel = given.macs // given.pixels
-        channel = 1 if len(self.inputs.layout.size) == 4 else -1
-        sizes = list(self.inputs.layout.size)
-        sizes.pop(channel)
-        pixels_ = self.cpp(sympy_product(sizes))
-        return {**open_, "threads": configuration.threads_cpp(f"{pixels_} * {of_pixel}", configuration.MACS_PER_THREAD)}
+        of_output = given.macs // (given.pixels * given.out_c)
+        outputs = self.cpp(sympy_product(self.inputs.layout.size))
+        return {
+            **open_,
+            "threads": configuration.threads_cpp(f"{outputs} * {of_output}", configuration.MACS_PER_THREAD),
+        }
+
+
+def steps(computed: dict[str, Pixels]) -> dict[str, int]:
+    """The arguments that say whether each pixel has a scale, and a zero point, of its own."""
+    return {f"{name}_step": int(tensor.sizes[2] != 1) for name, tensor in computed.items()}
 
 
 def specified(
@@ -109,15 +125,29 @@ def specified(
     size = ints(V.graph.current_node.meta["val"].shape)
     layout = contiguous(size, call.output_dtype, call.family, part)
     given = Specification.read(text)
+    depth = given.convolution.depth
+    if depth != Depth():
+        depth = dataclasses.replace(depth, x_stride=_number(x.plane))
     convolution = dataclasses.replace(
         given.convolution,
+        depth=depth,
         x_strides=(_number(x.strides[0]), _number(x.strides[1]), _number(x.strides[2])),
         x_channel=x.channel,
         other_pixel=0 if other is None else other.strides[2],
         out_pixel=0 if part is None else layout.stride[3],
     )
     _check(convolution, int(constants.get_size()[0]))
-    return Inputs(x, buffer(constants), other, layout), given, convolution
+    return Inputs(x, buffer(constants), other, layout, *_computed_parameters(call)), given, convolution
+
+
+def _computed_parameters(call: calls.Call) -> tuple[Pixels | None, Pixels | None]:
+    """The input's scales and zero points as they are computed at run time; a zero point that is known is among the constants."""
+    if call.is_static:
+        return None, None
+    zero_point: Any = call.x_zero_point
+    zero_point.realize()
+    is_known = buffer(zero_point).get_name() in V.graph.constants
+    return pixels(call.x_scale, "linear"), None if is_known else pixels(zero_point, "linear")
 
 
 def _number(size: Any) -> int:

@@ -23,6 +23,8 @@ class Pixels:
     sizes: tuple[Any, ...]
     strides: tuple[Any, Any, Any]
     channel: int = 1
+    planes: Any = 1  # of an image, and their stride
+    plane: Any = 0
 
     @property
     def buffer(self) -> Any:
@@ -37,7 +39,8 @@ class Pixels:
         """Whether all pixels lie at one distance from each other."""
         _, h, w, _ = self.sizes
         image, row, pixel = self.strides
-        return _equal(row, w * pixel) and _equal(image, h * row)
+        plane_is_even = self.planes == 1 or _equal(self.plane, h * row)
+        return _equal(row, w * pixel) and plane_is_even and _equal(image, self.planes * h * row)
 
 
 def pixels(box: Any, family: str, *, even: bool = False) -> Pixels:
@@ -47,12 +50,15 @@ def pixels(box: Any, family: str, *, even: bool = False) -> Pixels:
     `even`. Nothing less would do: channels innermost is all that Inductor can be asked for, and it takes gaps for that.
     """
     if family == "linear":
+        box.realize()  # once, not again behind each view of it
         box = laid_out(box, ir.ExternKernel.require_contiguous)
-        *rows, c = ints(box.get_size())
+        *rows, c = ints(box.get_size()) or [1]
         return Pixels(box, (1, 1, math.prod(rows), c), (math.prod(rows) * c, math.prod(rows) * c, c))
-    found = image(laid_out(box, ir.ExternKernel.require_channels_last))
+    three = len(box.get_size()) == 5
+    channels_last = ir.ExternKernel.require_channels_last_3d if three else ir.ExternKernel.require_channels_last
+    found = image(laid_out(box, channels_last))
     if found.channel != 1 or (even and not found.is_even):
-        found = image(ir.ExternKernel.require_channels_last(ir.ExternKernel.copy_input(box)))
+        found = image(channels_last(ir.ExternKernel.copy_input(box)))
     return found
 
 
@@ -63,13 +69,17 @@ def laid_out(box: Any, require: Callable[[Any], Any]) -> Any:
 
 
 def image(box: Any) -> Pixels:
-    """The pixels of a tensor (n, c, h, w)."""
-    (n, c, h, w), stride = ints(box.get_size()), ints(box.get_stride())
+    """The pixels of a tensor (n, c, h, w), or (n, c, d, h, w)."""
+    stride = ints(box.get_stride())
+    n, c, *depth, h, w = ints(box.get_size())
+    planes = depth[0] if depth else 1
     # A stride along one single element means nothing, whatever it says.
     channel = stride[1] if c > 1 else 1
-    pixel = c if _equal(w, 1) else stride[3]
-    row = w * pixel if _equal(h, 1) else stride[2]
-    return Pixels(box, (n, h, w, c), (h * row if _equal(n, 1) else stride[0], row, pixel), channel)
+    pixel = c if _equal(w, 1) else stride[-1]
+    row = w * pixel if _equal(h, 1) else stride[-2]
+    plane = h * row if _equal(planes, 1) else stride[2]
+    first = planes * plane if _equal(n, 1) else stride[0]
+    return Pixels(box, (n, h, w, c), (first, row, pixel), channel, planes, plane)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -81,7 +91,9 @@ def contiguous(
     size: list[int], dtype: torch.dtype, family: str, part: ir.ReinterpretView | None = None
 ) -> ir.FixedLayout:
     """The layout of images pixel by pixel, or of a linear's rows; that of `part` of a larger image where there is one."""
-    order = ir.NHWC_STRIDE_ORDER if family == "conv" else list(reversed(range(len(size))))
+    order = list(reversed(range(len(size))))
+    if family == "conv":  # channels innermost
+        order = [order[0], 0, *order[1:-1]]
     stride = ir.FlexibleLayout.stride_ordered(size, order) if part is None else ints(part.get_stride())
     return ir.FixedLayout(torch.device("cpu"), dtype, size, stride)
 

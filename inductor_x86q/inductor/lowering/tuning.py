@@ -19,8 +19,9 @@ from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.virtualized import V
 
 from inductor_x86q import cpu
+from inductor_x86q.graph import per_token
 from inductor_x86q.inductor import objects
-from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate
+from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, steps
 from inductor_x86q.inductor.lowering.placement import Pixels, ints
 from inductor_x86q.kernels import family
 from inductor_x86q.kernels.specification import Specification
@@ -32,15 +33,15 @@ def fastest(
     """The fastest of these kernels; None where the call is faster still."""
     inputs, convolution = templates[0].inputs, templates[0].convolution
     layer = f"{cpu.identity()} {convolution} {given.epilogue}"
-    call = CallChoice(inputs, target, arguments, layer)
-    kernels = [KernelChoice(template, layer) for template in templates]
-    contest = Contest(call, kernels)
-    for choice in (call, *kernels):
+    calls = [] if target in per_token.TARGETS else [CallChoice(inputs, target, arguments, layer)]
+    choices: list[Choice] = [*calls, *(KernelChoice(template, layer) for template in templates)]
+    contest = Contest(choices)
+    for choice in choices:
         choice.contest = contest
     generators = dict.fromkeys(range(len(inputs.nodes)), _filled)
-    chosen = autotune_select_algorithm("x86q", [call, *kernels], inputs.nodes, inputs.layout, input_gen_fns=generators)
-    choice = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
-    return choice.template if isinstance(choice, KernelChoice) else None
+    chosen = autotune_select_algorithm("x86q", choices, inputs.nodes, inputs.layout, input_gen_fns=generators)
+    best = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair in newer versions
+    return best.template if isinstance(best, KernelChoice) else None
 
 
 class Choice(ir.ChoiceCaller):
@@ -93,7 +94,9 @@ class KernelChoice(Choice):
         x, other = self.inputs.x, self.inputs.other
         constants = given[self.inputs.constants.get_name()].data_ptr()
         addresses = [_address(x, given), constants, _address(other, given) if other else 0, out.data_ptr()]
-        numbers = [int(value) for value in family.arguments(self.template.convolution)]
+        computed = self.inputs.computed()
+        places = {name: _address(tensor, given) for name, tensor in computed.items()}
+        numbers = [int(value) for value in family.arguments(self.template.convolution, **places, **steps(computed))]
         arguments = (ctypes.c_int64 * len(numbers))(*numbers)
         function = objects.load(self.template.kernel)
         pointers = [ctypes.c_void_p(address) for address in addresses]
@@ -114,8 +117,8 @@ class Contest:
 
     ROUNDS, SECONDS = 6, 0.015  # of a turn
 
-    def __init__(self, call: CallChoice, kernels: Sequence[KernelChoice]) -> None:
-        self._call, self._kernels = call, kernels
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self._choices = choices
         self._times: dict[Choice, float] = {}
         self._failures: dict[Choice, Exception] = {}
 
@@ -128,7 +131,7 @@ class Contest:
 
     def _run(self, values: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         runs: dict[Choice, Callable[[], Any]] = {}
-        for choice in (self._call, *self._kernels):
+        for choice in self._choices:
             try:
                 runs[choice] = choice.runner(values, out)
             except Exception as error:  # a choice that cannot be built is no reason to fail: Inductor passes over it

@@ -1,11 +1,13 @@
 """The fuse stage: dequantize → operator → post-operations → quantize becomes one onednn call.
 
 It works from the inside out, a row at a time. `compute` turns a convolution or linear into a call with float output,
-`pool` an integer max pool into the library's, `attention` an attention into ours; `post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
+`pool` an integer max pool into the library's, `attention` an attention into ours; `per_token` gives it the scales of its rows;
+`post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
 """
 
-from inductor_x86q.passes.fuse import attention, compute, half, output_types, pool, post_ops
+from inductor_x86q.passes.fuse import attention, compute, half, output_types, per_token, pool, post_ops
 
 COMPUTE_RULES = (*compute.RULES, *pool.RULES, *half.RULES, *attention.COMPUTE_RULES)
+PER_TOKEN_RULES = per_token.RULES
 POST_OP_RULES = (*post_ops.RULES, *attention.POST_OP_RULES)
 OUTPUT_TYPE_RULES = output_types.RULES
