@@ -158,7 +158,7 @@ def qdq_graph(
 ) -> fx.GraphModule:
     """The exported graph of a module whose forward quantizes and dequantizes by hand: what quantize() would return."""
     with torch.no_grad():
-        exported = torch.export.export(module.eval(), example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        exported = dynamo.export(module.eval(), example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     return exported.module()  # type: ignore[return-value]
 
 
@@ -198,8 +198,8 @@ def compile_once(
         with torch.no_grad():
             return compiled(*arguments, **keywords)
 
-    compiled = dynamo.compile_fresh(q, backend)
-    with wrapper_source.generated_code() as generated:
+    with dynamo.one_at_a_time(), wrapper_source.generated_code() as generated:
+        compiled = dynamo.compile_fresh(q, backend)
         outputs = run(*inputs, **(kwargs or {}))
     return Compiled(outputs, "\n".join(inspection.annotated(part) for part in generated), report, run)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
 from torch._inductor.utils import run_and_get_code
 
@@ -74,19 +75,21 @@ def pause() -> Iterator[Pause]:
 
 
 def stock_code(model: fx.GraphModule) -> list[str]:
-    """What Inductor generates with the global freezing flag, without what differs from one compile to the next."""
-    torch._dynamo.reset()
+    """What Inductor generates with the global freezing flag, without what differs from one compile to the next.
+
+    Not through Dynamo, where it would wait for ours: as somebody compiles ahead of time.
+    """
     with (
         torch.no_grad(),
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._inductor.config.patch(freezing=True, fx_graph_cache=False),
     ):
-        codes = run_and_get_code(torch.compile(model), X)[1]
+        codes = run_and_get_code(lambda: compile_fx(copy.deepcopy(model), [X]))[1]
     return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
 
 
 def strictly_ours(model: fx.GraphModule) -> str:
-    """By the backend itself, since Dynamo lets no two threads compile at once, and torch.export none beside it."""
+    """By the backend itself."""
     with torch.no_grad(), pytest.raises(StrictError) as raised:
         backend.inductor_x86q(copy.deepcopy(model), [X], options={"strict": True})
     return str(raised.value)
@@ -150,11 +153,27 @@ def test_source_is_collected_from_ones_own_thread(graph: fx.GraphModule, pause: 
         return collected(lambda: backend.inductor_x86q(copy.deepcopy(graph), [X], options={"kernels": "onednn"}))
 
     def plain() -> list[str]:
-        return collected(lambda: torch.compile(graph)(X))
+        return collected(lambda: compile_fx(copy.deepcopy(graph), [X]))
 
     first, second = side_by_side(ours, pause, plain)
     assert len(second) == 1 and "qconv_pointwise" not in second[0]
     assert len(first) == 1 and "qconv_pointwise" in first[0]
+
+
+def test_through_dynamo_nobody_compiles_beside_ours(graph: fx.GraphModule, pause: Pause) -> None:
+    """Names of layers, and whether torch.compile does anything at all, are of the whole process in torch."""
+    with ThreadPoolExecutor() as pool:
+        ours = pool.submit(strictly_ours, graph)
+        assert pause.reached.wait(SECONDS)
+        plain = pool.submit(torch.no_grad()(torch.compile(graph)), X)
+        explained = pool.submit(inspection.explain, graph, (X,))
+        with pytest.raises(TimeoutError):
+            plain.result(0.5)
+        pause.over.set()
+        assert "missed" in ours.result(SECONDS)
+        assert len(explained.result(SECONDS).missed) == 1
+        with torch.no_grad():
+            testing.assert_same(plain.result(SECONDS), graph(X), min_snr=30)
 
 
 def test_two_of_ours_at_once(graph: fx.GraphModule) -> None:
