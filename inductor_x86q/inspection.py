@@ -108,8 +108,8 @@ def _timed(model: Any, args: Any, kwargs: Any, mode: str | None, options: Mappin
         return compile_graph(graph_module, inputs, chosen, on_report=report.extend)
 
     with torch.no_grad():
-        compiled = dynamo.compile_fresh(model, backend)
-        with wrapper_source.generated_code() as generated:
+        with dynamo.one_at_a_time(), wrapper_source.generated_code() as generated:
+            compiled = dynamo.compile_fresh(model, backend)
             compiled(*args, **kwargs)
         events = profiling.profiled(lambda: compiled(*args, **kwargs), runs=RUNS)
     report = dataclasses.replace(report, code=calls_of(generated))
@@ -291,7 +291,7 @@ def _call_once(
     Errors of ours are raised as such, and not inside of one of Dynamo's.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), dynamo.one_at_a_time():
             return dynamo.compile_fresh(model, backend)(*args, **kwargs)
     except Exception as error:
         if cause := of_ours(error):

@@ -159,6 +159,7 @@ def test_the_calling_function_is_compiled_beside_the_kernels(monkeypatch: pytest
 
     build, both, met = CppBuilder.build, threading.Barrier(2), set()
 
+    @functools.wraps(build)
     def meeting(self: CppBuilder) -> None:
         kind = "".join(Path(self.get_target_file_path()).suffixes)
         if kind in (".main.o", ".optimized.o"):

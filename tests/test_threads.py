@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
+from torch._inductor.utils import run_and_get_code
 
-from inductor_x86q import No, Report, Rule, StrictError, backend, register_pass, testing
-from inductor_x86q.inductor import configuration, uncompiled, wrapper_source
+from inductor_x86q import No, Rule, StrictError, backend, inspection, register_pass, testing
+from inductor_x86q.inductor import wrapper_source
 from inductor_x86q.inductor.patches.patch import Patch, Scope
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
-from tests.stock import stock_code
 
 SECONDS = 120  # after which a test fails that waits for the other thread
 
@@ -72,8 +74,22 @@ def pause() -> Iterator[Pause]:
     remove()
 
 
+def stock_code(model: fx.GraphModule) -> list[str]:
+    """What Inductor generates with the global freezing flag, without what differs from one compile to the next.
+
+    Not through Dynamo, where it would wait for ours: as somebody compiles ahead of time.
+    """
+    with (
+        torch.no_grad(),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._inductor.config.patch(freezing=True, fx_graph_cache=False),
+    ):
+        codes = run_and_get_code(lambda: compile_fx(copy.deepcopy(model), [X]))[1]
+    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
+
+
 def strictly_ours(model: fx.GraphModule) -> str:
-    """By the backend itself, since Dynamo lets no two threads compile at once, and torch.export none beside it."""
+    """By the backend itself."""
     with torch.no_grad(), pytest.raises(StrictError) as raised:
         backend.inductor_x86q(copy.deepcopy(model), [X], options={"strict": True})
     return str(raised.value)
@@ -95,8 +111,8 @@ def side_by_side(first: Callable[[], Any], pause: Pause, second: Callable[[], An
 
 
 def test_a_plain_compile_while_ours_runs_its_passes(graph: fx.GraphModule, pause: Pause) -> None:
-    alone = stock_code(graph, X)
-    error, during = side_by_side(lambda: strictly_ours(graph), pause, lambda: stock_code(graph, X))
+    alone = stock_code(graph)
+    error, during = side_by_side(lambda: strictly_ours(graph), pause, lambda: stock_code(graph))
     assert "missed" in error
     assert during == alone
 
@@ -104,11 +120,11 @@ def test_a_plain_compile_while_ours_runs_its_passes(graph: fx.GraphModule, pause
 def test_ours_while_a_plain_compile_is_under_way(graph: fx.GraphModule) -> None:
     """It began before ours replaced anything, and ends when all of it is put back."""
     pause = _Waits.pause = Pause()
-    alone = stock_code(graph, X)
+    alone = stock_code(graph)
 
     def waiting() -> list[str]:
         with torch._inductor.config.patch(pre_grad_custom_pass=_Waits()):
-            return stock_code(graph, X)
+            return stock_code(graph)
 
     before = PatternMatcherPass.apply
     code, error = side_by_side(waiting, pause, lambda: strictly_ours(graph))
@@ -137,19 +153,32 @@ def test_source_is_collected_from_ones_own_thread(graph: fx.GraphModule, pause: 
         return collected(lambda: backend.inductor_x86q(copy.deepcopy(graph), [X], options={"kernels": "onednn"}))
 
     def plain() -> list[str]:
-        return collected(lambda: torch.compile(graph)(X))
+        return collected(lambda: compile_fx(copy.deepcopy(graph), [X]))
 
     first, second = side_by_side(ours, pause, plain)
     assert len(second) == 1 and "qconv_pointwise" not in second[0]
     assert len(first) == 1 and "qconv_pointwise" in first[0]
 
 
-def test_two_of_ours_at_once(graph: fx.GraphModule) -> None:
-    """They take turns; neither sees the other's graph, nor ends with the other's error.
+def test_through_dynamo_nobody_compiles_beside_ours(graph: fx.GraphModule, pause: Pause) -> None:
+    """Names of layers, and whether torch.compile does anything at all, are of the whole process in torch."""
+    with ThreadPoolExecutor() as pool:
+        ours = pool.submit(strictly_ours, graph)
+        assert pause.reached.wait(SECONDS)
+        plain = pool.submit(torch.no_grad()(torch.compile(graph)), X)
+        explained = pool.submit(inspection.explain, graph, (X,))
+        with pytest.raises(TimeoutError):
+            plain.result(0.5)
+        pause.over.set()
+        assert "missed" in ours.result(SECONDS)
+        assert len(explained.result(SECONDS).missed) == 1
+        with torch.no_grad():
+            testing.assert_same(plain.result(SECONDS), graph(X), min_snr=30)
 
-    By the backend itself: Dynamo cannot read a module while another thread traces one, which patches `nn.Module`.
-    """
-    both, report = threading.Barrier(2), Report([], [], [])
+
+def test_two_of_ours_at_once(graph: fx.GraphModule) -> None:
+    """They take turns; neither sees the other's graph, nor ends with the other's error."""
+    both = threading.Barrier(2)
 
     def packaged() -> str:
         both.wait(SECONDS)
@@ -157,18 +186,11 @@ def test_two_of_ours_at_once(graph: fx.GraphModule) -> None:
 
     def fused() -> Any:
         both.wait(SECONDS)
-        with torch.no_grad():
-            return backend.compile_graph(
-                copy.deepcopy(graph),
-                [X],
-                configuration.settings(None, None),
-                on_report=report.extend,
-                inner_compile=uncompiled.run_uncompiled,
-            )(X)
+        return inspection.run_fused(graph, (X,))
 
     with ThreadPoolExecutor() as pool:
         first, second = pool.submit(packaged), pool.submit(fused)
-        error, (result,) = first.result(SECONDS), second.result(SECONDS)
+        error, (result, report) = first.result(SECONDS), second.result(SECONDS)
     assert "missed" in error and len(report.missed) == 1
     with torch.no_grad():
         testing.assert_same(result, graph(X), min_snr=30)

@@ -15,7 +15,7 @@ from inductor_x86q.aot import lesser, local
 from inductor_x86q.backend import require_compilable, settings
 from inductor_x86q.cpu import LEVELS, missing
 from inductor_x86q.errors import CompileError
-from inductor_x86q.inductor import configuration
+from inductor_x86q.inductor import configuration, dynamo
 from inductor_x86q.quantization.arguments import bind, checked
 
 # What differs from Inductor's defaults, where this torch has the option: line tables make a tenth of a small package
@@ -83,7 +83,7 @@ def package(
     _check_cpu(cpu, given)
     with torch.no_grad(), progress.task("exporting"):
         require_compilable(pytree.tree_leaves((args, named)))
-        exported = torch.export.export(model, args, named, dynamic_shapes=dynamic_shapes)
+        exported = dynamo.export(model, args, named, dynamic_shapes=dynamic_shapes)
     if cpu is None:
         local.build(exported, target, given)
     else:

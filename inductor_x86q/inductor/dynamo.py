@@ -1,8 +1,9 @@
-"""Dynamo: the parameters that it lifts to inputs, and compiling without leaving a trace in its caches."""
+"""Dynamo: the parameters that it lifts to inputs, its lock, and compiling without leaving a trace in its caches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+import contextlib
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from inductor_x86q.inductor.requirements import Interface, Needs
 
 INTERFACE = Interface(
     "dynamo.py",
-    "To make constants of the parameters that Dynamo lifts to inputs, and have it compile again for other ones.",
+    "To make constants of the parameters that Dynamo lifts to inputs, have it compile again for other ones, and compile while no "
+    "other thread does.",
     (
+        Needs("torch._dynamo.convert_frame", "compile_lock"),
         Needs("torch._dynamo.guards", "GuardBuilder.ID_MATCH"),
         Needs("torch._dynamo.guards", "GuardBuilder.TENSOR_MATCH"),
         Needs("torch._guards", "TracingContext.try_get"),
@@ -25,8 +28,30 @@ INTERFACE = Interface(
     ),
     "Dynamo marking what it lifts from a module by `_dynamo_static_input_type`, and its placeholders by `_dynamo_source`; the "
     "example inputs of parameters being real tensors; AOTAutograd telling parameters by `_param_name_to_source`; guards being "
-    "made into a check after the backend is done; `TENSOR_MATCH` saying nothing that a tensor's identity does not say.",
+    "made into a check after the backend is done; `compile_lock` being held while Dynamo compiles, and reentrant; `TENSOR_MATCH` saying nothing that a tensor's identity does not say.",
 )
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Within this context no other thread compiles: the first call of what torch.compile gave waits.
+
+    The patches would not need it, but torch does, which is not made for compiling in several threads
+    (pytorch/pytorch#168042): Inductor replaces class attributes of its own for a moment, whether nodes keep the names of
+    their layers is one flag for all, and while any thread exports, torch.compile gives back what it was given. Dynamo takes
+    this lock; exporting, compiling ahead of time and calling a backend oneself do not.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        yield
+
+
+def export(model: torch.nn.Module, arguments: tuple[Any, ...], keywords: Any = None,
+           **others: Any) -> torch.export.ExportedProgram:  # fmt: skip
+    """`torch.export.export`, while no other thread compiles."""
+    with one_at_a_time():
+        return torch.export.export(model, arguments, keywords, **others)
 
 
 def is_lifted_parameter(value: Any) -> bool:

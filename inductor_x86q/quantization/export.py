@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from inductor_x86q.errors import QuantizationError
-from inductor_x86q.inductor import guards
+from inductor_x86q.inductor import dynamo, guards
 from inductor_x86q.quantization.arguments import batch_size, bind, each_tensor
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def export(
             return _export_as_asked(model, args, kwargs, bound, dynamic_shapes), True
         for (inputs, named), shapes in _any_batch(args, kwargs, bound):
             try:
-                exported = torch.export.export(model, inputs, named, dynamic_shapes=shapes)
+                exported = dynamo.export(model, inputs, named, dynamic_shapes=shapes)
             except Exception as error:  # whatever it is, the export with fixed shapes says it better
                 log.debug("no export with a dynamic batch: %s", error)
                 continue
@@ -49,7 +49,7 @@ def export(
             dynamic = not isinstance(first.shape[0], int) and _takes_other_batches(exported, args, kwargs)
             if dynamic or batch_size((inputs, named)) == batch_size((args, kwargs)):
                 return guards.traceable(exported.module()), dynamic
-        return guards.traceable(torch.export.export(model, args, kwargs).module()), False
+        return guards.traceable(dynamo.export(model, args, kwargs).module()), False
 
 
 def _export_as_asked(
@@ -64,10 +64,10 @@ def _export_as_asked(
         if place[key].shape[dimension] == 1:
             place[key] = torch.cat([place[key], place[key]], dimension)
     try:
-        exported = torch.export.export(model, tuple(inputs), named, dynamic_shapes=dynamic_shapes)
+        exported = dynamo.export(model, tuple(inputs), named, dynamic_shapes=dynamic_shapes)
     except Exception as error:  # the example as it was given says better what is wrong
         log.debug("no export with sizes of 1 doubled: %s", error)
-        exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        exported = dynamo.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     values = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
     names = exported.graph_signature.user_inputs
     order = list(bound)[: len(args)] + list(kwargs)

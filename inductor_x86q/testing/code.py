@@ -56,8 +56,8 @@ def compile_once(
         with torch.no_grad():
             return compiled(*arguments, **keywords)
 
-    compiled = dynamo.compile_fresh(q, backend)
-    with wrapper_source.generated_code() as generated:
+    with dynamo.one_at_a_time(), wrapper_source.generated_code() as generated:
+        compiled = dynamo.compile_fresh(q, backend)
         outputs = run(*inputs, **(kwargs or {}))
     return Compiled(outputs, "\n".join(inspection.annotated(part) for part in generated), report, run)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.inductor import dynamo, fake_tensors
 
 fake_tensors.register_quantized_decomposed()
 
@@ -136,5 +136,5 @@ def qdq_graph(
         ('relu',)
     """
     with torch.no_grad():
-        exported = torch.export.export(module.eval(), example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        exported = dynamo.export(module.eval(), example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     return exported.module()  # type: ignore[return-value]

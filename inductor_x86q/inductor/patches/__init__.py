@@ -6,12 +6,12 @@ Each says what it replaces, since which torch, why, and when it can go. `python 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import fx
 
+from inductor_x86q.inductor.dynamo import one_at_a_time
 from inductor_x86q.inductor.patches import (
     constant_folding,
     constants_once,
@@ -53,18 +53,13 @@ PATCHES: tuple[Patch, ...] = (
     *generated_source.PATCHES,
 )
 
-# Two compiles of ours in two threads take turns. The patches would not need it, but Inductor does: it replaces class
-# attributes of its own for a moment, `FlexibleLayout.allow_indexing` among them, and is not made for compiling in several
-# threads (pytorch/pytorch#168042). Dynamo holds a lock during torch.compile; ahead-of-time compiles do not take that one.
-_one_at_a_time = threading.RLock()
-
 
 @contextlib.contextmanager
 def applied(run_passes: Callable[[fx.Graph], Any]) -> Iterator[None]:
     """Within this context Inductor compiles a graph of ours: freezing runs `run_passes(graph)`, and all else is patched.
 
-    Compiles of other threads are as they were, also when they run at the same time.
+    Compiles of other threads wait; those that torch lets run at the same time are as they were.
     """
     patches = [patch for patch in PATCHES if patch.scope is COMPILE]
-    with _one_at_a_time, COMPILE.entered(run_passes, patches):
+    with one_at_a_time(), COMPILE.entered(run_passes, patches):
         yield
