@@ -105,6 +105,19 @@ def test_it_opens_with_table_graph_and_histogram(page: Page, deep: Report) -> No
     assert page.count("path[d*=NaN]") == 0
 
 
+def test_a_numbered_layer_keeps_the_name_in_front_of_its_number(page: Page) -> None:
+    layers = ["encoder.layers.0.mlp.0", "encoder.layers.0.mlp.3", "encoder.layers.0.out"]
+    nodes = [node("x", "input", "float32")]
+    for number, layer in enumerate(layers):
+        nodes.append(node(f"n{number}", "fused", "uint8", nodes[-1].name, layer=layer))
+    page.open(
+        Report([fusion(f"n{number}", layer) for number, layer in enumerate(layers)], [], [], nodes=nodes).to_html()
+    )
+    page.browser.run("setAll(true)")
+    texts = page.browser.run("[...document.querySelectorAll('.b:not(.block) .l')].map(e => e.textContent)")
+    assert {"mlp.0", "mlp.3", "out"} <= set(texts)
+
+
 def test_boxes_lie_apart(page: Page, deep: Report) -> None:
     page.open(deep.to_html("net"))
     page.browser.run("setAll(true)")

@@ -86,7 +86,7 @@ def _cards(report: Content) -> list[tuple[str, str, str]]:
         (str(len(report.missed)), "missed", "missed" if report.missed else ""),
         (str(len(report.kept_float)), "float by design", "float" if report.kept_float else ""),
         (f"{len(report.quantizes_left)} + {len(report.dequantizes_left)}", "quantize + dequantize left", ""),
-        (str(report.float_subgraphs), "float subgraphs between int8 layers", "float" if report.float_subgraphs else ""),
+        (str(report.float_subgraphs), "float subgraphs", "float" if report.float_subgraphs else ""),
     ]
     if report.microseconds is not None:
         cards.append((f"{report.microseconds / 1000:.2f} ms", "in kernels", ""))

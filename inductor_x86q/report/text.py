@@ -52,7 +52,8 @@ def summary(report: Content) -> str:
         f"{len(report.fused)} of {report.layers} layers in int8 ({report.int8_share_of_macs:.1%} of the "
         f"multiply-accumulates), {len(report.missed)} missed, {len(report.kept_float)} float by design; "
         f"{len(report.quantizes_left)} quantize and "
-        f"{len(report.dequantizes_left)} dequantize nodes left, {report.float_subgraphs} float subgraphs between int8 layers{time}"
+        f"{len(report.dequantizes_left)} dequantize nodes left, {report.float_subgraphs} "
+        f"float subgraph{'s' * (report.float_subgraphs != 1)} between int8 layers{time}"
     )
 
 

@@ -177,7 +177,9 @@ function drawFolded(block) {
 
 function drawLeaf(leaf) {
   const { box: data } = leaf;
-  const local = localName(leaf), name = data.layer !== leaf.path ? "" : /^\d+$/.test(local) ? leaf.path : local, corner = data.corner;
+  const local = localName(leaf), corner = data.corner;
+  const numbered = /[^.]*(\.\d+)*$/.exec(leaf.path)[0]; // a bare number says nothing: "mlp.3" of "layers.0.mlp.3"
+  const name = data.layer !== leaf.path ? "" : /^\d+$/.test(local) ? numbered : local;
   const box = boxElement(leaf, data.kind, `${data.kind.replace("_", " ")}: ${data.title}, ${data.layer}, ${corner}`);
   box.append(element("rect", { width: WIDTH, height: HEIGHT, rx: 6 }));
   if (data.region) box.append(element("rect", { class: "region", x: -4, y: -4, width: WIDTH + 8, height: HEIGHT + 8, rx: 9 }));
