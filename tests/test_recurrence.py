@@ -206,6 +206,18 @@ def test_what_cannot_be_quantized_and_what_is_excluded_stays_float() -> None:
     ).fused}  # fmt: skip
 
 
+def test_one_layer_of_several_may_stay_float() -> None:
+    model, x = nn.LSTM(8, 16, num_layers=3, bidirectional=True).eval(), torch.randn(5, 2, 8)
+    outer = nn.Sequential().eval()
+    outer.add_module("lstm", model)
+    q = inductor_x86q.quantize(outer, (x,), dynamic=True, exclude=["lstm.l1"])
+    assert [node.target for node in q.graph.nodes if node.target in (RECURRENCE, torch.ops.aten.lstm.input)] == [
+        RECURRENCE, torch.ops.aten.lstm.input, RECURRENCE,
+    ]  # fmt: skip
+    for ours, float_ in zip(q(x)[1], outer(x)[1], strict=True):
+        assert testing.snr(ours, float_) > 30
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +238,8 @@ def test_the_linears_of_cells_are_int8() -> None:
     q = inductor_x86q.quantize(model, given, dynamic="per_token")
     with torch.no_grad():
         (result, report), floats = inspection.run_fused(q, given), model(*given)
-    assert len([fusion for fusion in report.fused if fusion.operator == "linear"]) == 8
+    # The LSTM cell reads its input twice, and once is enough.
+    assert len([fusion for fusion in report.fused if fusion.operator == "linear"]) == 7
     assert report.missed == [] and report.kept_float == []
     for ours, float_ in zip(result, floats, strict=True):
         assert testing.snr(ours, float_) > 25

@@ -19,6 +19,7 @@ from torch import fx
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.recurrence import RECURRENCE, state_count
+from inductor_x86q.inductor import fake_tensors
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -44,7 +45,8 @@ def rewrite(model: fx.GraphModule, is_float: Callable[[fx.Node], bool], *, bits:
     Args:
         bits: of a weight.
     """
-    excluded = []
+    excluded: list[fx.Node] = []
+    stored: dict[str, fx.Node] = {}
     for node in list(model.graph.nodes):
         if node.target not in LAYERS and node.target not in CELLS:
             continue
@@ -55,7 +57,7 @@ def rewrite(model: fx.GraphModule, is_float: Callable[[fx.Node], bool], *, bits:
         elif why := _obstacle(node):
             log.info("not quantized, stays float: %s (%s)", layer_of(node), why)
         else:
-            _rewrite_layer(model, node, bits)
+            excluded += _Module(model, node, bits, stored).rewrite(is_float)
     model.graph.eliminate_dead_code()
     model.recompile()
     return excluded
@@ -85,31 +87,105 @@ class _Direction:
     bias: fx.Node | None = None
 
 
-def _rewrite_layer(model: fx.GraphModule, node: fx.Node, bits: int) -> None:
-    arguments = qdq.schema_arguments(node)
-    cell, parameters = LAYERS[node.target], list(arguments["params"])
-    per_direction, directions = (4 if arguments["has_biases"] else 2), (2 if arguments["bidirectional"] else 1)
-    each = [_Direction(*parameters[i : i + per_direction]) for i in range(0, len(parameters), per_direction)]
-    given = arguments["hx"] if cell == "lstm" else [arguments["hx"]]
-    output, states, stack = arguments["input"], [], node.meta.get("nn_module_stack") or {}
-    with node.graph.inserting_before(node):
-        for layer in range(arguments["num_layers"]):
-            own = each[layer * directions : (layer + 1) * directions]
-            initial = [_of_layer(state, layer, directions, arguments["num_layers"]) for state in given]
-            if arguments["num_layers"] > 1:
-                node.meta["nn_module_stack"] = _inside(stack, layer)  # which all that is made for the layer is given
-            steps = _layer(model, node, cell, own, output, initial, arguments["batch_first"], bits)
-            output, state = (qdq.call(operator.getitem, steps, i, like=steps) for i in range(2))
-            states.append(state)
-        node.meta["nn_module_stack"], results = stack, [output]
-        for kind in range(state_count(cell)):
-            of_layers = [qdq.call(aten.select.int, state, 0, kind, like=node) for state in states]
-            results.append(of_layers[0] if len(of_layers) == 1 else qdq.call(aten.cat.default, of_layers, like=node))
-    for user in list(node.users):
-        number: Any = user.args[1]
-        user.replace_all_uses_with(results[number])
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
+class _Module:
+    """The layers of one operator, rewritten one after the other; `stored` are the constants of those before, by name."""
+
+    def __init__(self, model: fx.GraphModule, node: fx.Node, bits: int, stored: dict[str, fx.Node]) -> None:
+        self.model, self.node, self.bits, self.stored = model, node, bits, stored
+        self.cell = LAYERS[node.target]
+        self.given = arguments = qdq.schema_arguments(node)
+        self.states = arguments["hx"] if self.cell == "lstm" else [arguments["hx"]]
+        self.count, self.directions = arguments["num_layers"], 2 if arguments["bidirectional"] else 1
+        self.parameters = len(arguments["params"]) // self.count  # of a layer
+
+    def rewrite(self, is_float: Callable[[fx.Node], bool]) -> list[fx.Node]:
+        """Gives the layers that stay float."""
+        node, x, states, left = self.node, self.given["input"], [], []
+        stack = node.meta.get("nn_module_stack") or {}
+        with node.graph.inserting_before(node):
+            for number in range(self.count):
+                if self.count > 1:
+                    node.meta["nn_module_stack"] = _inside(
+                        stack, number
+                    )  # which all that is made for the layer is given
+                if is_float(node):
+                    x, after, layer = self._float_layer(number, x)
+                    left.append(layer)
+                else:
+                    x, after = self._layer(number, x)
+                states.append(after)
+            node.meta["nn_module_stack"] = stack
+            of_kinds = list(zip(*states, strict=True))
+            last = [of[0] if self.count == 1 else self._call(aten.cat.default, list(of)) for of in of_kinds]
+        _replace(node, [x, *last])
+        return left
+
+    def _call(self, target: Any, *arguments: Any) -> fx.Node:
+        return qdq.call(target, *arguments, like=self.node)
+
+    def _of(self, number: int) -> list[fx.Node]:
+        """A layer's parameters."""
+        found: list[fx.Node] = self.given["params"][number * self.parameters : (number + 1) * self.parameters]
+        return found
+
+    def _before(self, number: int) -> list[fx.Node]:
+        """The states that a layer begins with."""
+        if self.count == 1:
+            return list(self.states)
+        first, end = number * self.directions, (number + 1) * self.directions
+        return [self._call(aten.slice.Tensor, state, 0, first, end) for state in self.states]
+
+    def _float_layer(self, number: int, x: fx.Node) -> tuple[fx.Node, list[fx.Node], fx.Node]:
+        given, before = self.given, self._before(number)
+        directions = (1, 0.0, False, given["bidirectional"], given["batch_first"])
+        hx = before if self.cell == "lstm" else before[0]
+        arguments = (x, hx, self._of(number), given["has_biases"], *directions)
+        layer = self.node.graph.call_function(self.node.target, arguments)
+        qdq.copy_origin(layer, self.node)
+        width = self.directions * int(qdq.value(before[0]).shape[-1])
+        with fake_tensors.fake_mode(self.node.graph):  # in which the operator itself takes no open sizes
+            output = qdq.value(x).new_empty([*qdq.value(x).shape[:2], width])
+            layer.meta["val"] = (output, *(torch.empty_like(qdq.value(state)) for state in before))
+        first, *after = (self._call(operator.getitem, layer, i) for i in range(1 + len(before)))
+        return first, after, layer
+
+    def _layer(self, number: int, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+        """A layer's linear and its steps."""
+        parameters = self._of(number)
+        each = len(parameters) // self.directions
+        directions = [_Direction(*parameters[i : i + each]) for i in range(0, len(parameters), each)]
+        first = directions[0]
+        input_weight: fx.Node | None = first.input_weight
+        if len(directions) > 1:
+            both = torch.cat([_value(direction.input_weight) for direction in directions])
+            input_weight = self._store(first.input_weight, "both", both)
+        weight = torch.stack([_value(direction.weight) for direction in directions])
+        most = 2 ** (self.bits - 1) - 1
+        scale = (weight.abs().amax(-1) / most).clamp(min=_SMALLEST_SCALE)
+        integers = (weight / scale[..., None]).round().clamp(-most, most).to(torch.int8)
+        input_bias, bias = _biases(self.cell, directions, weight.shape[-1])
+        gates = self._call(aten.linear.default, x, input_weight, self._store(first.input_bias, "whole", input_bias))
+        constants = [
+            self._store(like, suffix, tensor)
+            for like, suffix, tensor in (
+                (first.weight, "int8", integers),
+                (first.weight, "scale", scale),
+                (first.bias, "new", bias),
+            )
+        ]
+        zeros = all(state.target is aten.zeros.default for state in self.states)
+        hidden, cell_state = (*([None] * len(self.states) if zeros else self._before(number)), None)[:2]
+        steps = self._call(RECURRENCE, self.cell, gates, hidden, cell_state, *constants, self.given["batch_first"])
+        output, after = (self._call(operator.getitem, steps, i) for i in range(2))
+        return output, [self._call(aten.select.int, after, 0, kind) for kind in range(state_count(self.cell))]
+
+    def _store(self, like: fx.Node | None, suffix: str, tensor: torch.Tensor | None) -> fx.Node | None:
+        if tensor is None or like is None:
+            return None
+        name = f"{like.target}_{suffix}"
+        if name not in self.stored:  # a module that is called twice has its constants once
+            self.stored[name] = qdq.store(self.model, name, tensor, self.node)
+        return self.stored[name]
 
 
 def _inside(stack: dict[str, Any], number: int) -> dict[str, Any]:
@@ -120,48 +196,13 @@ def _inside(stack: dict[str, Any], number: int) -> dict[str, Any]:
     return {**stack, f"{key}_l{number}": (f"{path}.l{number}", kind)}
 
 
-def _of_layer(state: fx.Node, number: int, directions: int, layers: int) -> fx.Node | None:
-    """What a layer's directions begin with; None for zeros."""
-    if state.target is aten.zeros.default:
-        return None
-    if layers == 1:
-        return state
-    return qdq.call(aten.slice.Tensor, state, 0, number * directions, (number + 1) * directions, like=state)
-
-
-def _layer(
-    model: fx.GraphModule,
-    node: fx.Node,
-    cell: str,
-    directions: list[_Direction],
-    x: fx.Node,
-    initial: list[fx.Node | None],
-    batch_first: bool,
-    bits: int,
-) -> fx.Node:
-    """One layer: its linear and its steps."""
-
-    def store(like: fx.Node | None, suffix: str, tensor: torch.Tensor | None) -> fx.Node | None:
-        return None if tensor is None or like is None else qdq.store(model, f"{like.target}_{suffix}", tensor, node)
-
-    first = directions[0]
-    input_weight: fx.Node | None = first.input_weight
-    if len(directions) > 1:
-        whole = torch.cat([_value(direction.input_weight) for direction in directions])
-        input_weight = store(input_weight, "both", whole)
-    weight = torch.stack([_value(direction.weight) for direction in directions])
-    most = 2 ** (bits - 1) - 1
-    scale = (weight.abs().amax(-1) / most).clamp(min=_SMALLEST_SCALE)
-    integers = (weight / scale[..., None]).round().clamp(-most, most).to(torch.int8)
-    input_bias, bias = _biases(cell, directions, weight.shape[-1])
-    gates = qdq.call(aten.linear.default, x, input_weight, store(first.input_bias, "whole", input_bias), like=node)
-    stored = (
-        store(first.weight, "int8", integers),
-        store(first.weight, "scale", scale),
-        store(first.bias, "new", bias),
-    )
-    hidden, cell_state = (*initial, None)[:2]
-    return qdq.call(RECURRENCE, cell, gates, hidden, cell_state, *stored, batch_first, like=node)
+def _replace(node: fx.Node, results: list[fx.Node]) -> None:
+    """Puts the results in the place of those that are picked from the node's."""
+    for user in list(node.users):
+        number: Any = user.args[1]
+        user.replace_all_uses_with(results[number])
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
 
 
 def _biases(cell: str, directions: list[_Direction], hidden: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -223,10 +264,8 @@ def _rewrite_cell(node: fx.Node) -> None:
         else:
             activation = aten.tanh.default if cell == "rnn_tanh" else aten.relu.default
             results = [call(activation, call(aten.add.Tensor, product, of_input))]
-    if cell != "lstm":
+    if cell == "lstm":
+        _replace(node, results)
+    else:
         node.replace_all_uses_with(results[0])
-    for user in list(node.users):
-        number: Any = user.args[1]
-        user.replace_all_uses_with(results[number])
-        node.graph.erase_node(user)
-    node.graph.erase_node(node)
+        node.graph.erase_node(node)
