@@ -64,8 +64,8 @@ def quantize(
             tensor counting as one argument, or of dictionaries of arguments by name; a DataLoader as it is, since what
             the model does not take, labels, is left out. Batches may differ in size from the example's. Required unless
             `dynamic`.
-        dynamic: quantize linears only, and compute scale and zero point of each of their inputs from its values at
-            every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
+        dynamic: quantize linears only, those of recurrent layers too, and compute scale and zero point of each of their
+            inputs from its values at every call. Needs no calibration, and suits transformers; convolutions stay float. "per_token" gives each
             row (along the last dimension) a scale of its own, which is more exact where rows differ in size; True is
             "per_tensor".
         exclude: what stays float: module names, glob patterns of them, or module types.
