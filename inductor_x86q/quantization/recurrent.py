@@ -140,7 +140,8 @@ class _Module:
         directions = (1, 0.0, False, given["bidirectional"], given["batch_first"])
         hx = before if self.cell == "lstm" else before[0]
         arguments = (x, hx, self._of(number), given["has_biases"], *directions)
-        layer = self.node.graph.call_function(self.node.target, arguments)
+        target: Any = self.node.target
+        layer = self.node.graph.call_function(target, arguments)
         qdq.copy_origin(layer, self.node)
         width = self.directions * int(qdq.value(before[0]).shape[-1])
         with fake_tensors.fake_mode(self.node.graph):  # in which the operator itself takes no open sizes
