@@ -31,7 +31,7 @@ DEQUANTIZE_CHANNEL = _q.dequantize_per_channel.default
 QUANTIZES = (QUANTIZE, QUANTIZE_TENSOR, _q.quantize_per_tensor.tensor2, QUANTIZE_CHANNEL)
 DEQUANTIZES = (DEQUANTIZE, DEQUANTIZE_TENSOR, _q.dequantize_per_tensor.tensor2, DEQUANTIZE_CHANNEL)
 
-# A scale and a zero point for each row. No kernel takes them: no pass but normalize knows of them.
+# A scale and a zero point for each row. No pass but normalize knows of them: it puts the scales behind the product.
 QUANTIZE_TOKEN = _q.quantize_per_token.default
 DEQUANTIZE_TOKEN = _q.dequantize_per_token.default
 

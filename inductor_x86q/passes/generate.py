@@ -166,7 +166,10 @@ def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
 
 def _converted(x: Any, dtype: torch.dtype, like: fx.Node) -> fx.Node:
     """The tensor in the type in which kernels read it."""
-    return x if qdq.value(x).dtype == dtype else qdq.call(CONVERT, x, dtype, like=like)
+    if qdq.value(x).dtype == dtype:
+        return x
+    constant = qdq.constant(x)
+    return qdq.call(CONVERT, x, dtype, like=like) if constant is None else qdq.new_constant(constant.to(dtype), like=like)
 
 
 def choice(node: fx.Node) -> tuple[str, str]:
@@ -176,10 +179,10 @@ def choice(node: fx.Node) -> tuple[str, str]:
     choices: list[cost.Choice] = [*given.kernels, *([cost.ONEDNN] if has_call else [])]
     names = [getattr(choice, "name", "the call") for choice in choices]
     if _is_timed(node.args[2]):
-        return "the fastest", f"timed when it is compiled: {' and '.join([', '.join(names[:-1]), names[-1]])}"
-    times = [f"{cost.microseconds(choice, given.convolution):.1f}" for choice in choices]
-    others = "".join(f"; {name} {time}" for name, time in zip(names[1:], times[1:], strict=True)).replace("; ", ", ")
-    return names[0], f"computed by {names[0]}, thought to take {times[0]} µs{others.replace(', ', '; ', 1)}"
+        return "the fastest", f"timed when it is compiled: {', '.join(names)}"
+    best, *others = (cost.microseconds(choice, given.convolution) for choice in choices)
+    slower = ", ".join(f"{name} {time:.1f}" for name, time in zip(names[1:], others, strict=True))
+    return names[0], f"computed by {names[0]}, thought to take {best:.1f} µs{f'; {slower}' if slower else ''}"
 
 
 def _is_timed(x: Any) -> bool:
