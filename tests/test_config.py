@@ -84,20 +84,26 @@ def test_the_more_specific_selector_wins() -> None:
     }  # fmt: skip
 
 
-def test_a_linear_that_reads_what_a_static_one_reads() -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.base, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+class Both(nn.Module):
+    """Two linears that read one value."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = torch.relu(self.base(x))
-            return self.a(x) + self.b(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.base(x))
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("mode", ["per_token", "float", "bfloat16"])
+def test_a_linear_that_reads_what_a_static_one_reads(mode: str) -> None:
+    """One that stays float reads the value before it is rounded, and is none that should have been int8."""
     model, x = Both().eval(), torch.randn(4, 8)
-    graph = inductor_x86q.quantize(model, (x,), calibration=[x], config={"b": "per_token"})
-    assert how(graph) == {"base": "static", "a": "static", "b": "per_token"}
+    graph = inductor_x86q.quantize(model, (x,), calibration=[x], config={"b": mode})
+    assert how(graph) == {"base": "static", "a": "static", "b": mode if mode == "per_token" else "float"}
     assert testing.snr(graph(x), model(x)) > 25
+    assert not inspection.run_fused(graph, (x,))[1].missed
 
 
 def test_dynamic_throughout_needs_no_data() -> None:
