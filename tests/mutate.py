@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import ctypes
 import dataclasses
 import os
 import random
@@ -163,6 +164,7 @@ def _tested(directory: str, tests: list[str], seconds: float) -> int | None:
     child = os.fork()
     if not child:
         os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with this process, however that ends
         os._exit(_run_pytest(directory, tests))
     end = time.monotonic() + seconds
     while time.monotonic() < end:

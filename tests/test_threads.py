@@ -16,7 +16,6 @@ import torch
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.pattern_matcher import PatternMatcherPass
-from torch._inductor.utils import run_and_get_code
 
 from inductor_x86q import No, Rule, StrictError, backend, inspection, register_pass, testing
 from inductor_x86q.inductor import wrapper_source
@@ -81,11 +80,11 @@ def stock_code(model: fx.GraphModule) -> list[str]:
     """
     with (
         torch.no_grad(),
-        torch._functorch.config.patch(enable_autograd_cache=False),
-        torch._inductor.config.patch(freezing=True, fx_graph_cache=False),
+        torch._inductor.config.patch(freezing=True),
+        wrapper_source.generated_code() as parts,
     ):
-        codes = run_and_get_code(lambda: compile_fx(copy.deepcopy(model), [X]))[1]
-    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
+        compile_fx(copy.deepcopy(model), [X])
+    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", part.code) for part in parts]
 
 
 def strictly_ours(model: fx.GraphModule) -> str:
