@@ -12,7 +12,7 @@ import inductor_x86q
 from inductor_x86q import cpu, inspection, testing
 from inductor_x86q.errors import QuantizationError
 
-ROWS, WIDTH = 3000, 64
+ROWS, WIDTH = 20_000, 64
 
 
 class Tables(nn.Module):
