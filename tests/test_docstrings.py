@@ -25,7 +25,7 @@ PUBLIC = {
 WITHOUT_EXAMPLE = {
     "CompileError", "No", "QuantizationError", "Rule", "testing.Compiled", "testing.PINNED", "testing.QConv1d",
     "testing.QConv2d", "testing.QConv3d", "testing.QLinear", "testing.assert_expected_cpp", "testing.compile_once",
-    "testing.float_calls", "testing.own_calls",
+    "testing.float_calls", "testing.int8_calls", "testing.own_calls",
 }  # fmt: skip
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
 
