@@ -61,10 +61,20 @@ class Kernel(Protocol):
     def source(self) -> str: ...
 
 
-_pool = ThreadPoolExecutor(os.cpu_count())
-_started: dict[Path, Future[None]] = {}
-_lock = threading.Lock()
 _ahead: ContextVar[bool] = ContextVar("objects are built ahead", default=False)
+_pool: ThreadPoolExecutor
+_started: dict[Path, Future[None]]
+_lock: threading.Lock
+
+
+def _begin() -> None:
+    """For a process, be it a copy of another: that has none of its threads, and what they had begun never ends in it."""
+    global _pool, _started, _lock
+    _pool, _started, _lock = ThreadPoolExecutor(os.cpu_count()), {}, threading.Lock()
+
+
+_begin()
+os.register_at_fork(after_in_child=_begin)
 
 
 def _builder(flags: str, name: str, sources: list[str], directory: str, *, link: bool = False) -> Any:
