@@ -71,6 +71,7 @@ class Soak:
         self.answers: dict[tuple[int, str, int, int], torch.Tensor] = {}
         self.waiting: queue.Queue[tuple[int, int, int]] = queue.Queue(BACKLOG)
         self.counts: Counter[str] = Counter()
+        self.largest = 0.0  # difference from a first answer, relative to the largest number in that
         self.over = threading.Event()
 
     def compiled(self, number: int) -> tuple[str, Run]:
@@ -111,6 +112,7 @@ class Soak:
             known = self.answers.setdefault((number, kind, rows, first), result)
             if known is not result and not torch.equal(known, result):
                 self.counts["wrong: not the first answer to this request"] += 1
+                self.largest = max(self.largest, (known - result).abs().max().item() / known.abs().max().item())
             if known is result and testing.snr(result, self.graphs[number](x)) < 30:
                 self.counts["wrong: not what the q/dq graph gives"] += 1
 
@@ -162,6 +164,7 @@ def main() -> int:
         after = resident_megabytes()
     for name, count in sorted(soak.counts.items()):
         print(f"{count:8} {name}")
+    print(f"answers differ from the first by up to {soak.largest:.2g}")
     print(f"memory: {before:.0f} MB after a tenth of {arguments.minutes:g} minutes, {after:.0f} MB at the end")
     return 1 if any(name.startswith(("wrong", "failed")) for name in soak.counts) else 0
 
