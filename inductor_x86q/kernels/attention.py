@@ -50,7 +50,8 @@ FLOATS = frozenset(name for name, meaning in FIELDS.items() if meaning.startswit
 
 
 def _member(name: str, meaning: str) -> str:
-    return f"    {'float' if name in FLOATS else 'int64_t'} {name};{f'  // {meaning}' if meaning else ''}\n"
+    type_, meaning = ("float", meaning[7:]) if name in FLOATS else ("int64_t", meaning)
+    return f"    {type_} {name};{f'  // {meaning}' if meaning else ''}\n"
 
 
 STRUCT = f"""\
@@ -103,6 +104,7 @@ class AttentionKernel:
         """A complete C++ translation unit, with the function `void NAME(PARAMETERS)`."""
         templates = library.namespace(self.isa, "attention")
         return f"""\
+#include <stdexcept>
 {STRUCT}{library.templates(self.isa, "attention", ("threads.h", "attention.h"))}\
 namespace {self.name}_ {{
 struct Kernel {{

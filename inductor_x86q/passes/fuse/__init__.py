@@ -1,7 +1,7 @@
 """The fuse stage: dequantize → operator → post-operations → quantize becomes one onednn call.
 
 It works from the inside out, a row at a time. `compute` turns a convolution or linear into a call with float output,
-`pool` an integer max pool into the library's, `attention` an attention into ours; `per_token` gives it the scales of its rows;
+`pool` an integer max pool into the library's, `attention` an attention into ours; `per_token` gives a linear its rows' scales;
 `post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
 """
 
