@@ -169,7 +169,9 @@ def _converted(x: Any, dtype: torch.dtype, like: fx.Node) -> fx.Node:
     if qdq.value(x).dtype == dtype:
         return x
     constant = qdq.constant(x)
-    return qdq.call(CONVERT, x, dtype, like=like) if constant is None else qdq.new_constant(constant.to(dtype), like=like)
+    return (
+        qdq.call(CONVERT, x, dtype, like=like) if constant is None else qdq.new_constant(constant.to(dtype), like=like)
+    )
 
 
 def choice(node: fx.Node) -> tuple[str, str]:
