@@ -330,19 +330,20 @@ def test_debug_dump(net: torch.fx.GraphModule, tmp_path: Path, monkeypatch: pyte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph0", "graph1"]
     names = sorted(path.name for path in (tmp_path / "graph0").iterdir())
     assert [name for name in names if name[0].isdigit()] == [
-        "0 before.txt",
-        "1 after normalize.txt",
-        "2 after propagate.txt",
-        "3 after channels.txt",
-        "4 after fuse compute.txt",
-        "5 after fuse post-ops.txt",
-        "6 after fuse output types.txt",
-        "7 after finish.txt",
-        "8 after images.txt",
-        "9 after generate.txt",
+        "00 before.txt",
+        "01 after normalize.txt",
+        "02 after propagate.txt",
+        "03 after channels.txt",
+        "04 after fuse compute.txt",
+        "05 after fuse per token.txt",
+        "06 after fuse post-ops.txt",
+        "07 after fuse output types.txt",
+        "08 after finish.txt",
+        "09 after images.txt",
+        "10 after generate.txt",
     ]
-    assert "onednn.qconv_pointwise.default" in (tmp_path / "graph0" / "5 after fuse post-ops.txt").read_text()
-    assert "onednn" not in (tmp_path / "graph0" / "2 after propagate.txt").read_text()
+    assert "onednn.qconv_pointwise.default" in (tmp_path / "graph0" / "06 after fuse post-ops.txt").read_text()
+    assert "onednn" not in (tmp_path / "graph0" / "02 after propagate.txt").read_text()
     assert "2 × convolution" in (tmp_path / "graph0" / "passes.txt").read_text()
     assert "rule 'addition': " in (tmp_path / "graph0" / "why.txt").read_text()
     assert Report.from_json((tmp_path / "graph0" / "report.json").read_text()).fused

@@ -2,8 +2,8 @@
 
 Each graph that is compiled gets a directory graph0, graph1, ... with
 
-    0 before.txt               the graph as Inductor gives it to the passes
-    1 after normalize.txt ...  the graph after each stage
+    00 before.txt              the graph as Inductor gives it to the passes
+    01 after normalize.txt ... the graph after each stage
     why.txt                    at the end of each stage, why each rule did not match the nodes that it looks at
     passes.txt                 each stage's time, and how often each of its rules matched
     report.txt, report.json    the report
@@ -109,7 +109,7 @@ class Dump:
         self._directory = directory
         self._count = 0
         self._why: list[Answer] = []
-        self._write("0 before.txt", text(graph) if directory else "")
+        self._write("00 before.txt", text(graph) if directory else "")
 
     @classmethod
     def from_environment(cls, graph: fx.Graph) -> Dump:
@@ -129,7 +129,7 @@ class Dump:
         if self._directory is None:
             return
         self._count += 1
-        self._write(f"{self._count} after {stage.replace(':', '')}.txt", text(graph))
+        self._write(f"{self._count:02} after {stage.replace(':', '')}.txt", text(graph))
         self._why += [a for a in answers(stage, [n for n in graph.nodes if n.op == "call_function"]) if a.rule]
 
     def finish(self, results: Sequence[StageResult], report: Report) -> None:
