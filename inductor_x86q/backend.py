@@ -42,7 +42,7 @@ def inductor_x86q(
     Args:
         mode: a mode of `torch.compile`.
         options: any Inductor option, and two of ours. `strict` (bool): raise StrictError when a layer that should run in
-            int8 does not. `kernels`: "auto", the default, lets a kernel of ours compute a layer where it is thought faster
+            int8 does not. `kernels`: "auto", the default, lets a kernel of ours compute a layer where that should be faster
             than oneDNN's operator, and in mode "max-autotune" where it was measured to be; "onednn" uses none of ours.
 
     Raises:

@@ -113,7 +113,7 @@ def test_the_default_mode_takes_what_the_cost_model_thinks_faster(monkeypatch: p
 
     monkeypatch.setattr(cost, "choose", lambda *layer: [cost.ONEDNN, *stock(*layer)])
     report = inductor_x86q.explain(q, (x,))
-    assert report.notes == ["layer is computed by oneDNN: the call is thought faster"]
+    assert report.notes == ["layer is computed by oneDNN: oneDNN is expected to be faster"]
 
 
 def test_calls_are_kept_where_they_are_asked_for() -> None:

@@ -62,7 +62,7 @@ def _find(node: fx.Node) -> _Layer | No:
         return No("no kernel is generated for an output scale so small beside those of input and weight")
     specification = Specification(convolution, epilogue)
     if specification.is_call and not call.is_per_token and not _is_timed(call.x):
-        return No("the call is thought faster")
+        return No("oneDNN is expected to be faster")
     return _Layer(weight, numbers, specification)
 
 
@@ -179,12 +179,12 @@ def choice(node: fx.Node) -> tuple[str, str]:
     given = Specification.read(str(node.args[1]))
     has_call = STANDS_FOR[node.target] not in per_token.TARGETS
     choices: list[cost.Choice] = [*given.kernels, *([cost.ONEDNN] if has_call else [])]
-    names = [getattr(choice, "name", "the call") for choice in choices]
+    names = [getattr(choice, "name", "oneDNN") for choice in choices]
     if _is_timed(node.args[2]):
         return "the fastest", f"timed when it is compiled: {', '.join(names)}"
     best, *others = (cost.microseconds(choice, given.convolution) for choice in choices)
     slower = ", ".join(f"{name} {time:.1f}" for name, time in zip(names[1:], others, strict=True))
-    return names[0], f"computed by {names[0]}, thought to take {best:.1f} µs{f'; {slower}' if slower else ''}"
+    return names[0], f"computed by {names[0]}, expected to take {best:.1f} µs{f'; {slower}' if slower else ''}"
 
 
 def _is_timed(x: Any) -> bool:

@@ -210,7 +210,7 @@ def facts(item: Item) -> list[tuple[str, str]]:
         time += " for the whole kernel" if time else ""
     elif isinstance(item, Fusion):
         first = [
-            ("kernel", item.kernel), ("computed by", item.computed_by or "the call"), ("computes", " → ".join([item.operator, *item.absorbed])), ("types", short_types(item)),
+            ("kernel", item.kernel), ("computed by", item.computed_by or "oneDNN"), ("computes", " → ".join([item.operator, *item.absorbed])), ("types", short_types(item)),
             ("input", grid(item.input_scale, item.input_zero_point, "scale computed at run time")),
             ("output", grid(item.output_scale, item.output_zero_point, item.output_dtype)),
         ]  # fmt: skip
