@@ -172,7 +172,7 @@ def output_types(code: str, layer: str) -> dict[str, str]:
     calls = cpp_text.only_layer(code, layer).split("\n\n")[0]  # then follow the generated kernels
     for line in calls.splitlines():
         for name in cpp_text.kernel_calls(f"inductor_entry_impl(\n    {line}\n"):
-            if name in testing.INT8_KERNELS:
+            if name in testing.code.INT8_KERNELS:
                 (found[name],) = (types[variable] for variable in re.findall(r"&(var_\d+)", line) if variable in types)
     return found
 
