@@ -27,16 +27,16 @@ def draw(tuning: Tuning, path: Path, title: str) -> None:
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     timed = all(step.milliseconds is not None for step in tuning.steps)
-    places = [step.milliseconds if timed else 100 * step.share_of_macs for step in tuning.steps]
+    places = [(step.milliseconds or 0.0) if timed else 100 * step.share_of_macs for step in tuning.steps]
     least = tuning.float_metric - tuning.max_drop
     within = [step.metric >= least for step in tuning.steps]
     for kept, colour, label in ((True, "#16803c", "within the budget"), (False, "#d11a2a", "outside of it")):
         chosen = [number for number, inside in enumerate(within) if inside is kept]
         if chosen:
             metrics = [tuning.steps[number].metric for number in chosen]
-            axes.scatter([places[number] for number in chosen], metrics, color=colour, label=label, zorder=3)  # type: ignore[arg-type]
+            axes.scatter([places[number] for number in chosen], metrics, color=colour, label=label, zorder=3)
     for place, step in zip(places, tuning.steps, strict=True):
-        axes.annotate(step.what, (place, step.metric), xytext=(5, 4), textcoords="offset points", fontsize=8)  # type: ignore[arg-type]
+        axes.annotate(step.what, (place, step.metric), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.axhline(tuning.float_metric, color="#5c6470", linewidth=1, label="float32")
     axes.axhline(least, color="#c2710c", linewidth=1, linestyle="--", label="the least that is allowed")
     axes.set_xlabel("milliseconds a call, as its layers take" if timed else "multiply-accumulates out of int8, %")
