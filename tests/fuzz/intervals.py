@@ -214,8 +214,7 @@ def _subtraction(target: Any, x: Any, y: Any) -> Interval:
 
 def _product(target: Any, x: Any, y: Any) -> Interval:
     x, y = _interval(x), _interval(y)
-    ends = torch.stack(torch.broadcast_tensors(x.low * y.low, x.low * y.high, x.high * y.low, x.high * y.high))
-    result = Interval(ends.amin(0), ends.amax(0)) if ends.numel() else Interval(ends[0], ends[0])
+    result = _ends(x, y)
     return result.widened(POINTWISE_ERROR * result.magnitude)
 
 
@@ -331,7 +330,7 @@ def _number(value: Any) -> Interval:
 def _ends(x: Interval, y: Interval) -> Interval:
     """The product, exactly."""
     ends = torch.stack(torch.broadcast_tensors(*(a * b for a in (x.low, x.high) for b in (y.low, y.high))))
-    return Interval(ends.amin(0), ends.amax(0))
+    return Interval(ends.amin(0), ends.amax(0)) if ends.numel() else Interval(ends[0], ends[0])
 
 
 def _cast(target: Any, x: Any, dtype: torch.dtype) -> Interval:
