@@ -237,7 +237,8 @@ def test_ranges_of_computed_quantizations_are_kept_and_unequal_zero_points_refus
     done = testing.compile_once(q, inputs)
     for output, expected in zip(done.outputs, reference, strict=True):
         testing.assert_same(output, expected)
-    assert testing.int8_calls(done.code) == {"qlinear": 1}
+    assert len(done.report.fused) == 1
+    assert sum(testing.int8_calls(done.code).values()) + sum(testing.own_calls(done.code).values()) == 1
     assert [(miss.reason, "zero point" in str(miss)) for miss in done.report.missed] == [(Reason.ACTIVATION_TYPE, True)]
 
 
