@@ -37,6 +37,7 @@ import torch
 from inductor_x86q import progress
 from inductor_x86q.report.tables import Column, Table, group, show
 from inductor_x86q.tools.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PACKAGE_VARIABLE, PEAK, PEAK_SIZE
+from inductor_x86q.tools.sequences import NETWORKS
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -66,7 +67,8 @@ class Settings:
 
     batch: int = 1
     threads: int = 2
-    size: int = 224
+    size: int = 224  # of images
+    length: int = 128  # of sequences
     seconds: float = 4.0  # of running, an engine
 
 
@@ -107,18 +109,20 @@ def worker() -> None:
 
 def _set_up(request: dict[str, Any]) -> tuple[Callable[[], torch.Tensor], dict[str, float]]:
     from inductor_x86q.testing import snr
-    from inductor_x86q.tools.zoo import build
+    from inductor_x86q.tools import sequences, zoo
 
     torch.set_num_threads(request["threads"])
     if request["engine"] == PEAK:
         return ENGINES[PEAK](torch.nn.Module(), torch.empty(0)), {"macs": PEAK_SIZE**3}
-    model = build(request["network"])
-    torch.manual_seed(1)
-    x = torch.randn(request["batch"], 3, request["size"], request["size"])
+    network, batch, size = request["network"], request["batch"], request["size"]
+    if network in sequences.NETWORKS:
+        model, x = sequences.build(network, batch, request["length"])
+    else:
+        model = zoo.build(network)
+        torch.manual_seed(1)
+        x = torch.randn(batch, 3, size, size)
     with torch.no_grad():
         reference, macs = _counted(model, x)
-        if request["channels_last"]:
-            x = x.to(memory_format=torch.channels_last)
     started = time.perf_counter()
     with torch.no_grad():
         run = ENGINES[request["engine"]](model, x)
@@ -168,7 +172,7 @@ class _Worker:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(settings.threads), **_cache_directory(caches)},
         )
-        request = {**dataclasses.asdict(settings), "engine": engine, "network": network, "channels_last": False}
+        request = {**dataclasses.asdict(settings), "engine": engine, "network": network}
         reply = self._ask(json.dumps(request))
         self.result.error = reply.get("error", "")
         if not self.result.error:
@@ -361,16 +365,17 @@ def add_command(commands: Any) -> None:
     """`x86q bench` on the command line."""
     parser = commands.add_parser(
         "bench",
-        help="engines against each other on torchvision's networks",
+        help="engines against each other, on torchvision's networks, text and recurrence",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"engines: {', '.join(ENGINES)}\nexit codes: 0 done, 1 an engine failed",
     )
-    parser.add_argument("network", nargs="+", help="names of torchvision models, e.g. resnet18 mobilenet_v2")
+    parser.add_argument("network", nargs="+", help=f"names of torchvision models, or {', '.join(NETWORKS)}")
     parser.add_argument("--engines", default=",".join(DEFAULT_ENGINES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--size", type=int, default=224, help="height and width of the images (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="tokens or steps of a sequence (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="to run each engine (default: %(default)s)")
     parser.add_argument("--starts", action="store_true", help="measure cold and warm starts, in caches of their own")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
@@ -384,7 +389,7 @@ def _command(parsed: Any) -> int:
     if unknown:
         print(f"x86q bench: unknown engine {unknown[0]!r}: expected one of {', '.join(ENGINES)}", file=sys.stderr)
         return 2
-    settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.seconds)
+    settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.length, parsed.seconds)
     table = run(parsed.network, engines, settings, starts=parsed.starts)
     show(text(table))
     if parsed.json:

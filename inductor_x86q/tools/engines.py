@@ -67,11 +67,11 @@ def _stock(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor
     return _inductor(convert_pt2e(prepared), x)
 
 
-def _ours(mode: str | None) -> Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.Tensor]]:
+def _ours(mode: str | None, dynamic: bool | str = False) -> Callable[..., Callable[[], torch.Tensor]]:
     def engine(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         from inductor_x86q import quantize
 
-        quantized = quantize(model, (x,), calibration=[x])
+        quantized = quantize(model, (x,), calibration=None if dynamic else [x], dynamic=dynamic)
         compiled = torch.compile(quantized, backend="inductor_x86q", mode=mode)
         return lambda: compiled(x)
 
@@ -107,7 +107,8 @@ def _openvino(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Ten
     import openvino
 
     converted = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
-    quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]))
+    kind = None if x.is_floating_point() else nncf.ModelType.TRANSFORMER
+    quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]), model_type=kind)
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     array = x.numpy()
 
@@ -118,7 +119,14 @@ def _openvino(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Ten
     return _at_first_call(start)
 
 
-def _onnxruntime(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _torch_dynamic(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """PyTorch's eager int8 modules."""
+    kinds = {torch.nn.Linear, torch.nn.LSTM, torch.nn.GRU}
+    quantized = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
+    return lambda: quantized(x)
+
+
+def _onnxruntime(model: torch.nn.Module, x: torch.Tensor, *, dynamic: bool = False) -> Callable[[], torch.Tensor]:
     import onnxruntime
     from onnxruntime import quantization
     from onnxruntime.quantization import shape_inference
@@ -136,16 +144,12 @@ def _onnxruntime(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], torch.
         source, prepared, target = (str(Path(directory) / f"{name}.onnx") for name in ("float", "prepared", "int8"))
         torch.onnx.export(model, (x,), source, input_names=["x"], dynamo=False)
         shape_inference.quant_pre_process(source, prepared)
-        quantization.quantize_static(
-            prepared,
-            target,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            reduce_range=not cpu.has_vnni(),
-        )
+        types = {"weight_type": quantization.QuantType.QInt8, "per_channel": True, "reduce_range": not cpu.has_vnni()}
+        if dynamic:
+            quantization.quantize_dynamic(prepared, target, **types)
+        else:
+            form = {"quant_format": quantization.QuantFormat.QDQ, "activation_type": quantization.QuantType.QUInt8}
+            quantization.quantize_static(prepared, target, Reader(), **form, **types)
         quantized = Path(target).read_bytes()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -179,10 +183,13 @@ ENGINES: dict[str, Callable[[torch.nn.Module, torch.Tensor], Callable[[], torch.
     "stock-int8": _stock,
     "x86q": _ours(None),
     "x86q-max-autotune": _ours("max-autotune-no-cudagraphs"),
+    "x86q-dynamic": _ours(None, "per_token"),
     "x86q-package": _package({}),
     "x86q-package-max-autotune": _package({"max_autotune": True}),
     "openvino-int8": _openvino,
     "onnxruntime-int8": _onnxruntime,
+    "onnxruntime-dynamic": functools.partial(_onnxruntime, dynamic=True),
+    "torch-dynamic": _torch_dynamic,
     PEAK: _int8_peak,
 }
 DEFAULT_ENGINES = ("eager", BASELINE, "stock-int8", "x86q")
