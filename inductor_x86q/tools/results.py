@@ -20,6 +20,7 @@ from xml.sax.saxutils import escape
 
 from inductor_x86q.tools import bench
 from inductor_x86q.tools.engines import BASELINE
+from inductor_x86q.tools.sequences import NETWORKS
 
 FOLDER = Path(__file__).parent / "benchmarks"
 ROOT = Path(__file__).parent.parent.parent
@@ -35,6 +36,9 @@ ENGINES = {
     "x86q-package-max-autotune": "x86q, package, `max-autotune`",
     "openvino-int8": "OpenVINO int8",
     "onnxruntime-int8": "ONNX Runtime int8",
+    "x86q-dynamic": "x86q, per token",
+    "onnxruntime-dynamic": "ONNX Runtime dynamic",
+    "torch-dynamic": "PyTorch's `quantize_dynamic`",
 }
 DRAWN = ("mobilenet_v2", "efficientnet_b0", "resnet50", "convnext_tiny")
 _BLOCK = re.compile(r"(<!-- python -m inductor_x86q.tools.results: ([\w-]+) -->\n).*?(<!-- -->)", re.DOTALL)
@@ -76,9 +80,13 @@ def means(body: dict[str, Any]) -> str:
     lines = []
     for ours, baseline in (
         ("x86q", "stock-int8"),
+        ("x86q", "openvino-int8"),
+        ("x86q", "onnxruntime-int8"),
+        ("x86q", BASELINE),
+        ("x86q-max-autotune", "x86q"),
         ("x86q-max-autotune", "openvino-int8"),
-        ("x86q-max-autotune", "onnxruntime-int8"),
-        ("x86q-max-autotune", BASELINE),
+        ("x86q-dynamic", "onnxruntime-dynamic"),
+        ("x86q-dynamic", "torch-dynamic"),
     ):
         mean = bench.geometric_means(table, baseline).get(ours)
         speeds = [b / a for a, b in ((_median(rows, ours), _median(rows, baseline)) for rows in table.values())]
@@ -167,7 +175,9 @@ def _where(body: dict[str, Any]) -> str:
     if settings := body.get("settings"):
         parts += [
             f"batch {settings['batch']}",
-            "{size}×{size} pixels".format(**settings),
+            ("{length} tokens or steps" if set(body["results"]) <= set(NETWORKS) else "{size}×{size} pixels").format(
+                **settings
+            ),
             f"{settings['threads']} threads",
         ]
     return ", ".join(parts)
