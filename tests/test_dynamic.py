@@ -19,7 +19,7 @@ import inductor_x86q
 from inductor_x86q import cpu, inspection, testing
 from inductor_x86q.errors import QuantizationError
 from inductor_x86q.graph.reasons import Reason
-from inductor_x86q.testing import QLinear
+from inductor_x86q.testing import QConv2d, QLinear
 
 F = nn.functional
 decomposed = torch.ops.quantized_decomposed
@@ -243,6 +243,34 @@ def test_ranges_of_computed_quantizations_are_kept_and_unequal_zero_points_refus
 
 
 # --- torchao's quantize_ ----------------------------------------------------------------------------------------------
+
+
+class KnownZeroPoint(nn.Module):
+    """A convolution and a linear that read what is quantized by a computed scale, and by a zero point that is a number."""
+
+    def __init__(self, zero_point: int) -> None:
+        super().__init__()
+        self.conv, self.linear, self.zero_point = QConv2d(8, 8, 3, padding=1), QLinear(8, 16), zero_point
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.flatten()[:1].abs().clamp(0.03, 0.09)
+        zero_point = torch.full_like(scale, self.zero_point, dtype=torch.int64)
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            integers = decomposed.quantize_per_tensor(x, scale, zero_point, 0, 127, torch.uint8)
+            return decomposed.dequantize_per_tensor(integers, scale, zero_point, 0, 127, torch.uint8)
+
+        return self.linear(rounded(self.conv(rounded(x)).movedim(1, -1)))
+
+
+@pytest.mark.parametrize("zero_point", [0, 63])
+def test_a_number_for_a_zero_point_beside_a_computed_scale(zero_point: int) -> None:
+    x = torch.linspace(-1, 1, 2 * 8 * 25).reshape(2, 8, 5, 5)
+    q = testing.qdq_graph(KnownZeroPoint(zero_point), (x,))
+    # A rounding that falls the other way moves one of the linear's inputs by a step.
+    done = testing.assert_close_to_reference(q, (x,), options={"strict": True}, min_snr=35)
+    if cpu.int8_lanes():
+        assert not testing.int8_calls(done.code) and sum(testing.own_calls(done.code).values()) == 2
 
 
 class Pair(nn.Module):

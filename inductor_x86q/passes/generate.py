@@ -133,13 +133,10 @@ def _obstacle(call: calls.Call) -> str:
 
 
 def _numbers(call: calls.Call) -> Numbers:
-    """Of a layer; of an input whose scale is computed at run time only a zero point that is known."""
+    """Of a layer; an input's scale and zero point that are computed at run time are arguments instead."""
     scale, binary = qdq.constant(call.weight_scale), call.binary
     assert scale is not None
-    known = qdq.constant(call.x_zero_point)
-    x_scale, x_zero_point = call.x_scale, call.x_zero_point
-    if not call.is_static:
-        x_scale, x_zero_point = 1.0, 0 if known is None else int(known)
+    x_scale, x_zero_point = (call.x_scale, call.x_zero_point) if call.is_static else (1.0, 0)
     return Numbers(
         *(x_scale, x_zero_point, scale, qdq.constant(call.bias)),
         *(call.output_scale, call.output_zero_point),

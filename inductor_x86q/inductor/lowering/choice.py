@@ -34,8 +34,7 @@ def _lower(target: Any, constants: Any, specification: str, *arguments: Any) -> 
     if chosen is None:
         forget(constants)
         return lowerings[target](*arguments)
-    zero_point = None if call.is_static or inputs.zero_points else call.x_zero_point
-    forget(call.weight, call.weight_scale, call.weight_zero_point, call.bias, zero_point)
+    forget(call.weight, call.weight_scale, call.weight_zero_point, call.bias)
     return computed(chosen.generate().output_node(), part)
 
 

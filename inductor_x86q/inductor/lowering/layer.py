@@ -141,13 +141,10 @@ def specified(
 
 
 def _computed_parameters(call: calls.Call) -> tuple[Pixels | None, Pixels | None]:
-    """The input's scales and zero points as they are computed at run time; a zero point that is known is among the constants."""
+    """The input's scales and zero points where they are tensors; the kernel reads them, also those that are constants."""
     if call.is_static:
         return None, None
-    zero_point: Any = call.x_zero_point
-    zero_point.realize()
-    is_known = buffer(zero_point).get_name() in V.graph.constants
-    return pixels(call.x_scale, "linear"), None if is_known else pixels(zero_point, "linear")
+    return pixels(call.x_scale, "linear"), pixels(call.x_zero_point, "linear")
 
 
 def _number(size: Any) -> int:
