@@ -75,7 +75,8 @@ def test_batch_and_tokens(dynamic: Any) -> None:
     calls, own = (sum(of(done.code).values()) for of in (testing.int8_calls, testing.own_calls))
     attention = not dynamic and cpu.int8_lanes() > 0
     assert (calls, own) == ((0, 4 + attention) if cpu.int8_lanes() else (4, 0))
-    assert all(not isinstance(size, int) for fusion in done.report.fused for size in fusion.output_shape[:-1])
+    layers = [fusion for fusion in done.report.fused if fusion.operator != "attention"]  # whose heads are known
+    assert all(not isinstance(size, int) for fusion in layers for size in fusion.output_shape[:-1])
     # A rounding that falls the other way changes a step of one input of a layer, no more.
     assert_serves(done, q, [torch.randn(b, t, WIDTH) for b, t in ((4, 9), (2, 5), (7, 33), (16, 16))], 40)
 
