@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import library, qdq
+from inductor_x86q.graph import qdq
+from inductor_x86q.graph.definitions import define
 from inductor_x86q.graph.qdq import QParams
 
 aten = torch.ops.aten
@@ -72,10 +73,10 @@ def _int8_attention(
     return quantized
 
 
-library.define(
+define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> Tensor", attention
 )
-library.define(
+define(
     "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float query_scale, int query_zero_point, "
     "float key_scale, int key_zero_point, float value_scale, int value_zero_point, bool is_causal, float scale, "
     "int largest, float output_scale, int output_zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor",

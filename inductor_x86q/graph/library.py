@@ -11,33 +11,23 @@ compute (`kernels.specification`), and then the arguments of the operator of the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from inductor_x86q.graph import per_token
+from inductor_x86q.graph.definitions import define
 
 onednn = torch.ops.onednn
 
 STANDS_FOR: dict[Any, Any] = {}  # our operator → the call
 GENERATED: dict[Any, Any] = {}  # the call → our operator
 
-_library = torch.library.Library("inductor_x86q", "DEF")
-
-
-def define(schema: str, function: Callable[..., torch.Tensor]) -> None:
-    """Defines an operator, which is what the function computes of the arguments in order."""
-    _library.define(schema)
-    _library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
-
-
 define("cat(Tensor[] images) -> Tensor", lambda images: torch.cat(images, 1))
 CAT = torch.ops.inductor_x86q.cat.default
 
 POOL = torch.ops.quantized.max_pool2d.default
-_library.define(str(POOL._schema).removeprefix("quantized::"))
-_library.impl("max_pool2d", POOL, "CompositeExplicitAutograd")
+define(str(POOL._schema).removeprefix("quantized::"), POOL)
 MAX_POOL = torch.ops.inductor_x86q.max_pool2d.default
 
 
@@ -76,8 +66,7 @@ def _define(call: Any) -> None:
     schema = str(call._schema).removeprefix("onednn::").replace("Tensor(a!)", "Tensor")
     schema = schema.replace("inductor_x86q::", "specified_")
     name = schema.split("(")[0]
-    _library.define(schema.replace("(", "(Tensor constants, str specification, ", 1))
-    _library.impl(name, functools.partial(_run, call), "CompositeExplicitAutograd")
+    define(schema.replace("(", "(Tensor constants, str specification, ", 1), functools.partial(_run, call))
     packet, overload = (*name.split("."), "default")[:2]
     operator = getattr(getattr(torch.ops.inductor_x86q, packet), overload)
     STANDS_FOR[operator], GENERATED[call] = call, operator

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from inductor_x86q.graph.definitions import LIBRARY, define
+
 onednn = torch.ops.onednn
 
 # What a kernel ends in, as oneDNN names it, from the value, the scalars and the algorithm.
@@ -80,14 +82,12 @@ def _define(overload: str, run: Callable[..., torch.Tensor]) -> Any:
     """The operator with the schema of that overload of oneDNN's."""
     like = getattr(onednn.qlinear_pointwise, overload)
     name = {"tensor": "linear_per_token", "binary_tensor": "linear_per_token.binary"}[overload]
-    _library.define(f"{name}{str(like._schema).removeprefix(f'onednn::qlinear_pointwise.{overload}')}")
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    define(f"{name}{str(like._schema).removeprefix(f'onednn::qlinear_pointwise.{overload}')}", run)
     # Shape and type are those of one scale for all rows.
-    _library.impl(name, like, "Meta")
+    LIBRARY.impl(name, like, "Meta")
     return getattr(torch.ops.inductor_x86q.linear_per_token, name.partition(".")[2] or "default")
 
 
-_library = torch.library.Library("inductor_x86q", "FRAGMENT")
 LINEAR = _define("tensor", _linear)
 LINEAR_WITH_ADDITION = _define("binary_tensor", _linear_with_addition)
 TARGETS = (LINEAR, LINEAR_WITH_ADDITION)

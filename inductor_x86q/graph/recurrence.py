@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-_library = torch.library.Library("inductor_x86q", "FRAGMENT")
+from inductor_x86q.graph.definitions import LIBRARY, define
 
 States = tuple[torch.Tensor, ...]
 
@@ -98,12 +98,13 @@ _ARGUMENTS = (
     "str cell, Tensor x, Tensor? hidden, Tensor? cell_state, Tensor weight, Tensor scale, Tensor? bias, "
     "bool batch_first"
 )
-_library.define(f"recurrence({_ARGUMENTS}) -> (Tensor, Tensor)")
-_library.impl("recurrence", _recurrence, "CompositeExplicitAutograd")
-torch.library.register_fake("inductor_x86q::recurrence", _shapes, lib=_library)
+define(f"recurrence({_ARGUMENTS}) -> (Tensor, Tensor)", _recurrence)
+torch.library.register_fake("inductor_x86q::recurrence", _shapes, lib=LIBRARY)
 RECURRENCE = torch.ops.inductor_x86q.recurrence.default
 
-_library.define(f"recurrence_packed(Tensor constants, str specification, {_ARGUMENTS}) -> (Tensor, Tensor)")
-_library.impl("recurrence_packed", lambda _, __, *arguments: _recurrence(*arguments), "CompositeExplicitAutograd")
-torch.library.register_fake("inductor_x86q::recurrence_packed", lambda _, __, *rest: _shapes(*rest), lib=_library)
+define(
+    f"recurrence_packed(Tensor constants, str specification, {_ARGUMENTS}) -> (Tensor, Tensor)",
+    lambda _, __, *arguments: _recurrence(*arguments),
+)
+torch.library.register_fake("inductor_x86q::recurrence_packed", lambda _, __, *rest: _shapes(*rest), lib=LIBRARY)
 PACKED_RECURRENCE = torch.ops.inductor_x86q.recurrence_packed.default
