@@ -118,9 +118,11 @@ def starts(body: dict[str, Any]) -> str:
 
 def compiling(body: dict[str, Any]) -> str:
     """Seconds from the float model to the first result, where they were measured."""
-    engines = ("stock-int8", "x86q", "x86q-max-autotune")
+    table = bench.from_json(body)
+    ran = {r.engine for results in table.values() for r in results}
+    engines = [engine for engine in ("stock-int8", "x86q", "x86q-max-autotune", "x86q-dynamic") if engine in ran]
     lines = []
-    for network, results in bench.from_json(body).items():
+    for network, results in table.items():
         seconds = {r.engine: r.compile_seconds for r in results if not math.isnan(r.compile_seconds)}
         if seconds:
             lines.append([network, *(f"{seconds[engine]:.0f}" if engine in seconds else "–" for engine in engines)])
@@ -190,7 +192,7 @@ def _section(name: str) -> str:
         shown = [coverage(body)]
     elif "budgets" in body:
         shown = [budgets(body)]
-    elif any("warm_seconds" in row for rows in body["results"].values() for row in rows):
+    elif any(row.get("warm_seconds") is not None for rows in body["results"].values() for row in rows):
         shown = [starts(body)]
     else:
         shown = [latency(body), means(body), compiling(body)]
