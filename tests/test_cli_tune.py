@@ -44,11 +44,12 @@ def test_a_model_within_a_budget(models: Path, capsys: pytest.CaptureFixture[str
     files = ["--json", "r.json", "--html", "r.html", "--output", "q.pt2"]
     assert cli.main([*TUNE, *BUDGET, *files]) == cli.DONE
     out, err = capsys.readouterr()
-    assert "depthwise" in out and "the same without a search: quantize(..., accuracy=['" in out
+    assert "the same without a search: quantize(..., accuracy=['" in out
     assert "random" not in err and "wrote q.pt2" in err
     tuning = Report.from_json((models / "r.json").read_text()).tuning
-    assert tuning is not None and tuning.moved[0].layer == "depthwise" and tuning.metric >= 0.68
-    assert "<td>depthwise</td>" in (models / "r.html").read_text()
+    assert tuning is not None and tuning.moved and tuning.metric >= 0.68
+    page = (models / "r.html").read_text()
+    assert all(moved.layer in out and f"<td>{moved.layer}</td>" in page for moved in tuning.moved)
     assert cli.main(["explain", "q.pt2", "--strict"]) == cli.DONE
 
 
