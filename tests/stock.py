@@ -9,8 +9,13 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 
+def comparable(code: str) -> str:
+    """Code without what differs from one compile to the next: paths, addresses, remarks."""
+    return re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code)
+
+
 def stock_code(model: torch.nn.Module, x: Any, freezing: bool = True) -> list[str]:
-    """What Inductor generates, without what differs from one compile to the next: paths, addresses, remarks.
+    """What Inductor generates, to be compared.
 
     The graph caches are off, since a hit generates nothing; compiled kernels are still found in theirs.
     """
@@ -21,4 +26,4 @@ def stock_code(model: torch.nn.Module, x: Any, freezing: bool = True) -> list[st
         torch._inductor.config.patch(freezing=freezing, fx_graph_cache=False),
     ):
         codes = run_and_get_code(torch.compile(model), x)[1]
-    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", code) for code in codes]
+    return [comparable(code) for code in codes]

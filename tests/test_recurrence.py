@@ -15,7 +15,7 @@ from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.graph.recurrence import RECURRENCE, state_count
 from inductor_x86q.inductor import objects
 from inductor_x86q.kernels import isa
-from inductor_x86q.kernels.recurrence import CELLS, FIELDS, Recurrence
+from inductor_x86q.kernels.recurrence import CELLS, FIELDS, Kernel, Recurrence
 
 pytestmark = pytest.mark.skipif(not cpu.int8_lanes(), reason="this CPU has no AVX2")
 EXACT = 60.0  # dB against the q/dq graph: floats differ in their last bits, and a state is rounded the other way now and then
@@ -67,7 +67,9 @@ def test_a_kernel_computes_what_the_operator_says(name: str, cell: str) -> None:
         sizes = dict(steps=steps, batch=batch, hidden=hidden, directions=directions, threads=threads)
         sizes |= dict(x_step=width if batch_first else batch * width, x_row=steps * width if batch_first else width)
         sizes |= dict(out_step=out if batch_first else batch * out, out_row=steps * out if batch_first else out)
-        result, after = run_kernel(given.kernel(name), given, x, states, given.constants(weight, scale, bias), sizes)
+        result, after = run_kernel(
+            Kernel(name, given.cell, given.fits_16), given, x, states, given.constants(weight, scale, bias), sizes
+        )
         if not steps:
             continue
         expected = RECURRENCE(cell, x, *(*states, None)[:2], weight, scale, bias, batch_first)

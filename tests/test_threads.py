@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import copy
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from inductor_x86q import No, Rule, StrictError, backend, inspection, register_p
 from inductor_x86q.inductor import wrapper_source
 from inductor_x86q.inductor.patches.patch import Patch, Scope
 from inductor_x86q.testing import QConv2d, QLinear, quantize_dequantize
+from tests.stock import comparable
 
 SECONDS = 120  # after which a test fails that waits for the other thread
 
@@ -74,7 +74,7 @@ def pause() -> Iterator[Pause]:
 
 
 def stock_code(model: fx.GraphModule) -> list[str]:
-    """What Inductor generates with the global freezing flag, without what differs from one compile to the next.
+    """What Inductor generates with the global freezing flag, to be compared.
 
     Not through Dynamo, where it would wait for ours: as somebody compiles ahead of time.
     """
@@ -84,7 +84,7 @@ def stock_code(model: fx.GraphModule) -> list[str]:
         wrapper_source.generated_code() as parts,
     ):
         compile_fx(copy.deepcopy(model), [X])
-    return [re.sub(r"(/[^\s'\"]*|0x[0-9a-f]+|# .*)", "", part.code) for part in parts]
+    return [comparable(part.code) for part in parts]
 
 
 def strictly_ours(model: fx.GraphModule) -> str:

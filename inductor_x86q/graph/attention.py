@@ -129,6 +129,6 @@ def read(node: fx.Node) -> Attention:
 
 def macs(node: fx.Node) -> int | None:
     """Multiply-accumulates of queries with keys and of weights with values; None where a size is not known."""
-    query, key, value = (qdq.value(argument).shape for argument in node.args[:3])
+    query, key, value = (qdq.value(argument).shape for argument in [*qdq.schema_arguments(node).values()][:3])
     total = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     return int(total) if isinstance(total, int) else None

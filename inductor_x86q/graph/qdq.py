@@ -21,6 +21,7 @@ fake_tensors.register_quantized_decomposed()
 fake_tensors.register_primitives()
 _q = torch.ops.quantized_decomposed
 
+SMALLEST_SCALE = 2.0**-24  # of values that are all zeros, where nobody else says
 QUANTIZE = _q.quantize_per_tensor.default
 DEQUANTIZE = _q.dequantize_per_tensor.default
 QUANTIZE_TENSOR = _q.quantize_per_tensor.tensor

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from inductor_x86q.graph.definitions import LIBRARY, define
+from inductor_x86q.graph.qdq import SMALLEST_SCALE
 
 States = tuple[torch.Tensor, ...]
 
@@ -49,7 +50,7 @@ def state_count(cell: str) -> int:
 
 def _product(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The hidden state, each row rounded to -127 … 127, by the weight; sums of its integers are exact as a rule."""
-    largest = hidden.abs().amax(-1, keepdim=True).clamp(min=2.0**-24)
+    largest = hidden.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_SCALE)
     rounded = (hidden * (127 / largest)).round()
     return (rounded @ weight) * (scale[:, None] * (largest / 127))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from inductor_x86q.kernels import library
+
 if TYPE_CHECKING:
     from inductor_x86q.kernels.convolution import Convolution
 
@@ -47,15 +49,7 @@ FIELDS: dict[str, str] = {
     "x_zero_points_step": "1: each pixel has a zero point",
 }
 
-_MEMBERS = "".join(f"    int64_t {name};{f'  // {meaning}' if meaning else ''}\n" for name, meaning in FIELDS.items())
-STRUCT = f"""\
-#ifndef X86Q_HAS_ARGUMENTS
-#define X86Q_HAS_ARGUMENTS
-#include <cstdint>
-struct X86qArguments {{
-{_MEMBERS}}};
-#endif
-"""
+STRUCT = library.struct("X86qArguments", FIELDS)
 
 Size = int | str  # a number, or the C++ that gives one when it runs
 

@@ -49,19 +49,7 @@ FIELDS: dict[str, str] = {
 FLOATS = frozenset(name for name, meaning in FIELDS.items() if meaning.startswith("float"))
 
 
-def _member(name: str, meaning: str) -> str:
-    type_, meaning = ("float", meaning[7:]) if name in FLOATS else ("int64_t", meaning)
-    return f"    {type_} {name};{f'  // {meaning}' if meaning else ''}\n"
-
-
-STRUCT = f"""\
-#ifndef X86Q_HAS_ATTENTION_ARGUMENTS
-#define X86Q_HAS_ATTENTION_ARGUMENTS
-#include <cstdint>
-struct X86qAttention {{
-{"".join(_member(name, meaning) for name, meaning in FIELDS.items())}}};
-#endif
-"""
+STRUCT = library.struct("X86qAttention", FIELDS, FLOATS)
 
 PARAMETERS = (
     "const void* query, const void* key, const void* value, const void* mask, void* out, const X86qAttention* arguments"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 
 from inductor_x86q.kernels.isa import ISAS
@@ -25,6 +25,15 @@ def templates(isa: str, kind: str, files: Sequence[str]) -> str:
     A C++ file may hold it more than once.
     """
     return _once("prelude", _text("prelude.h")) + _once(f"{isa}_{kind}", _library(isa, kind, tuple(files)))
+
+
+def struct(name: str, fields: Mapping[str, str], floats: Collection[str] = ()) -> str:
+    """The C++ of what a kernel is told at a call: `fields` in order, with what each is; int64 but for `floats`."""
+    members = "".join(
+        f"    {'float' if field in floats else 'int64_t'} {field};{f'  // {meaning}' if meaning else ''}\n"
+        for field, meaning in fields.items()
+    )
+    return _once(name.removeprefix("X86q"), f"#include <cstdint>\nstruct {name} {{\n{members}}};\n")
 
 
 def _once(name: str, text: str) -> str:

@@ -8,7 +8,8 @@ import json
 import torch
 from torch.nn import functional
 
-from inductor_x86q.kernels import library
+from inductor_x86q import cpu
+from inductor_x86q.kernels import isa, library
 from inductor_x86q.kernels.epilogue import flag
 
 # The C++ of each cell, and how many gates it has.
@@ -27,15 +28,7 @@ FIELDS: dict[str, str] = {
     "out_row": "",
     "threads": "0: as many as there are",
 }
-_MEMBERS = "".join(f"    int64_t {name};{f'  // {meaning}' if meaning else ''}\n" for name, meaning in FIELDS.items())
-STRUCT = f"""\
-#ifndef X86Q_HAS_RECURRENCE
-#define X86Q_HAS_RECURRENCE
-#include <cstdint>
-struct X86qRecurrence {{
-{_MEMBERS}}};
-#endif
-"""
+STRUCT = library.struct("X86qRecurrence", FIELDS)
 PARAMETERS = (
     "const float* x, const float* hidden, const float* cell, const int8_t* constants, float* out, float* states, "
     "const X86qRecurrence* sizes"
@@ -100,8 +93,9 @@ class Recurrence:
     def read(text: str) -> Recurrence:
         return Recurrence(**json.loads(text))
 
-    def kernel(self, isa: str) -> Kernel:
-        return Kernel(isa, self.cell, self.fits_16)
+    def kernel(self) -> Kernel:
+        """The one for this CPU."""
+        return Kernel(isa.best(cpu.usable_flags(), self.lanes), self.cell, self.fits_16)
 
     def macs(self) -> int:
         """Of a row and a step."""

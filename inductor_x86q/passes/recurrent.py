@@ -12,7 +12,6 @@ from inductor_x86q.graph import qdq
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.graph.recurrence import PACKED_RECURRENCE, RECURRENCE
 from inductor_x86q.inductor import objects
-from inductor_x86q.kernels import isa
 from inductor_x86q.kernels.recurrence import Kernel, Recurrence
 from inductor_x86q.passes.stage import Rule
 
@@ -43,11 +42,7 @@ def _find(node: fx.Node) -> _Layer | No:
 def kernel(node: fx.Node) -> Kernel | None:
     """The kernel that computes the steps; None where Inductor calls the operator itself."""
     found = _find(node)
-    return None if isinstance(found, No) else _chosen(found.recurrence)
-
-
-def _chosen(recurrence: Recurrence) -> Kernel:
-    return recurrence.kernel(isa.best(cpu.usable_flags(), recurrence.lanes))
+    return None if isinstance(found, No) else found.recurrence.kernel()
 
 
 def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
@@ -55,7 +50,7 @@ def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
     from inductor_x86q.inductor.lowering import recurrent  # noqa: F401  registers with Inductor, which is slow to import
 
     given = layer.recurrence
-    objects.start([_chosen(given)])
+    objects.start([given.kernel()])
     constants = qdq.new_constant(given.constants(layer.weight, layer.scale, layer.bias), like=node)
     new = node.graph.call_function(PACKED_RECURRENCE, (constants, given.text(), *node.args))
     new.meta.update(node.meta)

@@ -9,12 +9,13 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import qdq
+from inductor_x86q.graph.attention import SPELLINGS
+from inductor_x86q.graph.operators import RESHAPES
 from inductor_x86q.inductor import fake_tensors
 
 aten = torch.ops.aten
 
-SDPA = aten.scaled_dot_product_attention.default
-_VIEWS = (aten.view.default, aten.reshape.default)
+(SDPA,) = SPELLINGS
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 # What may stand between softmax and value: nothing, in eval mode and in single precision.
@@ -102,7 +103,7 @@ def _scores(node: fx.Node) -> _Scores | None:
 def _without_windows(node: fx.Node) -> tuple[fx.Node, _Windows | None]:
     """The scores that masks of windows are added to, in a view (images, windows, heads, rows, rows), and these."""
     chain = [node]
-    for target in (_VIEWS, (aten.add.Tensor,), _VIEWS):
+    for target in (RESHAPES, (aten.add.Tensor,), RESHAPES):
         if chain[-1].target not in target or chain[-1].kwargs or not qdq.only_user(chain[-1]):
             return node, None
         chain.append(qdq.operand(chain[-1]))

@@ -63,7 +63,7 @@ def quantize_per_token(converted: fx.GraphModule) -> None:
         with graph.inserting_before(node):
             # Scaled first, a row's largest value is its scale: one loop finds that, the next one quantizes the row.
             steps = call(aten.mul.Tensor, call(aten.abs.default, x), 1 / (high - middle))
-            scales = call(aten.amax.default, call(aten.clamp_min.default, steps, _SMALLEST_SCALE), [-1], True)
+            scales = call(aten.amax.default, call(aten.clamp_min.default, steps, qdq.SMALLEST_SCALE), [-1], True)
             zero_points = call(aten.full_like.default, scales, middle)
             arguments = (scales, zero_points, low, high, parameters.dtype)
             integers = call(qdq.QUANTIZE_TOKEN, x, *arguments)
@@ -94,9 +94,6 @@ def convert_to_bfloat16(converted: fx.GraphModule) -> None:
         qdq.copy_origin(widened, node)
         node.replace_all_uses_with(widened, delete_user_cb=lambda user, widened=widened: user is not widened)
     converted.recompile()
-
-
-_SMALLEST_SCALE = 2.0**-24  # of a row of zeros
 
 
 def freeze_parameters(quantized: QuantizedGraph) -> None:

@@ -15,6 +15,7 @@ from torch import fx
 
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.operators import CONVERT
+from inductor_x86q.quantization import rows
 
 aten = torch.ops.aten
 BAG = aten.embedding_bag.padding_idx
@@ -59,9 +60,7 @@ def _store(model: fx.GraphModule, source: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The integers of a table, and the scales of its rows, in front of all that reads them."""
     table = qdq.constant(source)
     assert table is not None
-    table = table.detach()
-    scale = (table.abs().amax(1, keepdim=True) / 127).clamp(min=2.0**-24)
-    integers = (table / scale).round().clamp(-127, 127).to(torch.int8)
+    integers, scale = rows.rounded(table.detach(), 127)
     name = str(source.target)
     return qdq.store(model, f"{name}_int8", integers, source), qdq.store(model, f"{name}_scale", scale, source)
 

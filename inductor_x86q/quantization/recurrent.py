@@ -20,6 +20,7 @@ from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.graph.recurrence import RECURRENCE, state_count
 from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.quantization import rows
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -36,7 +37,6 @@ CELLS: dict[Any, str] = {
     aten.rnn_tanh_cell.default: "rnn_tanh",
     aten.rnn_relu_cell.default: "rnn_relu",
 }
-_SMALLEST_SCALE = 2.0**-24  # of a row of zeros
 
 
 def rewrite(model: fx.GraphModule, is_float: Callable[[fx.Node], bool], *, bits: int) -> list[fx.Node]:
@@ -105,9 +105,8 @@ class _Module:
         with node.graph.inserting_before(node):
             for number in range(self.count):
                 if self.count > 1:
-                    node.meta["nn_module_stack"] = _inside(
-                        stack, number
-                    )  # which all that is made for the layer is given
+                    # Which all that is made for the layer is given.
+                    node.meta["nn_module_stack"] = _inside(stack, number)
                 if is_float(node):
                     x, after, layer = self._float_layer(number, x)
                     left.append(layer)
@@ -161,16 +160,14 @@ class _Module:
             both = torch.cat([_value(direction.input_weight) for direction in directions])
             input_weight = self._store(first.input_weight, "both", both)
         weight = torch.stack([_value(direction.weight) for direction in directions])
-        most = 2 ** (self.bits - 1) - 1
-        scale = (weight.abs().amax(-1) / most).clamp(min=_SMALLEST_SCALE)
-        integers = (weight / scale[..., None]).round().clamp(-most, most).to(torch.int8)
+        integers, scale = rows.rounded(weight, 2 ** (self.bits - 1) - 1)
         input_bias, bias = _biases(self.cell, directions, weight.shape[-1])
         gates = self._call(aten.linear.default, x, input_weight, self._store(first.input_bias, "whole", input_bias))
         constants = [
             self._store(like, suffix, tensor)
             for like, suffix, tensor in (
                 (first.weight, "int8", integers),
-                (first.weight, "scale", scale),
+                (first.weight, "scale", scale.squeeze(-1)),
                 (first.bias, "new", bias),
             )
         ]

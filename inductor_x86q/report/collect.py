@@ -122,13 +122,6 @@ def _macs(node: fx.Node) -> int | None:
     return _MACS[role(node)](node) if role(node) in _MACS else node.meta.get("x86q_macs") or compute.macs(node)
 
 
-def _attention_macs(node: fx.Node) -> int | None:
-    """Of queries with keys (…, queries, width) and of their weights with values."""
-    query, key = (qdq.value(argument).shape for argument in factors(node))
-    total = 2 * math.prod(query) * key[-2]
-    return int(total) if isinstance(total, int) else None
-
-
 def _recurrent_macs(node: fx.Node) -> int | None:
     """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
     arguments = qdq.schema_arguments(node)
@@ -138,7 +131,7 @@ def _recurrent_macs(node: fx.Node) -> int | None:
 
 
 _MACS: dict[Any, Callable[[fx.Node], int | None]] = {
-    Role.ATTENTION: _attention_macs, Role.RECURRENT: _recurrent_macs,
+    Role.ATTENTION: attention.macs, Role.RECURRENT: _recurrent_macs,
 }  # fmt: skip
 
 

@@ -15,14 +15,12 @@ from torch._inductor.lowering import register_lowering, to_dtype
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
-from inductor_x86q import cpu
 from inductor_x86q.graph.recurrence import PACKED_RECURRENCE
 from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.choice import forget
 from inductor_x86q.inductor.lowering.placement import buffer, ints, laid_out
 from inductor_x86q.inductor.lowering.template import Template, computed
 from inductor_x86q.inductor.patches.linked_objects import mark
-from inductor_x86q.kernels import isa
 from inductor_x86q.kernels.recurrence import FIELDS, PARAMETERS, STRUCT, Kernel, Recurrence
 
 
@@ -103,7 +101,7 @@ def _lower(
         **_strides("x", x_row, steps, batch, batch_first),
         **_strides("out", out_row, steps, batch, batch_first),
     }
-    kernel = given.kernel(isa.best(cpu.usable_flags(), given.lanes))
+    kernel = given.kernel()
     template = _Steps({**tensors, "constants": constants}, layout, kernel, sizes, given.macs())
     whole = computed(template.generate().output_node(), None)
     return _part(whole, output, 0), _part(whole, states, sympy_product(output))

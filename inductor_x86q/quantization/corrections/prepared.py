@@ -196,7 +196,7 @@ def fake_quantize(observer: Any, x: torch.Tensor, per_token: bool = False) -> to
     if getattr(observer, "is_dynamic", False):
         if per_token:
             middle = (low + high + 1) // 2
-            scale = (x.abs().amax(-1, keepdim=True) / (high - middle)).clamp_min(2.0**-24)
+            scale = (x.abs().amax(-1, keepdim=True) / (high - middle)).clamp_min(qdq.SMALLEST_SCALE)
             return (torch.round(x / scale) + middle).clamp(low, high).sub(middle) * scale
         smallest, largest = min(0.0, float(x.min())), max(0.0, float(x.max()))
         scale_of_all = max((largest - smallest) / (high - low), observer.eps)
