@@ -56,9 +56,8 @@ class Call:
     output_zero_point: int = 0
     unary: Unary = Unary()
     binary: Binary | None = None
-    is_per_token: bool = (
-        False  # scale and zero point are tensors, of one element for each row; zero points may be one for all
-    )
+    # Scale and zero point are tensors, of one element for each row; zero points may be one for all.
+    is_per_token: bool = False
 
     @property
     def kernel(self) -> str:

@@ -15,8 +15,9 @@ from inductor_x86q.kernels.isa import ISAS
 __all__ = ["STRUCT", "Kernel", "Taps", "arguments", "candidates", "translation_unit"]
 
 # Rows by columns of the blocks of sums that the vector registers hold beside a vector of each column and one input, by the
-# number of registers, the usual ones first. More than four columns are not rounded to bytes together. Few, since each is compiled for every epilogue: on
-# the layers of `measurements.json` (8, 3), (12, 2), (10, 2) and (14, 1) would gain 0.1 % of the time.
+# number of registers, the usual ones first. More than four columns are not rounded to bytes together. Few, since each is
+# compiled for every epilogue: on the layers of `measurements.json` (8, 3), (12, 2), (10, 2) and (14, 1) would gain 0.1 % of
+# the time.
 BLOCKS = {
     16: ((3, 4), (4, 3), (6, 2), (12, 1)),
     32: ((6, 4), (14, 2), (7, 1), (9, 3), (7, 3)),
