@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +105,41 @@ def test_the_faster_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = testing.assert_close_to_reference(q, (torch.randn(1, 8, 6, 6),), mode=MODE)
     assert sum(testing.int8_calls(compiled.code).values()) == 1
     assert "X86qArguments" not in compiled.code
+
+
+class Timed:
+    """A choice that takes so long."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self._milliseconds = milliseconds
+
+    def runner(self, values: Any, out: Any) -> Callable[[], float]:
+        return lambda: self._milliseconds
+
+
+@pytest.mark.parametrize(("usual", "other", "taken"), [(1.03, 1.0, "usual"), (1.1, 1.0, "other"), (0.9, 1.0, "usual")])
+def test_timing_has_to_be_clear_and_undisturbed(
+    monkeypatch: pytest.MonkeyPatch, usual: float, other: float, taken: str
+) -> None:
+    """What is taken without timing stays where another choice is as good, and nothing is timed beside a compiler."""
+    from inductor_x86q.inductor import objects
+    from inductor_x86q.inductor.lowering import tuning
+
+    compiler: Future[None] = Future()
+    monkeypatch.setattr(objects, "_started", {Path("kernel.o"): compiler})
+    timed: list[bool] = []
+
+    def fastest(run: Callable[[], float], seconds: float) -> float:
+        timed.append(compiler.done())
+        return run()
+
+    monkeypatch.setattr(tuning, "_fastest", fastest)
+    choices = {name: Timed(time) for name, time in (("usual", usual), ("other", other))}
+    contest = tuning.Contest(list(choices.values()), usual=choices["usual"])  # type: ignore[arg-type]
+    threading.Timer(0.05, compiler.set_result, [None]).start()
+    times = {name: contest.milliseconds(choice, [], torch.empty(0)) for name, choice in choices.items()}  # type: ignore[arg-type]
+    assert min(times, key=times.__getitem__) == taken
+    assert timed and all(timed)
 
 
 @needs_avx2

@@ -12,6 +12,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -182,6 +183,13 @@ def start(kernels: Iterable[Kernel]) -> None:
     if _ahead.get():
         for kernel in kernels:
             _start(file(kernel))
+
+
+def wait() -> None:
+    """Until no compiler that this process has begun is at work; what one of them says is for who needs its object."""
+    with _lock:
+        started = list(_started.values())
+    futures.wait(started)
 
 
 def load(kernel: Kernel) -> Any:
