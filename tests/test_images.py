@@ -260,3 +260,33 @@ def test_average_pools_that_are_left_to_inductor() -> None:
     images = ([torch.randn(shape) for shape, _ in LEFT_TO_INDUCTOR.values()],)
     compiled = testing.assert_close_to_reference(testing.qdq_graph(LeftToInductor(), images), images, step=0.02)
     assert "both += pairs" not in compiled.code
+
+
+class Gates(nn.Module):
+    """Images whose channels are scaled, as squeeze-and-excitation scales them: by what is computed, by a constant, one pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("constant", torch.rand(1, 32, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        image, mean = QD(x), QD(x.mean((2, 3), keepdim=True), 0.05, 20)
+        first, second = QD(F.hardsigmoid(mean), 1 / 255, 0), torch.sigmoid(mean)
+        return [
+            QD(image * first, 0.013),
+            QD(second * image, 0.012),
+            QD(image * self.constant, 0.011),
+            QD(mean * second),
+        ]
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_factors_of_channels_are_computed_once(is_open: bool) -> None:
+    x = torch.randn(2, 32, 6, 5)
+    dynamic = ({0: torch.export.Dim("n", min=2, max=64)},) if is_open else None
+    q = testing.qdq_graph(Gates(), (x,), dynamic_shapes=dynamic)
+    compiled = testing.compile_once(q, (x,))
+    for actual, expected in zip(compiled.outputs, q(x), strict=True):
+        assert torch.equal(actual, expected)
+    # It stands once, in a loop over the channels, which also has the single pixel's product.
+    assert compiled.code.count(".exp()") == 1

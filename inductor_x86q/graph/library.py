@@ -1,7 +1,8 @@
 """Operators of ours: on int8 images, and those that stand for a call of oneDNN and bring what a kernel needs instead.
 
 `inductor_x86q::cat` joins the channels of images, `inductor_x86q::max_pool2d` is `quantized::max_pool2d`, and
-`inductor_x86q::avg_pool2d` is a dequantize, `aten::avg_pool2d` without `ceil_mode`, and a quantize.
+`inductor_x86q::avg_pool2d` is a dequantize, `aten::avg_pool2d` without `ceil_mode`, and a quantize. `inductor_x86q::materialize`
+is a tensor, of whatever type, as a buffer of its own.
 
 `inductor_x86q::qconv_pointwise` and its family take what a kernel of ours reads of a layer, the text of what it has to
 compute (`kernels.specification`), and then the arguments of the operator of the same name in `torch.ops.onednn`; those of
@@ -49,6 +50,9 @@ define(
     lambda x, scale, zero_point, *rest: _avg_pool2d(x, scale, zero_point, rest[:5], rest[5:]),
 )
 AVERAGE_POOL = torch.ops.inductor_x86q.avg_pool2d.default
+
+define("materialize(Tensor x) -> Tensor", torch.clone)
+MATERIALIZE = torch.ops.inductor_x86q.materialize.default
 
 
 def _run(call: Any, constants: Any, specification: str, *arguments: Any) -> torch.Tensor:

@@ -56,7 +56,8 @@ FINISH = Stage("finish", [*finish.RULES, *recurrent.RULES], "The graph is legal 
 IMAGES = Stage(
     "images",
     [*images.RULES],
-    "Every cat and pool of int8 images of known sizes is ours, and no cat repeats what another one joins.",
+    "Every cat and pool of int8 images of known sizes is ours, no cat repeats what another one joins, and factors of channels are "
+    "computed once.",
 )
 GENERATE = Stage(
     "generate",
