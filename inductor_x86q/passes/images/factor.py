@@ -1,6 +1,6 @@
 """Factors of channels, part of the images stage: what an int8 image's channels are scaled by is computed once.
 
-Such are the gates of squeeze-and-excitation. Inductor would compute a gate's sigmoid and quantize anew at each pixel.
+Such are the gates of squeeze-and-excitation. Inductor would compute a hard sigmoid and its quantize anew at each pixel.
 """
 
 from __future__ import annotations
