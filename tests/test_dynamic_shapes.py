@@ -124,6 +124,37 @@ def test_batches_of_one_and_of_sixteen_where_the_size_is_unbacked(kernels: str) 
     assert_serves(done, q, inputs, 40)
 
 
+class Halves(nn.Module):
+    """The second half of a batch begins where only its size says; a layer reads each, of images or of rows."""
+
+    def __init__(self, whole: nn.Module, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.whole, self.first, self.second = whole, first, second
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            return testing.quantize_dequantize(x, 0.02, 60)
+
+        first, second = rounded(self.whole(rounded(x))).chunk(2)
+        return self.first(first), self.second(second)
+
+
+@pytest.mark.parametrize("mode", [None, "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("images", [False, True], ids=["rows", "images"])
+def test_halves_of_an_open_batch(images: bool, mode: str | None) -> None:
+    layers: tuple[nn.Module, ...]
+    if images:
+        layers = (testing.QConv2d(8, 16, 1), testing.QConv2d(16, 8, 3, padding=1), testing.QConv2d(16, 24, 1))
+    else:
+        layers = (testing.QLinear(32, 48), testing.QLinear(48, 16), testing.QLinear(48, 24))
+    inputs = [torch.randn(batch, *((8, 5, 6) if images else (32,))) for batch in (6, 4, 14)]
+    q = testing.qdq_graph(Halves(*layers), (inputs[0],), dynamic_shapes=({0: 2 * Dim("half", min=2)},))
+    marked = inputs[0].clone()
+    torch._dynamo.mark_dynamic(marked, 0)
+    done = testing.compile_once(q, (marked,), mode=mode, options={"strict": True})
+    assert_serves(done, q, inputs, 35)
+
+
 @pytest.mark.parametrize("lines", [False, True], ids=["images", "lines"])
 def test_one_pixel_with_padding(lines: bool) -> None:
     """An image of one pixel lies both ways at once; the int8 kernels take and give channels innermost."""

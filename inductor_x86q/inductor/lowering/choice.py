@@ -45,7 +45,7 @@ def decide(
 
     Nothing is timed where a size is open: what is best for one is not for another.
     """
-    if configuration.is_autotuning() and not templates[0].inputs.open_sizes():
+    if configuration.is_autotuning() and templates[0].inputs.is_known:
         return tuning.fastest(target, arguments, given, templates)
     return templates[0]
 

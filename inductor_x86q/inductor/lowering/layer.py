@@ -39,6 +39,12 @@ class Inputs:
         values = (*self.x.sizes[:3], self.x.planes, *self.x.strides, self.x.plane)
         return {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, int)}
 
+    @property
+    def is_known(self) -> bool:
+        """Whether all sizes, strides and places are known when compiling."""
+        tensors = (self.x, self.other, self.scales, self.zero_points)
+        return not self.open_sizes() and all(isinstance(tensor.offset, int) for tensor in tensors if tensor is not None)
+
     def realized(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """The call's arguments, with the tensors as the kernels read them: the first three, and a binary call's seventh."""
         changed = list(arguments)

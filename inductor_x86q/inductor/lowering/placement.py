@@ -31,8 +31,9 @@ class Pixels:
         return buffer(self.box)
 
     @property
-    def offset(self) -> int:
-        return int(self.box.get_layout().offset)
+    def offset(self) -> Any:
+        (offset,) = ints([self.box.get_layout().offset])
+        return offset
 
     @property
     def is_even(self) -> bool:

@@ -42,14 +42,13 @@ class Template(CppTemplate):
         raise NotImplementedError
 
     def cpp(self, size: Any) -> str:
-        """The C++ of a size that is not known when compiling, inside of the function."""
-        text: str = cexpr_index(self._kernel.rename_indexing(size))
-        return text
+        """The C++ of a size, known when compiling or not, inside of the function."""
+        return str(size) if isinstance(size, int) else str(cexpr_index(self._kernel.rename_indexing(size)))
 
     def address(self, image: Pixels) -> str:
         """The C++ of where an image begins."""
         name = next(name for name, node in self._named.items() if node.get_name() == image.buffer.get_name())
-        return f"{name} + {image.offset}"
+        return f"{name} + {self.cpp(image.offset)}"
 
     def render(  # type: ignore[override]
         self, kernel: Any, template_buffer_node: Any = None, epilogue_nodes: Any = None, **_: Any
