@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from inductor_x86q import inspection
+from inductor_x86q import inspection, testing
 from inductor_x86q.graph import operators
 from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.inductor import uncompiled
@@ -101,6 +102,58 @@ def test_conventions(name: str) -> None:
 def _largest(tensor: torch.Tensor) -> float:
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 1.0
+
+
+# What is legal and odd, of which a rule that forgets it gives other numbers or fails.
+ODD: dict[str, nn.Module] = {
+    "a negative scale, relu": Made(lambda m, x: torch.relu(QD(x, -0.02, 60))),
+    "a negative scale, max pool": Made(lambda m, x: nn.functional.max_pool1d(QD(x, -0.02, 60), 2)),
+    "a zero point above the range, relu": Made(lambda m, x: torch.relu(QD(x, 0.02, 300, quant_max=255))),
+    "a zero point outside of 16 bits": Made(lambda m, x: QD(m.fc(QD(x)), 0.02, 100_000)),
+    "a lower bound above the upper one": Made(lambda m, x: torch.clamp(m.fc(QD(x)), 1.0, 0.5)),
+    "padding with infinity, max pool": Made(
+        lambda m, x: nn.functional.max_pool1d(nn.functional.pad(QD(x), (1, 1), value=-math.inf), 2)
+    ),
+    "a cat of floats and integers": Made(lambda m, x: QD(torch.cat([torch.relu(x), (x > 0).long()], 1))),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_graphs(name: str) -> None:
+    with torch.no_grad():
+        reference = ODD[name](X)
+    result, _ = inspection.run_fused(ODD[name], (X,))
+    testing.assert_same(result, reference)
+
+
+class All(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.graphs = nn.ModuleList(ODD.values())
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [graph(x) for graph in self.graphs]
+
+
+def test_odd_graphs_compiled() -> None:
+    testing.assert_close_to_reference(All(), (X,))
+
+
+@pytest.mark.parametrize("rows", [(1,), (48,)], ids=["of the tensor", "of each output"])
+def test_a_constant_weight_whose_scale_is_computed(rows: tuple[int, ...]) -> None:
+    def product(m: Any, x: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        if len(s) == 1:
+            weight = decomposed.dequantize_per_tensor(m.w, s, m.z[:1], -128, 127, torch.int8)
+        else:
+            weight = decomposed.dequantize_per_channel(m.w, s, m.z, 0, -128, 127, torch.int8)
+        return nn.functional.linear(QD(x), weight)
+
+    module, scale = Made(product, w=W, z=Z), torch.full(rows, 0.01)
+    with torch.no_grad():
+        reference = module(X, scale)
+    done = testing.compile_once(module, (X, scale))
+    assert not done.report.fused and len(done.report.missed) == 1
+    testing.assert_same(done.outputs, reference)
 
 
 @pytest.mark.parametrize(

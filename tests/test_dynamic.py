@@ -242,6 +242,29 @@ def test_ranges_of_computed_quantizations_are_kept_and_unequal_zero_points_refus
     assert [(miss.reason, "zero point" in str(miss)) for miss in done.report.missed] == [(Reason.ACTIVATION_TYPE, True)]
 
 
+class Scaled(nn.Module):
+    """A vector and a linear's rows added up, the second of which a number multiplies."""
+
+    def __init__(self, vector_first: bool) -> None:
+        super().__init__()
+        self.linear, self.vector = nn.Linear(32, 48, bias=False), nn.Parameter(torch.linspace(-1, 1, 48))
+        self.vector_first = vector_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        terms = (self.vector, self.linear(x)) if self.vector_first else (self.linear(x), self.vector)
+        return torch.add(*terms, alpha=3)
+
+
+@pytest.mark.parametrize("vector_first", [False, True])
+def test_a_sum_that_scales_a_term_adds_no_bias_to_rows(vector_first: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(24, 32)
+    q = inductor_x86q.quantize(Scaled(vector_first).eval(), (x,), dynamic="per_token")
+    result, report = inspection.run_fused(q, (x,))
+    assert len(report.fused) == 1
+    testing.assert_same(result, q(x))
+
+
 # --- torchao's quantize_ ----------------------------------------------------------------------------------------------
 
 

@@ -21,9 +21,8 @@ aten = torch.ops.aten
 
 
 def _find_converted_constant(node: fx.Node) -> Tensor | No:
-    tensor = qdq.constant(node.args[0])
-    if tensor is None:
-        return No("it converts no constant", (qdq.operand(node),))
+    if computed := tuple(x for x in node.all_input_nodes if qdq.constant(x) is None):
+        return No("it converts no constant, or by scales that are computed at run time", computed)
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: qdq.constant(n))
     return qdq.evaluate(node, *arguments[0], **arguments[1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
@@ -32,12 +33,14 @@ PAD = aten.constant_pad_nd.default
 
 
 def _per_tensor(node: fx.Node) -> qdq.QParams | No:
-    """The parameters of a dequantize that says the same of every element."""
+    """The parameters of a dequantize that says the same of every element, and keeps their order."""
     if not qdq.is_dequantize(node):
         return No("its input is not dequantized", (node,))
     parameters = qdq.qparams(node)
     if parameters.axis is not None or parameters.dtype not in qdq.INT8_TYPES:
         return No("its input is dequantized per channel or not from int8", (node,))
+    if parameters.is_static and parameters.scale < 0:
+        return No(f"its input's scale is {parameters.scale}", (node,))
     return parameters
 
 
@@ -120,7 +123,11 @@ def _find_down_pad(node: fx.Node) -> _Padding | No:
     if not parameters.is_static or not isinstance(fill, (int, float)):
         return No("its scale or its value is computed at run time")
     integer = fill / parameters.scale + parameters.zero_point
-    if integer != round(integer) or not parameters.quant_min <= integer <= parameters.quant_max:
+    if (
+        not math.isfinite(integer)
+        or integer != round(integer)
+        or not parameters.quant_min <= integer <= parameters.quant_max
+    ):
         return No(f"{fill} is not among the numbers that its input can hold")
     return _Padding(parameters, int(integer))
 
@@ -136,7 +143,11 @@ def _find_down_relu(node: fx.Node) -> qdq.QParams | No:
     parameters = _per_tensor(qdq.operand(node))
     if isinstance(parameters, No):
         return parameters
-    return parameters if parameters.is_static else No("its zero point is computed at run time")
+    if not parameters.is_static:
+        return No("its zero point is computed at run time")
+    # Above the range it is no number that the integers could be limited by.
+    above = parameters.zero_point > parameters.quant_max
+    return No(f"its zero point is {parameters.zero_point}, above its range") if above else parameters
 
 
 def _rewrite_down_relu(node: fx.Node, parameters: qdq.QParams) -> fx.Node:
@@ -162,9 +173,10 @@ def _find_up(node: fx.Node) -> qdq.QParams | No:
         return No("the parts are not all quantized alike", tuple(other)) if other else parameters
     if others := set(moved.users) - {node}:
         return No("what it quantizes is used in float too", tuple(sorted(others)))
-    if moved.target in JOINS or (is_movement(moved) and qdq.value(moved).dtype.is_floating_point):
-        return parameters
-    return No("what it quantizes is not moved data", (moved,))
+    if moved.target not in JOINS and not is_movement(moved):
+        return No("what it quantizes is not moved data", (moved,))
+    integers = tuple(x for x in _tensors(moved) if not qdq.value(x).dtype.is_floating_point)
+    return No("integers are moved", integers) if integers else parameters
 
 
 def _rewrite_up(node: fx.Node, parameters: qdq.QParams) -> fx.Node | None:

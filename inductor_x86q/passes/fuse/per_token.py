@@ -74,6 +74,8 @@ class _Biased:
 
 
 def _find_bias(node: fx.Node) -> _Biased | No:
+    if qdq.schema_arguments(node)["alpha"] != 1:
+        return No("it scales by alpha")
     for product, bias in qdq.operands(node):
         if not isinstance(product, fx.Node) or product.target is not per_token.LINEAR or len(product.users) != 1:
             continue

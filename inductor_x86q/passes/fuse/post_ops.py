@@ -186,6 +186,9 @@ def _find_quantize(node: fx.Node) -> Call | No:
         return No(f"the call reads {input_dtype}, and Inductor knows no other int8 type for its output", (call.x,))
     if not (math.isfinite(parameters.scale) and parameters.scale > 0):
         return No(f"its scale is {parameters.scale}")
+    info = torch.iinfo(parameters.dtype)
+    if not info.min <= parameters.zero_point <= info.max:
+        return No(f"its zero point is {parameters.zero_point}, outside of {parameters.dtype}")
     if parameters.quant_min > parameters.quant_max:
         return No(f"its range is empty: {parameters.quant_min} to {parameters.quant_max}")
     if call.binary and call.binary.kind == "sum":

@@ -300,7 +300,8 @@ def _find_clamp(node: fx.Node) -> _Activation | No:
         return _Activation(aten.relu.default, node.args[:1])
     if low is None or high is None:
         return No("it clips on one side only")
-    return _Activation(aten.hardtanh.default, (node.args[0], low, high))
+    # Of bounds in the wrong order clamp gives the upper one, and kernels refuse them.
+    return _Activation(aten.hardtanh.default, (node.args[0], min(low, high), high))
 
 
 _GATED = {aten.sigmoid.default: aten.silu.default, aten.hardsigmoid.default: aten.hardswish.default}
