@@ -134,20 +134,21 @@ def compile_(kernels: list[family.Kernel], directory: Path, *flags: str) -> ctyp
 
 def run(
     library: ctypes.CDLL, kernel: family.Kernel, layer: Layer, conv: Convolution, x: torch.Tensor, weight: torch.Tensor,
-    given: Numbers, other: torch.Tensor | None = None, x_scales: torch.Tensor | None = None,
-    x_zero_points: torch.Tensor | None = None,
+    given: Numbers, other: torch.Tensor | None = None, grid: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """What a kernel makes of a layer, between guards that it must not touch."""
+    """What a kernel makes of a layer, between guards that it must not touch.
+
+    Args:
+        grid: the input's scales and zero points, of a dynamic kernel.
+    """
     constants = conv.constants(weight, given, kernel.epilogue)
     assert len(constants) == conv.constants_size
     image = x.movedim(-1, 1).contiguous() if layer.planes else x
     count = conv.pixels * conv.out_c
     out = torch.full((count + 128,), 77).to(kernel.epilogue.output_dtype)
     open_: dict[str, int] = {}
-    if x_scales is not None:
-        open_ |= dict(x_scales=x_scales.data_ptr(), x_scales_step=int(len(x_scales) > 1))
-    if x_zero_points is not None:
-        open_ |= dict(x_zero_points=x_zero_points.data_ptr(), x_zero_points_step=int(len(x_zero_points) > 1))
+    for name, values in zip(("x_scales", "x_zero_points"), grid or (), strict=False):
+        open_ |= {name: values.data_ptr(), f"{name}_step": int(len(values) > 1)}
     sizes = (ctypes.c_int64 * len(FIELDS))(*map(int, arguments(conv, **open_)))
     begin = out.data_ptr() + 64 * out.element_size()
     addresses = image.data_ptr(), constants.data_ptr(), 0 if other is None else other.data_ptr(), begin
@@ -235,12 +236,12 @@ def test_epilogues(name: str, layer: Layer, tmp_path: Path) -> None:
     bias = torch.randn(layer.out_c, generator=generator)
     for epilogue, kernel in zip(epilogues, kernels, strict=True):
         other = torch.randint(0, 100, (1, 5, 5, layer.out_c), generator=generator).to(epilogue.other_dtype or U8)
-        x_scale = torch.tensor([0.5]) if epilogue.dynamic else None
+        grid = (torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32)) if epilogue.dynamic else None
         given = numbers(
             layer, weight_scale=scale, bias=bias, scale=0.03, zero_point=5, other_scale=0.01, other_zero_point=50,
             activation=SCALARS.get(epilogue.activation, ()),
         )  # fmt: skip
-        result = run(library, kernel, layer, conv, x, weight, given, other, x_scale)
+        result = run(library, kernel, layer, conv, x, weight, given, other, grid)
         value = sums(layer, x, weight) * scale.double() * (0.5 if epilogue.dynamic else 1.0) + bias
         if epilogue.other_dtype is not None:
             value = value + (other.double() - 50) * 0.01
@@ -268,10 +269,9 @@ def test_scales_and_zero_points_of_rows(name: str, rows: int, tmp_path: Path) ->
     conv, (x, weight) = layer.convolution(row.lanes, False), tensors(layer, False)
     kernel = family.candidates(conv, Epilogue(FLOAT, dynamic=True), name)[0]
     library, scales = compile_([kernel], tmp_path, *kernel.flags), torch.rand(rows)
-    for zero_points in (None, torch.tensor([-5]), torch.arange(rows) * 9 - 60):
-        given = (weight, numbers(layer), None, scales, None if zero_points is None else zero_points.int())
-        result = run(library, kernel, layer, conv, x, *given)
-        centered = x[0, 0].double() - (3 if zero_points is None else zero_points[:, None])
+    for zero_points in (torch.tensor([-5]), torch.arange(rows) * 9 - 60):
+        result = run(library, kernel, layer, conv, x, weight, numbers(layer), None, (scales, zero_points.int()))
+        centered = x[0, 0].double() - zero_points[:, None]
         torch.testing.assert_close(result[0, 0], (centered @ weight.flatten(1).double().t() * scales[:, None]).float())
 
 

@@ -43,9 +43,9 @@ FIELDS: dict[str, str] = {
     "group_vectors": "vectors of a group's output channels",
     "channels": "how many channels the layer's numbers are laid out for",
     "threads": "0: as many as there are",
-    "x_scales": "address of the input's scale as float, or of the scales of its pixels, where they are arguments",
+    "x_scales": "of a dynamic kernel: address of the input's scale as float, or of the scales of its pixels",
     "x_scales_step": "1: each pixel has a scale",
-    "x_zero_points": "address of the input's zero point as int32, or of those of its pixels, where they are arguments",
+    "x_zero_points": "of a dynamic kernel: address of the input's zero point as int32, or of those of its pixels",
     "x_zero_points_step": "1: each pixel has a zero point",
 }
 

@@ -78,9 +78,9 @@ struct KernelRows {
     int64_t first, end;
 };
 
-// The sums of ROWS pixels by COLUMNS vectors over some rows of the kernel. DYNAMIC: the zero
-// points, of each pixel, are not part of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of
-// fours of a vector: whether four products may exceed 16 bits.
+// The sums of ROWS pixels by COLUMNS vectors over some rows of the kernel. DYNAMIC: the zero points, of each pixel, are not part
+// of the layer's numbers. Where the CPU adds products in 16 bits, `overflows` has a byte for each pair of fours of a vector:
+// whether four products may exceed 16 bits.
 template <class Kernel, bool DYNAMIC, int ROWS>
 X86Q_INLINE void multiply(
     const Shape& shape, const uint8_t* const* bases, const int8_t* weight, const int8_t* overflows,
@@ -278,7 +278,7 @@ struct Blocks {
         const int64_t pairs = Kernel::FITS_16 ? runs() * (local.run / 8) : 0;  // of a vector
         const int8_t* weight = packed_weight(channels, local.channels);
         const int8_t* overflows = weight + local.groups * local.group_vectors * bytes;
-        const int32_t* const x_zero_points = local.x_zero_points ? (const int32_t*)local.x_zero_points : &numbers.x_zero_point;
+        [[maybe_unused]] const int32_t* const x_zero_points = (const int32_t*)local.x_zero_points;
         const uint8_t* image = x + group * group_c;
         // Rows of the kernel outside of the image are left out where they add nothing, because what they read is 0.
         const bool reads_0 = scalars.x_zero_point + (Kernel::SIGNED ? 128 : 0) == 0;

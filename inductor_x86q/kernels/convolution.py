@@ -180,7 +180,7 @@ class Convolution:
 
     def channels(self, weight: torch.Tensor, numbers: Numbers, epilogue: Epilogue) -> torch.Tensor:
         """All of a layer's numbers as int32, bit for bit as `Scalars` in the C++ and what is said there."""
-        # Zero point and scale of the input are arguments of a dynamic kernel.
+        # A dynamic kernel multiplies by zero point and scale of the input itself: they are its arguments.
         zero_point = 1 if epilogue.dynamic else numbers.x_zero_point + (128 if self.x_signed else 0)
         x_scale = 1.0 if epilogue.dynamic else numbers.x_scale
         compensation = -zero_point * weight.flatten(1).sum(1, dtype=torch.int32)

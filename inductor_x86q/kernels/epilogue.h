@@ -14,7 +14,7 @@ struct Scalars {
 template <class Epilogue>
 X86Q_INLINE Scalars scalars(const int32_t* channels, const X86qArguments& arguments) {
     Scalars found = load<Scalars>(channels + 3 * arguments.channels);
-    if (Epilogue::DYNAMIC && arguments.x_zero_points) found.x_zero_point = *(const int32_t*)arguments.x_zero_points;
+    if (Epilogue::DYNAMIC) found.x_zero_point = *(const int32_t*)arguments.x_zero_points;
     return found;
 }
 
