@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import inductor_x86q
+from inductor_x86q import inspection, testing
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import torchao
@@ -215,6 +216,26 @@ def test_a_constant_factor_of_each_channel_belongs_to_its_convolution(
     report = inductor_x86q.explain(quantized(Scaled(*shape).eval(), (x,)), (x,))
     assert [fusion.absorbed for fusion in report.fused] == absorbed
     assert len(report.quantizes_left) == (1 if absorbed[0][0] == "relu" else 2)
+
+
+class PaddedPool(nn.Module):
+    """A max pool of the size that TensorFlow calls the same: its padding wins nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(torch.relu(self.first(x)), (0, 1, 0, 1), value=-math.inf)
+        return self.second(F.max_pool2d(x, 3, 2))
+
+
+def test_what_is_padded_with_infinity_stays_float() -> None:
+    x = image(2)
+    q = quantized(PaddedPool().eval(), (x,))
+    result, report = inspection.run_fused(q, (x,))
+    assert len(report.fused) == 2 and not report.missed
+    testing.assert_same(result, q(x))
 
 
 def test_weights_are_stored_in_int8_under_their_own_names_and_nothing_else() -> None:

@@ -11,6 +11,7 @@ only, and nothing recurses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -177,7 +178,12 @@ class Plan:
         return False
 
     def _is_wanted(self, node: fx.Node) -> bool:
-        if not is_float(node) or self.ends.get(node, node) is not node or node in self._constants:
+        if (
+            not is_float(node)
+            or self.ends.get(node, node) is not node
+            or node in self._constants
+            or _has_infinity(node)
+        ):
             return False
         return any(self.passes_on(node, user) for user in node.users)
 
@@ -243,6 +249,14 @@ def shares(node: fx.Node) -> bool:
     # The same where it fills with zeros: the zero point must be able to stand for 0, as it always does.
     arguments = qdq.schema_arguments(node)
     return arguments.get("mode", "constant") != "constant" or not arguments["value"]
+
+
+def _has_infinity(node: fx.Node) -> bool:
+    """Whether the node pads with what no integer stands for, as in front of a max pool."""
+    if role(node) is not Role.PAD:
+        return False
+    fill = qdq.schema_arguments(node)["value"]
+    return isinstance(fill, float) and not math.isfinite(fill)
 
 
 def _repeats_one_matrix(weight: fx.Node) -> bool:
