@@ -14,7 +14,6 @@ from torch import fx
 from inductor_x86q import passes
 from inductor_x86q.errors import CompileError, StrictError
 from inductor_x86q.graph import qdq
-from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.inductor import compiling, configuration, dynamo, objects, patches, regions, supported
 from inductor_x86q.report import Report, RuleCount, dump
@@ -175,13 +174,9 @@ def _run(graph: fx.Graph, chosen: Settings, observe: Callable[[str, fx.Graph], N
     assert report is not None
     for node, why in [] if keeps_calls else passes.generate.calls_left(graph):
         report.notes.append(f"{layer(node)} is computed by oneDNN: {why}")
-    kernels = {node.meta.get("x86q_reported"): node for node in graph.nodes if node.target in STANDS_FOR}
-    report.fused = [
-        dataclasses.replace(fusion, computed_by=passes.generate.choice(kernels[fusion.node])[0])
-        if fusion.node in kernels
-        else fusion
-        for fusion in report.fused
-    ]
+    named = ((node.meta.get("x86q_reported"), passes.computed_by(node)) for node in graph.nodes)
+    kernels = {reported: kernel for reported, kernel in named if kernel}
+    report.fused = [dataclasses.replace(fusion, computed_by=kernels.get(fusion.node, "")) for fusion in report.fused]
     report.passes = [RuleCount(r.stage, rule, n, r.seconds) for r in results for rule, n in r.matches.items()]
     record.finish(results, report)
     return report

@@ -97,6 +97,47 @@ def closeness(model: nn.Module) -> Any:
     return lambda module: 1 - float((module(DATA[0]) - expected).norm() / differing)
 
 
+class Product(nn.Module):
+    """A layer whose weight has its inputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 40))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight
+
+
+class Kinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(4, 8, 3, padding=1), nn.ConvTranspose2d(8, 6, 2, 2)
+        self.linear, self.product = nn.Linear(6, 24), Product()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(torch.relu(self.linear(torch.relu(self.up(torch.relu(self.conv(x)))).movedim(1, -1))))
+
+
+def test_multiply_accumulates_of_each_layer() -> None:
+    """Of an open batch those of the one at hand; of a transposed convolution each input's with each tap."""
+    x = torch.randn(3, 4, 5, 5)
+    q = inductor_x86q.quantize(Kinds().eval(), (x,), calibration=[x])
+    pixels = 3 * 5 * 5
+    expected = {
+        "conv": pixels * 8 * 4 * 9,
+        "up": pixels * 8 * 6 * 4,
+        "linear": 4 * pixels * 24 * 6,
+        "product": 4 * pixels * 24 * 40,
+    }
+    assert costs.macs(q, (x,)) == expected
+    report = inductor_x86q.explain(q, (x,))
+    reported = {fusion.layer: fusion.macs for fusion in report.fused}
+    assert not report.missed and reported == {
+        **reported,
+        **{name: expected[name] for name in ("conv", "linear", "product")},
+    }
+
+
 @pytest.mark.parametrize(("max_drop", "dtype"), [(0.05, "float32"), (0.32, HALF)])
 def test_a_hard_network_meets_the_budget(model: nn.Module, max_drop: float, dtype: str) -> None:
     """The layer that does the harm leaves int8, and hardly any multiply-accumulates with it."""

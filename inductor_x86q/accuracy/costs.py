@@ -11,8 +11,7 @@ from torch import fx
 
 from inductor_x86q import inspection, progress
 from inductor_x86q.accuracy import drift
-from inductor_x86q.graph import operators
-from inductor_x86q.graph.operators import Role
+from inductor_x86q.graph.macs import count
 from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.quantization.config import module_stack
 from inductor_x86q.report.model import Fusion, Miss
@@ -37,11 +36,9 @@ class _Counting(fx.Interpreter):
         value = super().run_node(node)
         name = layer_of(node)
         if drift.is_layer(node) and any(path == name for path, _ in module_stack(node)):
-            weight = self.env[node.args[1]]  # type: ignore[index]
-            per_output = weight[0].numel() if weight.dim() > 2 else weight.shape[-1]
-            if operators.role(node) is Role.ATTENTION:
-                per_output = 2 * weight.shape[-2]  # a query with all keys, and all values weighted
-            self.macs[name] = self.macs.get(name, 0) + value.numel() * per_output
+            # By the sizes at hand, some of which the graph leaves open.
+            here = count(node, lambda other: (value if other is node else self.env[other]).shape)
+            self.macs[name] = self.macs.get(name, 0) + (here or 0)
         return value
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
 from inductor_x86q.graph.definitions import define
 from inductor_x86q.graph.qdq import QParams
 
@@ -84,6 +83,7 @@ define(
 )
 ATTENTION = torch.ops.inductor_x86q.attention.default
 INT8_ATTENTION = torch.ops.inductor_x86q.int8_attention.default
+KERNEL = "x86q_kernel"  # in the `meta` of a call of the int8 one: the kernel that computes it, as the finish stage chooses it
 SPELLINGS = (aten.scaled_dot_product_attention.default,)
 
 
@@ -125,10 +125,3 @@ def is_int8_attention(node: Any) -> bool:
 
 def read(node: fx.Node) -> Attention:
     return Attention(*node.args)  # type: ignore[arg-type]
-
-
-def macs(node: fx.Node) -> int | None:
-    """Multiply-accumulates of queries with keys and of weights with values; None where a size is not known."""
-    query, key, value = (qdq.value(argument).shape for argument in [*qdq.schema_arguments(node).values()][:3])
-    total = math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-    return int(total) if isinstance(total, int) else None

@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import fx
 
+from inductor_x86q.graph.attention import KERNEL
+from inductor_x86q.graph.library import STANDS_FOR
 from inductor_x86q.graph.reasons import No
+from inductor_x86q.graph.recurrence import PACKED_RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate, recurrent
 from inductor_x86q.passes.stage import Rule, Stage, StageResult
@@ -122,6 +125,15 @@ def run(
         results.append(result)
         between(stage, graph)
     return results
+
+
+def computed_by(node: fx.Node) -> str:
+    """The kernel of ours that computes a node of a graph that has gone through all stages; empty where none does."""
+    if node.target in STANDS_FOR:
+        return generate.choice(node)[0]
+    if node.target is PACKED_RECURRENCE:
+        return recurrent.kernel(node).name
+    return node.meta[KERNEL].name if KERNEL in node.meta else ""
 
 
 def fingerprint() -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from inductor_x86q.graph import attention, operators, qdq
+from inductor_x86q.graph import attention, macs, operators, qdq
 from inductor_x86q.graph.attention import is_int8_attention
 from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.operators import Role, factors, moved_from, role
@@ -18,7 +17,6 @@ from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
 from inductor_x86q.graph.recurrence import RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
-from inductor_x86q.passes import recurrent
 from inductor_x86q.passes.fuse import attention as fuse_attention
 from inductor_x86q.passes.fuse import compute, half
 from inductor_x86q.report.model import Fusion, Miss, Node, Operation
@@ -99,7 +97,9 @@ def inside_regions(region: Region) -> Report:
         is_quantized = any(qdq.is_dequantize(moved_from(factor)) for factor in factors(node))
         kind, reason = ("missed", Reason.IN_A_REGION) if is_quantized else ("kept_float", Reason.NOT_QUANTIZED)
         obstacle = Obstacle(reason, f"inside of {operators.own_name(region.call)}")
-        miss = Miss(layer(node), operators.name(node), obstacle, _shape(node), _macs(node), source(node), node.name)
+        miss = Miss(
+            layer(node), operators.name(node), obstacle, _shape(node), macs.count(node), source(node), node.name
+        )
         getattr(report, kind).append(miss)
         report.nodes.append(_described(node, kind, set()))
     for inner in regions(region.module.graph):
@@ -115,24 +115,7 @@ def _miss(node: fx.Node) -> Miss:
     operator = operators.name(node)
     if operator == "matmul" and moved_from(factors(node)[1], through_qdq=True).op == "get_attr":
         operator = "linear"
-    return Miss(layer(node), operator, _obstacle(node), _shape(node), _macs(node), source(node), node.name)
-
-
-def _macs(node: fx.Node) -> int | None:
-    return _MACS[role(node)](node) if role(node) in _MACS else node.meta.get("x86q_macs") or compute.macs(node)
-
-
-def _recurrent_macs(node: fx.Node) -> int | None:
-    """Of a layer's input (steps, batch, width) and its hidden state, each by a matrix for each of an LSTM's four gates."""
-    arguments = qdq.schema_arguments(node)
-    steps, batch, width = arguments["input"].meta["val"].shape
-    total = steps * batch * 4 * arguments["hidden_size"] * (width + arguments["hidden_size"])
-    return int(total) if isinstance(total, int) else None
-
-
-_MACS: dict[Any, Callable[[fx.Node], int | None]] = {
-    Role.ATTENTION: attention.macs, Role.RECURRENT: _recurrent_macs,
-}  # fmt: skip
+    return Miss(layer(node), operator, _obstacle(node), _shape(node), macs.count(node), source(node), node.name)
 
 
 _FLOAT_RECURRENCE = (
@@ -218,9 +201,9 @@ def _weights_read_elsewhere(graph: fx.Graph) -> list[Miss]:
                 f"its weight is read by {operators.name(users[0])}: the product is too small for a kernel of its own"
             )
             obstacle = Obstacle(Reason.NO_KERNEL, detail)
-            macs = math.prod(qdq.value(node).shape)
+            count = int(math.prod(qdq.value(node).shape))  # of one row
             found.append(
-                Miss(layer(users[0]), "linear", obstacle, _shape(users[0]), int(macs), source(users[0]), users[0].name)
+                Miss(layer(users[0]), "linear", obstacle, _shape(users[0]), count, source(users[0]), users[0].name)
             )
     return found
 
@@ -269,7 +252,6 @@ def _attention(node: fx.Node, alike: dict[str, Any]) -> Fusion:
         input_zero_point=found.query_zero_point,
         output_scale=found.output_scale if is_integer else None,
         output_zero_point=found.output_zero_point if is_integer else None,
-        computed_by=fuse_attention.kernel(node).name,
     )
 
 
@@ -292,18 +274,13 @@ def _call(node: fx.Node, alike: dict[str, Any]) -> Fusion:
 def _recurrence(node: fx.Node, alike: dict[str, Any]) -> Fusion:
     """Of a recurrent layer's steps."""
     arguments = qdq.schema_arguments(node)
-    x, weight = (qdq.value(arguments[name]) for name in ("x", "weight"))
-    macs = math.prod(x.shape[:2]) * weight.numel()
-    with fake_tensors.disable_modes():
-        kernel = recurrent.kernel(node)
     return Fusion(
         **alike,
         operator=arguments["cell"],
-        input_dtype=_name(x.dtype),
+        input_dtype=_dtype(arguments["x"]),
         weight_dtype="int8",
         output_dtype=_dtype(node),
-        macs=int(macs) if isinstance(macs, int) else None,
-        computed_by=kernel.name if kernel else "",
+        macs=macs.count(node),
     )
 
 

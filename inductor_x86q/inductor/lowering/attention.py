@@ -16,12 +16,12 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
-from inductor_x86q.graph.attention import INT8_ATTENTION, Attention
+from inductor_x86q.graph.attention import INT8_ATTENTION, KERNEL, Attention
 from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.placement import buffer, ints
 from inductor_x86q.inductor.lowering.template import Template, computed
 from inductor_x86q.inductor.patches.linked_objects import mark
-from inductor_x86q.kernels.attention import FIELDS, FLOATS, PARAMETERS, STRUCT, choose
+from inductor_x86q.kernels.attention import FIELDS, FLOATS, PARAMETERS, STRUCT, AttentionKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Rows:
 class AttentionTemplate(Template):
     """The function that calls the kernel with sizes, strides and numbers."""
 
-    def __init__(self, call: Attention, tensors: dict[str, Rows], layout: ir.FixedLayout) -> None:
+    def __init__(
+        self, call: Attention, kernel: AttentionKernel, tensors: dict[str, Rows], layout: ir.FixedLayout
+    ) -> None:
         names: dict[str, str] = {}
         for name, rows in tensors.items():
             names.setdefault(rows.buffer.get_name(), name)
@@ -68,8 +70,7 @@ class AttentionTemplate(Template):
         threads = configuration.threads(int(self._macs), configuration.MACS_PER_THREAD) if self._macs.is_number else 0
         super().__init__("x86q_attention", inputs, layout, threads)
         self._threads = threads
-        mask = tensors["mask"].buffer.get_dtype() if "mask" in tensors else None
-        self.kernel = choose(mask, call.output_dtype, call.largest)
+        self.kernel = kernel
 
     def shared(self) -> Sequence[str]:
         return STRUCT, f'{mark(self.kernel)}\nextern "C" void {self.kernel.name}({PARAMETERS});\n'
@@ -86,14 +87,13 @@ class AttentionTemplate(Template):
     def _written(self, field: str, value: Any) -> str:
         if field in FLOATS:
             return f"{float(value)!r}f"
-        return str(value) if isinstance(value, (int, str)) else self.cpp(value)
+        return value if isinstance(value, str) else self.cpp(value)
 
     def _address(self, name: str) -> str:
         if name not in self._tensors:
             return "nullptr"
         rows = self._tensors[name]
-        offset = rows.offset if isinstance(rows.offset, int) else self.cpp(rows.offset)
-        return f"{self._names[rows.buffer.get_name()]} + {offset}"
+        return f"{self._names[rows.buffer.get_name()]} + {self.cpp(rows.offset)}"
 
     def _values(self) -> dict[str, Any]:
         call, tensors = self._call, self._tensors
@@ -126,11 +126,12 @@ def _lower(*arguments: Any) -> Any:
     tensors = {name: Rows.of(getattr(call, name)) for name in ("query", "key", "value")}
     if call.mask is not None:
         tensors["mask"] = Rows.of(_with_keys(call.mask, tensors["key"].sizes[2]))
-    size = ints(V.graph.current_node.meta["val"].shape)
+    node = V.graph.current_node
+    size = ints(node.meta["val"].shape)
     *batch, heads, rows, width = size
     stride = [*([rows * heads * width] if batch else []), width, heads * width, 1]
     layout = ir.FixedLayout(torch.device("cpu"), call.output_dtype, size, stride)
-    return computed(AttentionTemplate(call, tensors, layout).generate().output_node(), None)
+    return computed(AttentionTemplate(call, node.meta[KERNEL], tensors, layout).generate().output_node(), None)
 
 
 def _with_keys(mask: Any, keys: Any) -> Any:

@@ -9,14 +9,12 @@ import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import attention, qdq
-from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, Attention
+from inductor_x86q.graph import attention, macs, qdq
+from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, KERNEL, Attention
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
 from inductor_x86q.inductor import objects
 from inductor_x86q.kernels.attention import LARGEST_WIDTH, MASKS, MOST_KEYS, OUTPUTS, AttentionKernel, choose
 from inductor_x86q.passes.stage import Rule
-
-KERNEL = "x86q_kernel"  # in `meta`: the name of the kernel that computes it
 
 
 def obstacle(node: fx.Node) -> Obstacle | None:
@@ -76,8 +74,13 @@ def _find(node: fx.Node) -> Attention | No:
 
 def _rewrite(node: fx.Node, found: Attention) -> fx.Node:
     """attention(dequantize(query), …) → int8_attention(query, …), with float output"""
-    new = qdq.call(INT8_ATTENTION, *found.arguments, like=node)
-    new.meta["x86q_macs"] = attention.macs(node)
+    return _emit(found, macs.count(node), like=node)
+
+
+def _emit(call: Attention, count: int | None, *, like: fx.Node) -> fx.Node:
+    """A node that makes the call, of so many multiply-accumulates."""
+    new = qdq.call(INT8_ATTENTION, *call.arguments, like=like)
+    new.meta["x86q_macs"] = count
     new.meta["original_aten"] = INT8_ATTENTION  # which Inductor names the kernel by
     return new
 
@@ -91,36 +94,32 @@ def _find_quantize(node: fx.Node) -> Attention | No:
     found, grid = attention.read(source), qdq.qparams(node)
     if found.output_dtype != torch.float32 or grid.dtype not in OUTPUTS or grid.quant_min > grid.quant_max:
         return No(f"the kernel does not give {grid.dtype} from {grid.quant_min} to {grid.quant_max}")
-    if not (math.isfinite(grid.scale) and grid.scale > 0):
-        return No(f"its scale is {grid.scale}")
+    info = torch.iinfo(grid.dtype)
+    if not (math.isfinite(grid.scale) and grid.scale > 0) or not info.min <= grid.zero_point <= info.max:
+        return No(f"its scale is {grid.scale}, its zero point {grid.zero_point}")
     return found.with_output(grid)
 
 
 def _rewrite_quantize(node: fx.Node, found: Attention) -> fx.Node:
     source = qdq.operand(node)
-    new = qdq.call(INT8_ATTENTION, *found.arguments, like=source)
-    new.meta["x86q_macs"] = source.meta.get("x86q_macs")
+    new = _emit(found, source.meta.get("x86q_macs"), like=source)
     new.meta["x86q_absorbed"] = ["quantize"]
-    new.meta["original_aten"] = INT8_ATTENTION
     return new
 
 
-def kernel(node: fx.Node) -> AttentionKernel:
-    """Which computes an int8 attention on this CPU."""
+def _find_kernel(node: fx.Node) -> AttentionKernel | No:
+    if KERNEL in node.meta:
+        return No("its kernel is chosen")
     found = attention.read(node)
     mask = None if found.mask is None else qdq.value(found.mask).dtype
     return choose(mask, found.output_dtype, found.largest)
 
 
-def _find_kernel(node: fx.Node) -> AttentionKernel | No:
-    return No("its kernel is chosen") if KERNEL in node.meta else kernel(node)
-
-
 def _rewrite_kernel(node: fx.Node, found: AttentionKernel) -> None:
-    """The kernel begins to be built while all else is lowered."""
+    """Chooses the kernel, which begins to be built while all else is lowered."""
     from inductor_x86q.inductor.lowering import attention as _  # noqa: F401  registers with Inductor, slow to import
 
-    node.meta[KERNEL] = found.name
+    node.meta[KERNEL] = found
     objects.start([found])
 
 

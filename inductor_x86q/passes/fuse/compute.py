@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import layers, operators, qdq
+from inductor_x86q.graph import layers, macs, operators, qdq
 from inductor_x86q.graph.calls import Call, emit
 from inductor_x86q.graph.layers import Layer
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
@@ -164,19 +164,8 @@ def _rewrite(node: fx.Node, layer: Layer) -> fx.Node:
     family = "conv" if geometry else "linear"
     operands = (qdq.operand(layer.x), grid.scale, grid.zero_point, packed, scale, zero_point, bias)
     new = emit(Call(family, *operands, geometry, qdq.value(node).dtype), like=node)
-    new.meta["x86q_macs"] = macs(node)
+    new.meta["x86q_macs"] = macs.count(node)
     return new
-
-
-def macs(node: fx.Node) -> int | None:
-    """Multiply-accumulates of a convolution, linear or matrix product; None where a size is not known."""
-    output = qdq.value(node)
-    if node.target in (CONVOLUTION, LINEAR):
-        per_output = math.prod(qdq.value(layers.read(node).weight).shape[1:])
-    else:
-        per_output = qdq.value(node.args[-1]).shape[-2]
-    total = output.numel() * per_output
-    return int(total) if isinstance(total, int) else None
 
 
 def _find(node: fx.Node) -> Layer | No:

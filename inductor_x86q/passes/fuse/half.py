@@ -13,7 +13,6 @@ from inductor_x86q.graph import qdq
 from inductor_x86q.graph.layers import Layer
 from inductor_x86q.graph.operators import RESHAPES
 from inductor_x86q.graph.reasons import No
-from inductor_x86q.passes.fuse import compute
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
@@ -47,7 +46,7 @@ def _rewrite(node: fx.Node, linear: Layer) -> fx.Node:
     new = node.graph.call_function(CALL, (linear.x, packed, linear.bias))
     for made in (packed, new):
         qdq.copy_origin(made, node)
-    new.meta.update(val=qdq.value(node), x86q_macs=compute.macs(node))
+    new.meta["val"] = qdq.value(node)
     return new
 
 
