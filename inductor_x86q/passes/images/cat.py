@@ -1,29 +1,21 @@
-"""The images stage: a cat or pool of int8 images is an operator of ours, where all sizes are known.
-
-A cat also adds to another one where it repeats that one's images.
-"""
+"""Cats of int8 images, part of the images stage: each is an operator of ours, and adds to another one whose images it repeats."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from inductor_x86q.graph import aliasing, qdq
-from inductor_x86q.graph.library import CAT, MAX_POOL, POOL
+from inductor_x86q.graph.library import CAT
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.kernels.convolution import FEW_CHANNELS
+from inductor_x86q.passes.images.image import call, have_sizes
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
-
-
-def _call(target: Any, *arguments: Any, like: fx.Node) -> fx.Node:
-    new = qdq.call(target, *arguments, like=like)
-    new.meta["original_aten"] = target  # which Inductor names the kernel by
-    return new
 
 
 def _find_cat(node: fx.Node) -> list[fx.Node] | No:
@@ -37,13 +29,9 @@ def _find_cat(node: fx.Node) -> list[fx.Node] | No:
     values = [qdq.value(image) for image in images]
     if any(image.dtype != value.dtype or image.dim() != 4 for image in values):
         return No("its images have other types or sizes")
-    if not _have_sizes(values):
+    if not have_sizes(*values):
         return No("a size is not known when compiling, or is 0")
     return images if value.shape[1] > FEW_CHANNELS else No("convolutions take so few channels in contiguous format too")
-
-
-def _have_sizes(values: Iterable[Any]) -> bool:
-    return all(isinstance(size, int) and size > 0 for value in values for size in value.shape)
 
 
 def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
@@ -53,7 +41,7 @@ def _rewrite_cat(node: fx.Node, images: list[fx.Node]) -> fx.Node:
     """
     from inductor_x86q.inductor.lowering import cat  # noqa: F401  registers with Inductor, which is slow to import
 
-    return _call(CAT, images, like=node)
+    return call(CAT, images, like=node)
 
 
 def _find_continued(node: fx.Node) -> list[fx.Node] | No:
@@ -94,19 +82,7 @@ def _beginning_with(image: fx.Node) -> Iterator[fx.Node]:
         pending += [user for user in reversed(node.users) if user.target is CAT and user.all_input_nodes[0] is node]
 
 
-def _find_pool(node: fx.Node) -> fx.Node | No:
-    x = qdq.operand(node)
-    return x if _have_sizes((qdq.value(x), qdq.value(node))) else No("a size is not known when compiling, or is 0")
-
-
-def _rewrite_pool(node: fx.Node, x: fx.Node) -> fx.Node:
-    from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
-
-    return _call(MAX_POOL, x, *node.args[1:], like=node)
-
-
 RULES = (
     Rule("cat of images", (aten.cat.default,), _find_cat, _rewrite_cat),
     Rule("cat that goes on", (CAT,), _find_continued, _rewrite_cat),
-    Rule("max pool of images", (POOL,), _find_pool, _rewrite_pool),
 )

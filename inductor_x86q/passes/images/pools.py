@@ -1,4 +1,4 @@
-"""Average pools between int8 images, part of the images stage: a sum of integers, where that rounds as the reals do."""
+"""Pools of int8 images, part of the images stage: a maximum of integers, or their sum, where that rounds as the reals do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,26 @@ import torch
 from torch import fx
 
 from inductor_x86q.graph import layers, qdq
-from inductor_x86q.graph.library import AVERAGE_POOL
+from inductor_x86q.graph.library import AVERAGE_POOL, MAX_POOL, POOL
 from inductor_x86q.graph.reasons import No
+from inductor_x86q.passes.images.image import call, have_sizes
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
+
+
+def _find_max(node: fx.Node) -> fx.Node | No:
+    x = qdq.operand(node)
+    return x if have_sizes(qdq.value(x), qdq.value(node)) else No("a size is not known when compiling, or is 0")
+
+
+def _rewrite_max(node: fx.Node, x: fx.Node) -> fx.Node:
+    from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
+
+    return call(MAX_POOL, x, *node.args[1:], like=node)
+
+
+# --- averages ---------------------------------------------------------------------------------------------------------
 
 FEWEST_CHANNELS = 4  # which are summed up side by side, in a number each
 LARGEST_WINDOW = 128  # of which a sum fits into 16 bits
@@ -33,7 +48,7 @@ class _Window:
     divisor: int | None
 
 
-def _find(node: fx.Node) -> _Window | No:
+def _find_average(node: fx.Node) -> _Window | No:
     pool = qdq.operand(node)
     if pool.target is not aten.avg_pool2d.default or any(user.target is not qdq.QUANTIZE for user in pool.users):
         return No("it quantizes no average pool, or one whose reals are read too", (pool,))
@@ -44,7 +59,7 @@ def _find(node: fx.Node) -> _Window | No:
     if not all(p.is_static and p.axis is None and p.dtype in qdq.INT8_TYPES for p in (before, after)):
         return No("the scales are not numbers, or the types not int8")
     image, result = qdq.value(x), qdq.value(node)
-    if image.dim() != 4 or not all(isinstance(size, int) and size > 0 for v in (image, result) for size in v.shape):
+    if image.dim() != 4 or not have_sizes(image, result):
         return No("a size is not known when compiling, or is 0, or there is no batch dimension")
     if image.shape[1] < FEWEST_CHANNELS:
         return No("it has very few channels")
@@ -86,15 +101,16 @@ def _ties(before: qdq.QParams, after: qdq.QParams, window: int, count: int) -> f
     return int(near.sum()) / max(int((~saturated).sum()), 1)
 
 
-def _rewrite(node: fx.Node, window: _Window) -> fx.Node:
+def _rewrite_average(node: fx.Node, window: _Window) -> fx.Node:
     from inductor_x86q.inductor.lowering import pool  # noqa: F401  registers with Inductor, which is slow to import
 
     x = qdq.operand(qdq.operand(node))
     before, after = qdq.qparams(x), qdq.qparams(node)
     arguments = (before.scale, before.zero_point, *dataclasses.astuple(window), *after.arguments())
-    new = qdq.call(AVERAGE_POOL, x.args[0], *arguments, like=node)
-    new.meta["original_aten"] = AVERAGE_POOL  # which Inductor names the kernel by
-    return new
+    return call(AVERAGE_POOL, x.args[0], *arguments, like=node)
 
 
-RULES = (Rule("average pool of images", (qdq.QUANTIZE,), _find, _rewrite),)
+RULES = (
+    Rule("max pool of images", (POOL,), _find_max, _rewrite_max),
+    Rule("average pool of images", (qdq.QUANTIZE,), _find_average, _rewrite_average),
+)
