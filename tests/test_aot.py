@@ -144,8 +144,9 @@ def test_a_report_from_a_package_can_be_shown_as_the_one_of_explain(model, stati
 def test_the_command_line_explains_a_package(static, tmp_path, capsys):
     assert cli.main(["explain", static, "--strict"]) == cli.DONE
     assert "4 of 4 layers in int8" in capsys.readouterr().out
-    assert cli.main(["explain", static, "--timing"]) == cli.UNUSABLE
-    assert "is a package, compiled already: --timing needs the model" in capsys.readouterr().err
+    for option in ("--timing", "--drift"):
+        assert cli.main(["explain", static, option]) == cli.UNUSABLE
+        assert f"is a package, compiled already: {option} needs the model" in capsys.readouterr().err
 
 
 def test_the_report_of_a_later_version_is_read_and_of_a_later_schema_refused():

@@ -110,6 +110,9 @@ def test_code_of_one_layer(models: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "qconv" not in out
     assert cli.main(["code", *NET, "--layer", "nothing"]) == cli.UNUSABLE
     assert "no kernel call serves layer 'nothing'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=str(cli.UNUSABLE)):
+        cli.main(["code", *NET, "--layer", "fc", "--stable"])
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_stable_code(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def _stored(parsed: Any) -> Report | None:
 
     if not parsed.model.endswith(".pt2") or not aot.is_package(parsed.model):
         return None
-    given = [name for name in ("input", "mode", "option", "timing", "code") if getattr(parsed, name)]
+    given = [name for name in ("input", "mode", "option", "timing", "drift", "code") if getattr(parsed, name)]
     if given:
         raise Unusable(f"{parsed.model!r} is a package, compiled already: --{given[0]} needs the model it was made of")
     with step("reading the package"):
