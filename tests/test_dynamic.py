@@ -242,6 +242,16 @@ def test_ranges_of_computed_quantizations_are_kept_and_unequal_zero_points_refus
     assert [(miss.reason, "zero point" in str(miss)) for miss in done.report.missed] == [(Reason.ACTIVATION_TYPE, True)]
 
 
+@pytest.mark.parametrize("dynamic", [True, "per_token"])
+def test_a_row_without_a_batch(dynamic: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64)
+    q = inductor_x86q.quantize(nn.Linear(64, 32).eval(), (x,), dynamic=dynamic)
+    result, report = inspection.run_fused(q, (x,))
+    assert len(report.fused) == 1 and not report.missed
+    testing.assert_same(result, q(x))
+
+
 class Scaled(nn.Module):
     """A vector and a linear's rows added up, the second of which a number multiplies."""
 

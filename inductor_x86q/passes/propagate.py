@@ -24,7 +24,7 @@ from inductor_x86q.graph.operators import (
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.passes import transposed_convolution
 from inductor_x86q.passes.fuse import pool
-from inductor_x86q.passes.normalize import spelling as normalize
+from inductor_x86q.passes.normalize import spelling
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
@@ -224,7 +224,7 @@ def _rewrite_meeting(node: fx.Node, before: qdq.QParams) -> fx.Node:
 RULES = (
     Rule("quantize meets dequantize", (qdq.QUANTIZE,), _find_meeting, _rewrite_meeting),
     # A cast meets the dequantize only now where data was moved in between.
-    normalize.CAST,
+    spelling.CAST,
     Rule("dequantize below movement", (*MOVEMENTS, *JOINS), _find_down, _rewrite_down),
     Rule("dequantize below split", (*SPLITS, LOW_MEMORY_MAX_POOL), _find_down, _rewrite_down_items),
     Rule("dequantize below large max pool", LARGE_MAX_POOLS, _find_down_large_pool, _rewrite_down_items),

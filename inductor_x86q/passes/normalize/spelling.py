@@ -1,4 +1,4 @@
-"""The normalize stage: one spelling for everything that the later stages look for."""
+"""Rules of the normalize stage: q/dq nodes, weights, linears and activations get the one spelling that later stages look for."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _rewrite_matrix_product(node: fx.Node, product: _Product) -> fx.Node:
 def keeps_rows(node: fx.Node) -> bool:
     """Whether one of ROW_MOVEMENTS moves whole rows: what lies along its argument's last dimension stays together."""
     before, after = qdq.value(node.args[0]).shape, qdq.value(node).shape
-    if len(before) < 2 or len(after) < 2 or not fake_tensors.known(before[-1] == after[-1]):
+    if not before or len(after) < 2 or not fake_tensors.known(before[-1] == after[-1]):
         return False
     arguments, last = qdq.schema_arguments(node), len(before) - 1
     if node.target is aten.permute.default:
