@@ -2,13 +2,12 @@
 //
 // BLOCK queries at a time, one in each lane of VECTORS vectors. Their scores with all keys are computed in integers, then the
 // exponentials of what they lie below the greatest, as bytes, then the sum of values weighted by these. A head's keys and values
-// are laid out once for each thread that has blocks of it. A `Kernel` says which MASK there is, whether sums of two products
-// take FITS_16 bits, and the type of the output.
+// are laid out once for each thread that has blocks of it. A `Kernel` says which MASK there is, whether a sum of two products
+// FITS_16 bits, the type of the output, and of how many keys sums of 32 bits hold the values times weights.
 
 constexpr int VECTORS = LANES == 16 ? 2 : 1;
 constexpr int BLOCK = VECTORS * LANES;
 constexpr int ROWS = 8;  // keys, or columns of the value, whose sums registers hold at once
-constexpr int64_t MOST_KEYS = 32768;  // whose values times weights a sum holds
 constexpr int32_t MASKED = -(1 << 30);  // the score of what is masked
 
 enum class Mask { NONE, BOOLEAN, ADDED };
@@ -365,7 +364,7 @@ template <class Kernel>
 inline void attention(
     const uint8_t* query, const uint8_t* key, const uint8_t* value, const uint8_t* mask, typename Kernel::Out* out,
     const X86qAttention& arguments) {
-    if (arguments.keys > MOST_KEYS) throw std::length_error("int8 attention: more keys than sums of 32 bits hold");
+    if (arguments.keys > Kernel::MOST_KEYS) throw std::length_error("int8 attention: more keys than sums of 32 bits hold");
     on_threads(arguments.threads, [&](const Worker& worker) {
         Attention<Kernel> attention{arguments, query, key, value, mask, out, 0, 0, {}, {}, {}, {}, {}, {}, {}};
         attention.run(worker);

@@ -10,7 +10,7 @@ from inductor_x86q import cpu
 from inductor_x86q.kernels import isa, library
 from inductor_x86q.kernels.epilogue import CPP_TYPES, SHORT_NAMES, flag
 
-# Names in order, and what they are: int64 where no type is said. Strides are in elements.
+# Names in order, and what they are. Strides are in elements.
 FIELDS: dict[str, str] = {
     "batch": "",
     "heads": "of queries",
@@ -41,13 +41,11 @@ FIELDS: dict[str, str] = {
     "low": "",
     "high": "",
     "threads": "0: as many as there are",
-    "factor": "float: of a score, the product of query's and key's scale and the softmax's",
-    "value_scale": "float",
-    "inverse_scale": "float: of the output",
+    "factor": "of a score, the product of query's and key's scale and the softmax's",
+    "value_scale": "",
+    "inverse_scale": "of the output",
 }
-
-FLOATS = frozenset(name for name, meaning in FIELDS.items() if meaning.startswith("float"))
-
+FLOATS = frozenset({"factor", "value_scale", "inverse_scale"})  # all others are int64
 
 STRUCT = library.struct("X86qAttention", FIELDS, FLOATS)
 
@@ -58,8 +56,7 @@ MASKS = {None: "none", torch.bool: "boolean", torch.float32: "added"}  # by the 
 
 OUTPUTS = (torch.uint8, torch.int8, torch.float32)
 
-# Of which the kernel's integers hold the sums.
-LARGEST_WIDTH, MOST_KEYS = 8192, 32768
+LARGEST_WIDTH, MOST_KEYS = 8192, 32768  # whose sums the kernel's integers hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +96,7 @@ struct Kernel {{
     using Out = {CPP_TYPES[self.output_dtype]};
     static constexpr auto MASK = {templates}::Mask::{self.mask.upper()};
     static constexpr bool FITS_16 = {flag(self.fits_16)};
+    static constexpr int64_t MOST_KEYS = {MOST_KEYS};
 }};
 }}
 extern "C" void {self.name}(
