@@ -93,7 +93,7 @@ def test_another_file_is_another_digest_and_the_same_files_elsewhere_are_the_sam
     package = copied(tmp_path) / "inductor_x86q"
     unchanged = sources_digest(ROOT / "inductor_x86q")
     assert sources_digest.__wrapped__(package) == unchanged
-    files = sorted([*package.rglob("*.py"), *package.rglob("*.h")])
+    files = sorted([*package.rglob("*.py"), *package.rglob("*.h"), package / "kernels" / "weights.json"])
     assert {"vector.h", "pool.py", "spelling.py", "backend.py"} <= {file.name for file in files}
     for file in files:
         contents = file.read_bytes()

@@ -210,7 +210,7 @@ def facts(item: Item) -> list[tuple[str, str]]:
         time += " for the whole kernel" if time else ""
     elif isinstance(item, Fusion):
         first = [
-            ("kernel", item.kernel), ("computed by", item.computed_by or "oneDNN"), ("computes", " → ".join([item.operator, *item.absorbed])), ("types", short_types(item)),
+            ("kernel", item.kernel), ("computed by", item.computed_by or _library(item)), ("computes", " → ".join([item.operator, *item.absorbed])), ("types", short_types(item)),
             ("input", grid(item.input_scale, item.input_zero_point, "scale computed at run time")),
             ("output", grid(item.output_scale, item.output_zero_point, item.output_dtype)),
         ]  # fmt: skip
@@ -219,6 +219,11 @@ def facts(item: Item) -> list[tuple[str, str]]:
     macs = "" if isinstance(item, Operation) else short_count(item.macs)
     rest = [("shape", short_shape(item.output_shape)), ("MACs", macs), ("time", time), ("source", item.source)]
     return [*first, *rest, ("node", item.node)]
+
+
+def _library(fusion: Fusion) -> str:
+    """What computes an operator that no kernel of ours does."""
+    return "oneDNN" if fusion.kernel.startswith("onednn.") else "a kernel that Inductor generates"
 
 
 def grid(scale: float | None, zero_point: int | None, otherwise: str) -> str:

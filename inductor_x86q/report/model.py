@@ -18,7 +18,7 @@ class Fusion:
 
     layer: str  # the module's path in the model
     kernel: str  # e.g. onednn.qconv_pointwise
-    operator: str  # "conv", "linear", or a recurrent layer's steps: "lstm", "gru", "rnn_tanh", "rnn_relu"
+    operator: str  # "conv", "linear", "attention", "embedding", or a recurrent layer's steps: "lstm", "gru", "rnn_tanh", "rnn_relu"
     absorbed: tuple[str, ...]  # the operators behind it that the call does too, in order
     input_dtype: str
     weight_dtype: str

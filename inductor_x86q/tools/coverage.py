@@ -18,7 +18,6 @@ import torch
 from inductor_x86q import progress
 from inductor_x86q.report.tables import Column, Table, show
 
-INT8_CALLS = ("qconv", "qconv.binary", "qlinear", "qlinear.binary")
 LIMIT = 900  # seconds for one network on one path
 
 
@@ -80,7 +79,9 @@ def _counted(counts: Counter[str]) -> str:
 
 def count_kernels(calls: Counter[str]) -> tuple[int, int]:
     """Calls of int8 kernels of the library, and of everything else that computes but int8 max pools: stock's are not seen."""
-    int8 = sum(calls[name] for name in INT8_CALLS)
+    from inductor_x86q.testing.code import INT8_KERNELS
+
+    int8 = sum(calls[name] for name in INT8_KERNELS)
     float_calls = ("convolution", "linear", "bmm", "mm", "addmm", "cat")
     counted = {name: n for name, n in calls.items() if not re.fullmatch(r"cpp_fused_max_pool2d_\d+", name)}
     others = sum(n for name, n in counted.items() if name.startswith(("cpp_", *float_calls)) or "mkl" in name)

@@ -1,8 +1,9 @@
 """The fuse stage: dequantize → operator → post-operations → quantize becomes one onednn call.
 
 It works from the inside out, a row at a time. `compute` turns a convolution or linear into a call with float output,
-`pool` an integer max pool into the library's, `attention` an attention into ours; `per_token` gives a linear its rows' scales;
-`post_ops` lets a call absorb the node behind it: an activation, an addition, a quantize.
+`half` a linear of a float16 weight into oneDNN's, `pool` an integer max pool into the library's, `attention` an attention into
+ours; `per_token` gives a linear its rows' scales; `post_ops` lets a call absorb the node behind it: an activation, an addition,
+a quantize; `output_types` has it give a type that this CPU has a fast kernel for.
 """
 
 from inductor_x86q.passes.fuse import attention, compute, half, output_types, per_token, pool, post_ops
