@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import aliasing, operators
+from inductor_x86q.graph import aliasing, operators, outputs
 from inductor_x86q.graph import calls as call
-from inductor_x86q.graph.attention import Attention
 from inductor_x86q.inductor import decompositions
 from inductor_x86q.passes import channels, finish, propagate
 from inductor_x86q.passes.fuse import attention, compute, output_types, pool, post_ops
@@ -157,8 +156,8 @@ BROKEN = {
                "attention"),
         Broken("let queries see what comes later", attention._find, "is_causal, scale, largest)", "False, scale, largest)",
                "causal attention"),
-        Broken("drop the zero point of its result", Attention.with_output, "grid.arguments()",
-               "(grid.scale, 0, *grid.arguments()[2:])", "quantized attention"),
+        Broken("drop the zero point of its result", outputs.write, "output.arguments()",
+               "(output.scale, 0, *output.arguments()[2:])", "quantized attention"),
     ],
     "pool": [
         Broken("forget ceil mode", pool._pool_2d, "bool(ceil_mode)", "False", "max pool, ceil mode"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -10,12 +12,15 @@ import torch
 from torch import nn
 
 import inductor_x86q
-from inductor_x86q import cpu, inspection, testing
+from inductor_x86q import cpp_code, cpu, inspection, testing
+from inductor_x86q.graph import outputs
+from inductor_x86q.graph.qdq import QParams
 from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.graph.recurrence import RECURRENCE, state_count
 from inductor_x86q.inductor import objects
-from inductor_x86q.kernels import isa
+from inductor_x86q.kernels import isa, library
 from inductor_x86q.kernels.recurrence import CELLS, FIELDS, Kernel, Recurrence
+from inductor_x86q.testing import quantize_dequantize
 
 pytestmark = pytest.mark.skipif(not cpu.int8_lanes(), reason="this CPU has no AVX2")
 EXACT = 60.0  # dB against the q/dq graph: floats differ in their last bits, and a state is rounded the other way now and then
@@ -33,16 +38,52 @@ SHAPES = [
 ]
 
 
-def run_kernel(
-    kernel: Any, given: Recurrence, x: Any, states: Any, constants: torch.Tensor, sizes: dict[str, int]
-) -> Any:
-    directions, batch, hidden = sizes["directions"], sizes["batch"], sizes["hidden"]
-    result = torch.full((x.shape[0], x.shape[1], directions * hidden), torch.nan)
-    after = torch.full((state_count(given.cell), directions, batch, hidden), torch.nan)
-    arguments = (ctypes.c_int64 * len(FIELDS))(*(sizes[field] for field in FIELDS))
-    addresses = [0 if t is None else t.data_ptr() for t in (x, *(*states, None)[:2], constants, result, after)]
-    objects.load(kernel)(*map(ctypes.c_void_p, addresses), arguments)
-    return result, after
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer's steps: what a kernel reads, and the operator's arguments."""
+
+    given: Recurrence
+    arguments: tuple[Any, ...]
+    sizes: dict[str, int]
+
+    def run(self, kernel: Kernel, grid: QParams = outputs.FLOAT32, read: str = "both") -> tuple[Any, Any]:
+        """The output, quantized like that, and the states; of which a None is not asked for."""
+        _, x, *states, weight, scale, bias, _ = self.arguments
+        directions, batch, hidden = (self.sizes[name] for name in ("directions", "batch", "hidden"))
+        result = torch.full((x.shape[0], x.shape[1], directions * hidden), 99.0).to(grid.dtype)
+        after = torch.full((state_count(self.given.cell), directions, batch, hidden), torch.nan)
+        results = (result if read != "states" else None, after if read != "output" else None)
+        numbers = dict(zero_point=grid.zero_point, low=grid.quant_min, high=grid.quant_max)
+        arguments = kernel_arguments({**self.sizes, **numbers, "inverse_scale": 1 / grid.scale})
+        constants = self.given.constants(weight, scale, bias)
+        addresses = [0 if t is None else t.data_ptr() for t in (x, *states, constants, *results)]
+        objects.load(kernel)(*map(ctypes.c_void_p, addresses), ctypes.byref(arguments))
+        return results
+
+
+def kernel_arguments(values: dict[str, float]) -> ctypes.Structure:
+    floats = library.float_fields(FIELDS)
+    fields = [(name, ctypes.c_float if name in floats else ctypes.c_int64) for name in FIELDS]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})(*(values[name] for name in FIELDS))
+
+
+def case(cell: str, lanes: int, fits_16: bool, shape: tuple[Any, ...]) -> Case:
+    steps, batch, hidden, directions, batch_first, has_states, threads = shape
+    gates = CELLS[cell][1]
+    weight = torch.randint(-63 if fits_16 else -127, 64 if fits_16 else 128, (directions, gates * hidden, hidden))
+    scale = torch.rand(directions, gates * hidden) / 127 / hidden**0.5
+    bias = torch.randn(directions, hidden) if cell == "gru" else None
+    width, out, rows = (
+        directions * gates * hidden,
+        directions * hidden,
+        (batch, steps) if batch_first else (steps, batch),
+    )
+    states = [3 * torch.randn(directions, batch, hidden) if has_states else None for _ in range(state_count(cell))]
+    sizes = dict(steps=steps, batch=batch, hidden=hidden, directions=directions, threads=threads)
+    sizes |= dict(x_step=width if batch_first else batch * width, x_row=steps * width if batch_first else width)
+    sizes |= dict(out_step=out if batch_first else batch * out, out_row=steps * out if batch_first else out)
+    arguments = (cell, torch.randn(*rows, width), *(*states, None)[:2], weight.to(torch.int8), scale, bias, batch_first)
+    return Case(Recurrence(cell, hidden, directions, lanes, fits_16), arguments, sizes)
 
 
 @pytest.mark.parametrize("name", isa.ISAS)
@@ -51,29 +92,34 @@ def test_a_kernel_computes_what_the_operator_says(name: str, cell: str) -> None:
     row = isa.ISAS[name]
     if not row.cpu_flags <= set(cpu.instruction_sets()):
         pytest.skip(f"this CPU has no {name}")
-    gates = CELLS[cell][1]
     # Where products are added two by two, a weight of 7 bits keeps the sum of two within 16.
     for fits_16, shape in ((fits, shape) for fits in {False, not row.has_vnni} for shape in SHAPES):
-        steps, batch, hidden, directions, batch_first, has_states, threads = shape
-        given = Recurrence(cell, hidden, directions, row.lanes, fits_16)
-        weight = torch.randint(-63 if fits_16 else -127, 64 if fits_16 else 128, (directions, gates * hidden, hidden))
-        weight = weight.to(torch.int8)
-        scale = torch.rand(directions, gates * hidden) / 127 / hidden**0.5
-        bias = torch.randn(directions, hidden) if cell == "gru" else None
-        width, rows = directions * gates * hidden, (batch, steps) if batch_first else (steps, batch)
-        x = torch.randn(*rows, width)
-        states = [3 * torch.randn(directions, batch, hidden) if has_states else None for _ in range(state_count(cell))]
-        out = directions * hidden
-        sizes = dict(steps=steps, batch=batch, hidden=hidden, directions=directions, threads=threads)
-        sizes |= dict(x_step=width if batch_first else batch * width, x_row=steps * width if batch_first else width)
-        sizes |= dict(out_step=out if batch_first else batch * out, out_row=steps * out if batch_first else out)
-        result, after = run_kernel(
-            Kernel(name, given.cell, given.fits_16), given, x, states, given.constants(weight, scale, bias), sizes
-        )
-        if not steps:
-            continue
-        expected = RECURRENCE(cell, x, *(*states, None)[:2], weight, scale, bias, batch_first)
-        torch.testing.assert_close((result, after), expected, atol=2e-6, rtol=1e-5, msg=lambda m: f"{shape}: {m}")  # noqa: B023
+        made = case(cell, row.lanes, fits_16, shape)
+        result = made.run(Kernel(name, cell, fits_16=fits_16))
+        if made.sizes["steps"]:
+            expected = RECURRENCE(*made.arguments)
+            torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5, msg=lambda m: f"{shape}: {m}")  # noqa: B023
+
+
+GRIDS = [QParams(0.004, 131, 0, 255, torch.uint8), QParams(0.01, -3, -60, 90, torch.int8)]
+
+
+@pytest.mark.parametrize("name", isa.ISAS)
+@pytest.mark.parametrize(("cell", "grid"), zip(("lstm", "gru"), GRIDS, strict=True))
+def test_a_kernel_quantizes_its_output(name: str, cell: str, grid: QParams) -> None:
+    row = isa.ISAS[name]
+    if not row.cpu_flags <= set(cpu.instruction_sets()):
+        pytest.skip(f"this CPU has no {name}")
+    for shape in SHAPES[:4]:
+        made = case(cell, row.lanes, False, shape)
+        (result, after), expected = made.run(Kernel(name, cell, grid.dtype), grid), RECURRENCE(*made.arguments)
+        difference = (result.int() - outputs.rounded(expected[0], *grid.arguments()).int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.01, shape
+        # The states are no steps of the output, but as they were.
+        torch.testing.assert_close(after, expected[1], atol=2e-6, rtol=1e-5)
+        for read, number in (("output", 0), ("states", 1)):
+            alone = made.run(Kernel(name, cell, grid.dtype), grid, read)
+            assert torch.equal(alone[number], (result, after)[number]) and alone[1 - number] is None
 
 
 # --- whole layers -----------------------------------------------------------------------------------------------------
@@ -176,6 +222,102 @@ def test_rows_may_be_open(dynamic: Any) -> None:
             given = torch.randn(rows, 5, 8)
             torch._dynamo.mark_dynamic(given, 0)
             assert testing.snr(compiled(given), q(given)) > EXACT
+
+
+# --- between layers of int8 -------------------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """Two layers, the first of two directions, and a linear; the states of the first are read too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(24, 20, bidirectional=True, batch_first=True)
+        self.second = nn.GRU(40, 16, batch_first=True)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, (hidden, _) = self.first(x)
+        second, _ = self.second(first)
+        return self.head(second), hidden
+
+
+def test_a_layer_writes_what_the_next_one_reads() -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(3, 5, 24),)
+    q = inductor_x86q.quantize(Between().eval(), x, calibration=[x])
+    done = testing.compile_once(q, x, options={"strict": True})
+    for result, expected in zip(done.outputs, q(*x), strict=True):
+        assert testing.snr(result, expected) > 45
+    rows = [fusion for fusion in done.report.fused if fusion.operator != "linear"]
+    assert [(row.output_dtype, row.absorbed, row.output_zero_point is None) for row in rows] == [
+        ("uint8", ("quantize",), False)
+    ] * 2
+    assert all(row.computed_by.endswith("_u8") for row in rows)
+    # Nothing but the input is quantized by itself.
+    assert len(done.report.quantizes_left) == 1
+    assert len([name for name in done.calls if name.startswith("cpp")]) == 1
+
+
+class Steps(nn.Module):
+    """Those of a layer without a linear in front."""
+
+    def __init__(self, cell: str, hidden: int) -> None:
+        super().__init__()
+        self.cell, rows = cell, CELLS[cell][1] * hidden
+        self.register_buffer("weight", torch.randint(-127, 128, (1, rows, hidden), dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(1, rows) / 400)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return RECURRENCE(self.cell, x, None, None, self.weight, self.scale, None, False)
+
+
+def test_the_generated_code_between_layers() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.linear, self.second = Steps("lstm", 12), testing.QLinear(12, 8), Steps("rnn_relu", 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            first, states = self.first(x)
+            return self.second(self.linear(quantize_dequantize(first)))[0], states
+
+    code = cpp_code(Stack(), (torch.randn(5, 3, 48),), options=testing.PINNED)
+    code = re.sub(f"_({'|'.join(sorted(isa.ISAS, key=len, reverse=True))})(_fits16)?_", "_ISA_", code)
+    testing.assert_expected_cpp(
+        code,
+        """\
+
+kernel0(input0, constant0, buf1, buf2);
+aoti_torch_cpu__qlinear_pointwise_tensor(wrap_with_raii_handle_if_needed(reinterpret_tensor_wrapper(buf1, 2, int_array_4, int_array_5, 0)), constant1, constant2, constant3, constant4, constant5, &temporary_reference(constant6.get()), 1.0, 0, &cached_torch_dtype_float32, "none", {nullptr}, 1, "", &buf3_handle);
+kernel1(buf3, constant7, buf5);
+output_handles[0] = buf5.release();
+output_handles[1] = buf2.release();
+
+kernel0:
+    const X86qRecurrence sizes = {5, 3, 12, 1, 144, 48, 36, 12, 1, 60, 0, 127, 50.0f};
+    x86q_lstm_ISA_u8(in0 + 0, nullptr, nullptr, in1 + 0, out, states, &sizes);
+
+kernel1:
+    const X86qRecurrence sizes = {5, 3, 8, 1, 24, 8, 24, 8, 1, 0, 0, 0, 1.0f};
+    x86q_rnn_relu_ISA_f32(in0 + 0, nullptr, nullptr, in1 + 0, out, nullptr, &sizes);
+""",
+    )
+
+
+@pytest.mark.parametrize("is_read_too", [False, True])
+def test_an_output_is_quantized_where_nobody_else_reads_it(is_read_too: bool) -> None:
+    class Read(Steps):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            result, _ = super().forward(x)
+            grid = dict(scale=0.02, zero_point=-4, quant_min=-40, quant_max=41, dtype=torch.int8)
+            rounded = quantize_dequantize(result, **grid)
+            return (rounded, result.sum()) if is_read_too else (rounded,)
+
+    done = testing.assert_close_to_reference(Read("rnn_tanh", 12), (torch.randn(5, 3, 12),), min_snr=45)
+    (fusion,) = done.report.fused
+    expected = ("float32", (), None, None) if is_read_too else ("int8", ("quantize",), 0.02, -4)
+    assert (fusion.output_dtype, fusion.absorbed, fusion.output_scale, fusion.output_zero_point) == expected
 
 
 # --- what stays float -------------------------------------------------------------------------------------------------

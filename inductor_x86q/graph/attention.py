@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from inductor_x86q.graph import outputs
 from inductor_x86q.graph.definitions import define
-from inductor_x86q.graph.qdq import QParams
 
 aten = torch.ops.aten
 
@@ -65,11 +65,7 @@ def _int8_attention(
         decomposed.dequantize_per_tensor.default(x, *grid, 0, 255, x.dtype)
         for x, grid in zip((query, key, value), (grids[:2], grids[2:4], grids[4:]), strict=True)
     ]
-    result = attention(reals[0], reals[1], reals[2], mask, is_causal, scale)
-    if output[-1].is_floating_point:
-        return result
-    quantized: torch.Tensor = decomposed.quantize_per_tensor.default(result, *output)
-    return quantized
+    return outputs.rounded(attention(reals[0], reals[1], reals[2], mask, is_causal, scale), *output)
 
 
 define(
@@ -78,7 +74,7 @@ define(
 define(
     "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float query_scale, int query_zero_point, "
     "float key_scale, int key_zero_point, float value_scale, int value_zero_point, bool is_causal, float scale, "
-    "int largest, float output_scale, int output_zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor",
+    f"int largest, {outputs.SCHEMA}) -> Tensor",
     _int8_attention,
 )
 ATTENTION = torch.ops.inductor_x86q.attention.default
@@ -104,19 +100,15 @@ class Attention:
     is_causal: bool
     scale: float
     largest: int  # of the integers of query, key and value
-    output_scale: float = 1.0
-    output_zero_point: int = 0
-    quant_min: int = 0
-    quant_max: int = 0
-    output_dtype: torch.dtype = torch.float32
+    output_scale: float
+    output_zero_point: int
+    quant_min: int
+    quant_max: int
+    output_dtype: torch.dtype
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-
-    def with_output(self, grid: QParams) -> Attention:
-        names = ("output_scale", "output_zero_point", "quant_min", "quant_max", "output_dtype")
-        return dataclasses.replace(self, **dict(zip(names, grid.arguments(), strict=True)))
 
 
 def is_int8_attention(node: Any) -> bool:

@@ -5,15 +5,17 @@ it rounds the hidden state to 8 bits, each row with a scale of its own, multipli
 states in float. Run eagerly it says exactly what is computed.
 
 `inductor_x86q::recurrence_packed` is the same and brings what a kernel of ours reads of the layer: its constants, and the text
-of what they are (`kernels.recurrence`).
+of what they are (`kernels.recurrence`). It may end in a quantize of the output, but not of the states.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from inductor_x86q.graph import outputs
 from inductor_x86q.graph.definitions import LIBRARY, define
 from inductor_x86q.graph.qdq import SMALLEST_SCALE
 
@@ -85,13 +87,20 @@ def _recurrence(
     return (output.transpose(0, 1).contiguous() if batch_first else output), torch.stack(states)
 
 
+def _packed(constants: torch.Tensor, specification: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    of_recurrence, of_output = arguments[:-5], arguments[-5:]
+    output, states = _recurrence(*of_recurrence)
+    return outputs.rounded(output, *of_output), states
+
+
 def _shapes(
     cell: str, x: torch.Tensor, hidden: object, cell_state: object, weight: torch.Tensor, scale: object, bias: object,
-    batch_first: bool,
+    batch_first: bool, *of_output: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     directions, _, size = weight.shape
     batch = x.shape[0] if batch_first else x.shape[1]
-    output = x.new_empty([*x.shape[:2], directions * size], dtype=torch.float32)
+    dtype = of_output[-1] if of_output else torch.float32
+    output = x.new_empty([*x.shape[:2], directions * size], dtype=dtype)
     return output, x.new_empty([state_count(cell), directions, batch, size], dtype=torch.float32)
 
 
@@ -104,8 +113,8 @@ torch.library.register_fake("inductor_x86q::recurrence", _shapes, lib=LIBRARY)
 RECURRENCE = torch.ops.inductor_x86q.recurrence.default
 
 define(
-    f"recurrence_packed(Tensor constants, str specification, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    lambda _, __, *arguments: _recurrence(*arguments),
+    f"recurrence_packed(Tensor constants, str specification, {_ARGUMENTS}, {outputs.SCHEMA}) -> (Tensor, Tensor)",
+    _packed,
 )
 torch.library.register_fake("inductor_x86q::recurrence_packed", lambda _, __, *rest: _shapes(*rest), lib=LIBRARY)
 PACKED_RECURRENCE = torch.ops.inductor_x86q.recurrence_packed.default

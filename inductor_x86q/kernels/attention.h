@@ -303,9 +303,7 @@ struct Attention {
                 for (int row = 0; row < ROWS; ++row) {
                     const Floats real = __builtin_convertvector(sums[row][vector], Floats) * factors[vector];
                     if constexpr (IS_INTEGER) {
-                        const Ints steps = nearest(minimum(real, Floats{} + 0x1p30f)) + (int32_t)a.zero_point;
-                        const Ints above = steps < (int32_t)a.low ? Ints{} + (int32_t)a.low : steps;
-                        sums[row][vector] = (above > (int32_t)a.high ? Ints{} + (int32_t)a.high : above) & 255;
+                        sums[row][vector] = quantized(real, (int32_t)a.zero_point, (int32_t)a.low, (int32_t)a.high) & 255;
                     } else {
                         results[(column + row) * VECTORS + vector] = (Ints)real;
                     }

@@ -54,8 +54,6 @@ PARAMETERS = (
 )
 MASKS = {None: "none", torch.bool: "boolean", torch.float32: "added"}  # by the mask's type
 
-OUTPUTS = (torch.uint8, torch.int8, torch.float32)
-
 LARGEST_WIDTH, MOST_KEYS = 8192, 32768  # whose sums the kernel's integers hold
 
 
@@ -66,7 +64,7 @@ class AttentionKernel:
     Args:
         isa: of `ISAS`.
         mask: of the values of `MASKS`.
-        output_dtype: of `OUTPUTS`.
+        output_dtype: float32, uint8 or int8.
         fits_16: query, key and value keep 7 bits, so that no sum of two products exceeds 16 bits.
     """
 

@@ -36,6 +36,11 @@ def struct(name: str, fields: Mapping[str, str], floats: Collection[str] = ()) -
     return _once(name.removeprefix("X86q"), f"#include <cstdint>\nstruct {name} {{\n{members}}};\n")
 
 
+def initialized(fields: Collection[str], floats: Collection[str], values: Mapping[str, float | str]) -> str:
+    """The C++ of such a struct's members; a value that is text is C++ already."""
+    return ", ".join(f"{float(values[field])!r}f" if field in floats else str(values[field]) for field in fields)
+
+
 def _once(name: str, text: str) -> str:
     guard = f"X86Q_HAS_{name}".upper()
     return f"#ifndef {guard}\n#define {guard}\n{text}#endif\n"

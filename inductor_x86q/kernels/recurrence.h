@@ -2,7 +2,8 @@
 //
 // What the input adds to the gates is computed before, for all steps. Each row's hidden state is rounded to 8 bits with a
 // scale of its own, at each step. Threads share the hidden units and meet once a step: each of them rounds the whole state
-// for itself. A `Kernel` says what decides the machine code: the `Cell`, and whether a sum of two products FITS_16 bits.
+// for itself. A `Kernel` says what decides the machine code: the `Cell`, the type of the output, and whether a sum of two
+// products FITS_16 bits.
 //
 // Constants of a direction: of each vector of hidden units and each gate the compensation of the state's zero point (int32)
 // and then, for all of them, the scales of the weight's rows; of each vector the bias of the product, where the cell has one;
@@ -24,6 +25,16 @@ struct Units {
             store(to + first, value);
         else
             store_first(to + first, (Ints)value, 4 * count);
+    }
+    // Integers from -128 to 255 as bytes.
+    X86Q_INLINE void write(int8_t* to, Ints value) const {
+        value &= 255;
+        const Ints packed = pack_unsigned_16(pack_32(value, value), pack_32(value, value));
+        const Ints bytes = (Ints)parts_in_a_row((Integers)packed);
+        if (count == LANES)
+            std::memcpy(to + first, &bytes, LANES);
+        else
+            store_first(to + first, bytes, count);
     }
 };
 
@@ -108,12 +119,15 @@ inline float round_row(const float* from, int64_t size, uint8_t* to) {
 template <class Kernel>
 struct Steps {
     typedef typename Kernel::Cell Cell;
+    typedef typename Kernel::Out Out;
     static constexpr int GATES = Cell::GATES;
 
     const X86qRecurrence& sizes;
     const float *x, *hidden, *cell;  // the last two null for zeros
     const int8_t* constants;
-    float *out, *states;
+    Out* out;       // null where nobody reads it; so are the states behind the last step
+    float* states;
+    float* between = nullptr;  // states between steps: two hidden ones in turns, one cell state
 
     int64_t vectors() const { return (sizes.hidden + LANES - 1) / LANES; }
     int64_t fours() const { return (sizes.hidden + 3) / 4; }
@@ -123,6 +137,8 @@ struct Steps {
         return vectors() * (numbers + GATES * fours() * 4 * LANES);
     }
     int64_t state_size() const { return sizes.batch * sizes.hidden; }
+    int64_t states_size() const { return sizes.directions * state_size(); }
+    int64_t between_bytes() const { return (2 + Cell::HAS_CELL_STATE) * states_size() * (int64_t)sizeof(float); }
 
     // All steps of some directions, of which each thread of a team computes its share of the hidden units.
     void run(const Worker& team, int64_t first_direction, int64_t end_direction) const {
@@ -131,14 +147,13 @@ struct Steps {
         float* const scales = (float*)(rounded + sizes.batch * row_bytes());
         for (int64_t step = 0; step < sizes.steps; ++step) {
             for (int64_t direction = first_direction; direction < end_direction; ++direction) {
-                const float* before = step ? nullptr : hidden ? hidden + direction * state_size() : nullptr;
-                int64_t before_row = sizes.hidden;
-                if (step) before = output(direction, step - 1), before_row = sizes.out_row;
+                const float* const first = hidden ? hidden + direction * state_size() : nullptr;
+                const float* const before = step ? hidden_behind(direction, step - 1) : first;
                 for (int64_t row = 0; before && row < sizes.batch; ++row)
-                    scales[row] = round_row(before + row * before_row, sizes.hidden, rounded + row * row_bytes());
+                    scales[row] = round_row(before + row * sizes.hidden, sizes.hidden, rounded + row * row_bytes());
                 team.share(vectors(), [&](int64_t first, int64_t end) {
                     for (int64_t vector = first; vector < end; ++vector)
-                        compute(direction, step, vector, before, before_row, rounded, scales);
+                        compute(direction, step, vector, before, rounded, scales);
                 });
             }
             team.meet();
@@ -147,18 +162,22 @@ struct Steps {
 
 private:
     int64_t time(int64_t direction, int64_t step) const { return direction ? sizes.steps - 1 - step : step; }
-    float* output(int64_t direction, int64_t step) const {
-        return out + time(direction, step) * sizes.out_step + direction * sizes.hidden;
+    // A step's hidden states lie where those of the step before the last did: who meets there has read these.
+    float* hidden_behind(int64_t direction, int64_t step) const {
+        return between + step % 2 * states_size() + direction * state_size();
+    }
+    X86Q_INLINE Ints rounded_output(Floats value) const {
+        return quantized(value * sizes.inverse_scale, (int32_t)sizes.zero_point, (int32_t)sizes.low, (int32_t)sizes.high);
     }
 
     void compute(
-        int64_t direction, int64_t step, int64_t vector, const float* before, int64_t before_row, const uint8_t* rounded,
+        int64_t direction, int64_t step, int64_t vector, const float* before, const uint8_t* rounded,
         const float* scales) const {
         int64_t row = 0;
         const auto rows = [&](auto count) X86Q_LAMBDA {
             constexpr int ROWS = decltype(count)::value;
             for (; row + ROWS <= sizes.batch; row += ROWS)
-                block<ROWS>(direction, step, vector, row, before, before_row, rounded, scales);
+                block<ROWS>(direction, step, vector, row, before, rounded, scales);
         };
         if constexpr (LANES == 16) rows(std::integral_constant<int, 4>());
         rows(std::integral_constant<int, 2>());
@@ -167,8 +186,8 @@ private:
 
     template <int ROWS>
     void block(
-        int64_t direction, int64_t step, int64_t vector, int64_t row, const float* before, int64_t before_row,
-        const uint8_t* rounded, const float* scales) const {
+        int64_t direction, int64_t step, int64_t vector, int64_t row, const float* before, const uint8_t* rounded,
+        const float* scales) const {
         const int8_t* const own = constants + direction * of_direction();
         const int64_t all = vectors() * LANES, left = sizes.hidden - vector * LANES, bytes = row_bytes();
         const int32_t* const compensation = (const int32_t*)own + vector * GATES * LANES;
@@ -199,9 +218,9 @@ private:
             }
         }
         const float* gates = x + time(direction, step) * sizes.x_step + row * sizes.x_row + direction * GATES * sizes.hidden;
-        float* to = output(direction, step) + row * sizes.out_row;
+        const int64_t to = time(direction, step) * sizes.out_step + row * sizes.out_row + direction * sizes.hidden;
         const bool is_last = step + 1 == sizes.steps;
-        for (int i = 0; i < ROWS; ++i, gates += sizes.x_row, to += sizes.out_row) {
+        for (int i = 0; i < ROWS; ++i, gates += sizes.x_row) {
             Floats given[GATES], product[GATES];
             const float scale = before ? scales[row + i] : 0.0f;
 #pragma GCC unroll 4
@@ -211,29 +230,40 @@ private:
                     __builtin_convertvector(sums[i][gate], Floats) * (load<Floats>(factors + gate * LANES) * scale);
             }
             Floats hidden_before{}, cell_state{}, of_product{};
-            float* final_hidden = states + direction * state_size() + (row + i) * sizes.hidden;
-            float* cells = final_hidden + sizes.directions * state_size();
+            const int64_t of_row = direction * state_size() + (row + i) * sizes.hidden;
+            float* const cells = between + 2 * states_size() + of_row;
             if constexpr (Cell::HAS_BIAS) {
                 of_product = load<Floats>(bias + vector * LANES);
-                if (before) hidden_before = units.read(before + (row + i) * before_row);
+                if (before) hidden_before = units.read(before + (row + i) * sizes.hidden);
             }
             if constexpr (Cell::HAS_CELL_STATE) {
                 if (step)
                     cell_state = units.read(cells);
                 else if (cell)
-                    cell_state = units.read(cell + direction * state_size() + (row + i) * sizes.hidden);
+                    cell_state = units.read(cell + of_row);
             }
             const Floats next = Cell::next(given, product, of_product, hidden_before, cell_state);
-            units.write(to, next);
+            units.write(hidden_behind(direction, step) + (row + i) * sizes.hidden, next);
             if constexpr (Cell::HAS_CELL_STATE) units.write(cells, cell_state);
-            if (is_last) units.write(final_hidden, next);
+            if (out) {
+                if constexpr (std::is_integral_v<Out>)
+                    units.write((int8_t*)out + to + i * sizes.out_row, rounded_output(next));
+                else
+                    units.write(out + to + i * sizes.out_row, next);
+            }
+            if (is_last && states) {
+                units.write(states + of_row, next);
+                if constexpr (Cell::HAS_CELL_STATE) units.write(states + states_size() + of_row, cell_state);
+            }
         }
     }
 };
 
 // Two directions are two teams of threads where they divide evenly: these need not meet each other.
 template <class Kernel>
-inline void recurrence(const Steps<Kernel>& steps) {
+inline void recurrence(Steps<Kernel> steps) {
+    const Scratch scratch(steps.between_bytes());
+    steps.between = (float*)scratch.bytes;
     on_threads(steps.sizes.threads, [&](const Worker& worker) {
         const int64_t directions = steps.sizes.directions;
         if (worker.count % directions == 0) {

@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from inductor_x86q import cpu
 from inductor_x86q.kernels import isa, library
-from inductor_x86q.kernels.epilogue import flag
+from inductor_x86q.kernels.epilogue import CPP_TYPES, SHORT_NAMES, flag
 
 # The C++ of each cell, and how many gates it has.
 CELLS = {"lstm": ("Lstm", 4), "gru": ("Gru", 3), "rnn_tanh": ("RnnTanh", 1), "rnn_relu": ("RnnRelu", 1)}
 _MIDDLE = 128  # the zero point of a rounded state
 
-# What a kernel is told of a layer when it is called, in order, and what it is; all are int64. Strides are in elements.
+# What a kernel is told of a layer when it is called, in order, and what it is. Strides are in elements.
 FIELDS: dict[str, str] = {
     "steps": "",
     "batch": "rows of a step",
@@ -27,10 +27,15 @@ FIELDS: dict[str, str] = {
     "out_step": "stride of a step of the output, and of its rows",
     "out_row": "",
     "threads": "0: as many as there are",
+    "zero_point": "of the output, and the bounds of its integers",
+    "low": "",
+    "high": "",
+    "inverse_scale": "of the output",
 }
-STRUCT = library.struct("X86qRecurrence", FIELDS)
+FLOATS = frozenset({"inverse_scale"})  # all others are int64
+STRUCT = library.struct("X86qRecurrence", FIELDS, FLOATS)
 PARAMETERS = (
-    "const float* x, const float* hidden, const float* cell, const int8_t* constants, float* out, float* states, "
+    "const float* x, const float* hidden, const float* cell, const int8_t* constants, void* out, float* states, "
     "const X86qRecurrence* sizes"
 )
 
@@ -42,16 +47,19 @@ class Kernel:
     Args:
         isa: of `ISAS`.
         cell: of `CELLS`.
+        output_dtype: float32, uint8 or int8.
         fits_16: no sum of two products exceeds 16 bits; asked only where products are added two by two.
     """
 
     isa: str
     cell: str
+    output_dtype: torch.dtype = torch.float32
     fits_16: bool = False
 
     @property
     def name(self) -> str:
-        return f"x86q_{self.cell}_{self.isa}{'_fits16' if self.fits_16 else ''}"
+        fits = "_fits16" if self.fits_16 else ""
+        return f"x86q_{self.cell}_{self.isa}{fits}_{SHORT_NAMES[self.output_dtype]}"
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -65,12 +73,15 @@ class Kernel:
 namespace {self.name}_ {{
 struct Kernel {{
     typedef {templates}::{CELLS[self.cell][0]} Cell;
+    typedef {CPP_TYPES[self.output_dtype]} Out;
     static constexpr bool FITS_16 = {flag(self.fits_16)};
 }};
 }}
-extern "C" void {self.name}({PARAMETERS}) {{
+extern "C" void {self.name}(
+    {PARAMETERS}) {{
     {templates}::recurrence(
-        {templates}::Steps<{self.name}_::Kernel>{{*sizes, x, hidden, cell, constants, out, states}});
+        {templates}::Steps<{self.name}_::Kernel>{{
+            *sizes, x, hidden, cell, constants, ({CPP_TYPES[self.output_dtype]}*)out, states}});
 }}
 """
 
@@ -93,9 +104,9 @@ class Recurrence:
     def read(text: str) -> Recurrence:
         return Recurrence(**json.loads(text))
 
-    def kernel(self) -> Kernel:
+    def kernel(self, output_dtype: torch.dtype) -> Kernel:
         """The one for this CPU."""
-        return Kernel(isa.best(cpu.usable_flags(), self.lanes), self.cell, self.fits_16)
+        return Kernel(isa.best(cpu.usable_flags(), self.lanes), self.cell, output_dtype, self.fits_16)
 
     def macs(self) -> int:
         """Of a row and a step."""

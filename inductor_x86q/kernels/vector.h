@@ -75,6 +75,14 @@ X86Q_INLINE Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 // To the nearest integer, ties to even, of |x| < 2^31.
 X86Q_INLINE Ints nearest(Floats x) { return (Ints)X86Q_MM(cvtps_epi32)((Singles)x); }
 
+// Steps of a quantized output as its integers, with its zero point added and limited.
+X86Q_INLINE Ints quantized(Floats steps, int32_t zero_point, int32_t low, int32_t high) {
+    constexpr float MOST = 0x1p30f;  // converting more than 2^31 would change its sign
+    const Ints found = nearest(maximum(minimum(steps, Floats{} + MOST), Floats{} - MOST)) + zero_point;
+    const Ints above = found < low ? Ints{} + low : found;
+    return above > high ? Ints{} + high : above;
+}
+
 // a·b + c, rounded once: compilers are forbidden to contract.
 X86Q_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
     return (Floats)X86Q_MM(fmadd_ps)((Singles)a, (Singles)b, (Singles)c);

@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import fx
 
-from inductor_x86q.graph.attention import KERNEL
 from inductor_x86q.graph.library import STANDS_FOR
+from inductor_x86q.graph.outputs import KERNEL
 from inductor_x86q.graph.reasons import No
-from inductor_x86q.graph.recurrence import PACKED_RECURRENCE
 from inductor_x86q.inductor import fake_tensors
-from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate, recurrent
+from inductor_x86q.passes import channels, finish, fuse, generate, images, normalize, propagate
 from inductor_x86q.passes.stage import Rule, Stage, StageResult
 from inductor_x86q.version import sources_digest
 
@@ -55,7 +54,7 @@ POST_OPS = Stage(
 OUTPUT_TYPES = Stage(
     "fuse: output types", [*fuse.OUTPUT_TYPE_RULES], "Every call gives a type that this CPU has a fast kernel for."
 )
-FINISH = Stage("finish", [*finish.RULES, *recurrent.RULES], "The graph is legal for Inductor.")
+FINISH = Stage("finish", [*finish.RULES], "The graph is legal for Inductor.")
 IMAGES = Stage(
     "images",
     [*images.RULES],
@@ -131,8 +130,6 @@ def computed_by(node: fx.Node) -> str:
     """The kernel of ours that computes a node of a graph that has gone through all stages; empty where none does."""
     if node.target in STANDS_FOR:
         return generate.choice(node)[0]
-    if node.target is PACKED_RECURRENCE:
-        return recurrent.kernel(node).name
     return node.meta[KERNEL].name if KERNEL in node.meta else ""
 
 

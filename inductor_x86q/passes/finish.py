@@ -14,7 +14,7 @@ from inductor_x86q.graph.attention import ATTENTION
 from inductor_x86q.graph.attention import attention as reference
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.inductor import decompositions, fake_tensors
-from inductor_x86q.passes.fuse import attention, half
+from inductor_x86q.passes.fuse import half, own_kernels
 from inductor_x86q.passes.stage import Rule
 
 aten = torch.ops.aten
@@ -114,5 +114,5 @@ RULES = (
     Rule("quantize of float16", _QUANTIZES, _find_float16_quantize, _rewrite_float16_quantize),
     Rule("convolution of lines", calls.TARGETS, _find_line, _rewrite_line),
     Rule("decompose", DECOMPOSED, qdq.graph_module, _decompose),
-    *attention.FINISH_RULES,
+    *own_kernels.FINISH_RULES,
 )

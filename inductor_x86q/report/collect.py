@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import attention, macs, operators, qdq
+from inductor_x86q.graph import attention, macs, operators, outputs, qdq
 from inductor_x86q.graph.attention import is_int8_attention
 from inductor_x86q.graph.calls import is_call, read
 from inductor_x86q.graph.operators import Role, factors, moved_from, role
 from inductor_x86q.graph.origin import layer, source
 from inductor_x86q.graph.reasons import BY_DESIGN, Obstacle, Reason
-from inductor_x86q.graph.recurrence import RECURRENCE
+from inductor_x86q.graph.recurrence import PACKED_RECURRENCE, RECURRENCE
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.inductor.regions import Region, regions
 from inductor_x86q.passes.fuse import attention as fuse_attention
@@ -80,7 +80,7 @@ def _kind(node: fx.Node, shown: set[fx.Node]) -> str | None:
         return "output"
     if node.op != "call_function" or not any(source in shown for source in node.all_input_nodes):
         return None
-    if is_call(node) or node.target is RECURRENCE or _is_int8_lookup(node) or is_int8_attention(node):
+    if is_call(node) or _is_recurrence(node) or _is_int8_lookup(node) or is_int8_attention(node):
         return "fused"
     if _is_product(node):
         return "product"
@@ -231,7 +231,7 @@ def _fusion(node: fx.Node) -> Fusion:
         **dict(layer=layer(node), kernel=str(node.target), absorbed=tuple(node.meta.get("x86q_absorbed", ()))),
         **dict(output_shape=_shape(node), source=source(node), node=node.name),
     }
-    if node.target is RECURRENCE:
+    if _is_recurrence(node):
         return _recurrence(node, alike)
     if is_int8_attention(node):
         return _attention(node, alike)
@@ -271,16 +271,24 @@ def _call(node: fx.Node, alike: dict[str, Any]) -> Fusion:
     )
 
 
+def _is_recurrence(node: fx.Node) -> bool:
+    return node.target in (RECURRENCE, PACKED_RECURRENCE)
+
+
 def _recurrence(node: fx.Node, alike: dict[str, Any]) -> Fusion:
-    """Of a recurrent layer's steps."""
+    """Of a recurrent layer's steps; those that no kernel of ours takes are the operator itself."""
     arguments = qdq.schema_arguments(node)
+    output = outputs.read(node) if node.target is PACKED_RECURRENCE else outputs.FLOAT32
+    is_integer = not output.dtype.is_floating_point
     return Fusion(
         **alike,
         operator=arguments["cell"],
         input_dtype=_dtype(arguments["x"]),
         weight_dtype="int8",
-        output_dtype=_dtype(node),
+        output_dtype=_name(output.dtype),
         macs=macs.count(node),
+        output_scale=output.scale if is_integer else None,
+        output_zero_point=output.zero_point if is_integer else None,
     )
 
 

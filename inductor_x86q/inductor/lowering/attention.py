@@ -16,11 +16,12 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
-from inductor_x86q.graph.attention import INT8_ATTENTION, KERNEL, Attention
-from inductor_x86q.inductor import configuration
+from inductor_x86q.graph.attention import INT8_ATTENTION, Attention
+from inductor_x86q.graph.outputs import KERNEL
 from inductor_x86q.inductor.lowering.placement import buffer, ints
 from inductor_x86q.inductor.lowering.template import Template, computed
 from inductor_x86q.inductor.patches.linked_objects import mark
+from inductor_x86q.kernels import library
 from inductor_x86q.kernels.attention import FIELDS, FLOATS, PARAMETERS, STRUCT, AttentionKernel
 
 
@@ -66,10 +67,8 @@ class AttentionTemplate(Template):
         inputs = {name: tensors[name].buffer for name in names.values()}
         self._call, self._tensors, self._names, self._layout = call, tensors, names, layout
         query, key, value = (tensors[name].sizes for name in ("query", "key", "value"))
-        self._macs = sympy_product([*query[:3], key[2]]) * (query[3] + value[3])
-        threads = configuration.threads(int(self._macs), configuration.MACS_PER_THREAD) if self._macs.is_number else 0
-        super().__init__("x86q_attention", inputs, layout, threads)
-        self._threads = threads
+        macs = sympy_product([*query[:3], key[2]]) * (query[3] + value[3])
+        super().__init__("x86q_attention", inputs, layout, macs)
         self.kernel = kernel
 
     def shared(self) -> Sequence[str]:
@@ -78,16 +77,14 @@ class AttentionTemplate(Template):
     def body(self, name: str) -> str:
         values = self._values()
         is_known = all(isinstance(value, (int, float)) for value in values.values())
-        written = ", ".join(self._written(field, values[field]) for field in FIELDS)
+        written = library.initialized(FIELDS, FLOATS, {field: self._written(value) for field, value in values.items()})
         addresses = ", ".join(self._address(name) for name in ("query", "key", "value", "mask"))
         return f"""\
 {"static " if is_known else ""}const X86qAttention arguments = {{{written}}};
 {self.kernel.name}({addresses}, out, &arguments);"""
 
-    def _written(self, field: str, value: Any) -> str:
-        if field in FLOATS:
-            return f"{float(value)!r}f"
-        return value if isinstance(value, str) else self.cpp(value)
+    def _written(self, value: Any) -> Any:
+        return value if isinstance(value, (int, float, str)) else self.cpp(value)
 
     def _address(self, name: str) -> str:
         if name not in self._tensors:
@@ -103,7 +100,7 @@ class AttentionTemplate(Template):
             **dict(queries=query.sizes[2], keys=key.sizes[2], width=query.sizes[3], value_width=value.sizes[3]),
             **dict(is_causal=int(call.is_causal), query_zero_point=call.query_zero_point),
             **dict(value_zero_point=call.value_zero_point, zero_point=call.output_zero_point),
-            **dict(low=call.quant_min, high=call.quant_max, threads=self._threads_written()),
+            **dict(low=call.quant_min, high=call.quant_max, threads=self.threads),
             **dict(factor=call.query_scale * call.key_scale * call.scale, value_scale=call.value_scale),
             **dict(inverse_scale=1 / call.output_scale),
         }
@@ -114,11 +111,6 @@ class AttentionTemplate(Template):
         for name, (batch, head, row, *_) in strides.items():
             found |= {f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row}
         return found
-
-    def _threads_written(self) -> Any:
-        if self._macs.is_number:
-            return self._threads
-        return configuration.threads_cpp(self.cpp(self._macs), configuration.MACS_PER_THREAD)
 
 
 def _lower(*arguments: Any) -> Any:

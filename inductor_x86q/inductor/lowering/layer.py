@@ -13,7 +13,6 @@ from torch._inductor.virtualized import V
 from inductor_x86q.errors import CompileError
 from inductor_x86q.graph import calls
 from inductor_x86q.graph.origin import layer as layer_of
-from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous, image, ints, pixels
 from inductor_x86q.inductor.lowering.template import Template
 from inductor_x86q.inductor.patches.linked_objects import mark
@@ -75,7 +74,10 @@ class LayerTemplate(Template):
     """The function that calls a kernel with a layer's sizes."""
 
     def __init__(self, inputs: Inputs, convolution: Convolution, kernel: family.Kernel) -> None:
-        super().__init__("x86q", inputs.by_name(), inputs.layout, convolution.threads)
+        outputs = sympy_product(inputs.layout.size)
+        of_output = convolution.macs // (convolution.pixels * convolution.out_c)
+        work = outputs * of_output if inputs.open_sizes() else convolution.macs
+        super().__init__("x86q", inputs.by_name(), inputs.layout, work)
         self.inputs, self.convolution, self.kernel = inputs, convolution, kernel
 
     def shared(self) -> Sequence[str]:
@@ -102,15 +104,7 @@ class LayerTemplate(Template):
     def _open(self) -> dict[str, str | int]:
         """The C++ of the arguments that are not known when compiling."""
         open_ = {name: self.cpp(value) for name, value in self.inputs.open_sizes().items()}
-        if not open_:
-            return {}
-        given = self.convolution
-        of_output = given.macs // (given.pixels * given.out_c)
-        outputs = self.cpp(sympy_product(self.inputs.layout.size))
-        return {
-            **open_,
-            "threads": configuration.threads_cpp(f"{outputs} * {of_output}", configuration.MACS_PER_THREAD),
-        }
+        return {**open_, "threads": self.threads} if open_ else {}
 
 
 def steps(computed: dict[str, Pixels]) -> dict[str, int]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch._inductor import ir
 
-from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.placement import Pixels, ints
 from inductor_x86q.inductor.lowering.template import Template, computed
 
@@ -43,8 +42,7 @@ class _Rows(Template):
         buffers = {image.buffer.get_name(): image.buffer for image in images}
         inputs = {f"x{number}": read for number, read in enumerate(buffers.values())}
         self._images, self._row, self._layout = images, row, layout
-        self._threads = configuration.threads(bytes_, BYTES_PER_THREAD)
-        super().__init__("x86q_rows", inputs, layout, self._threads)
+        super().__init__("x86q_rows", inputs, layout, bytes_, BYTES_PER_THREAD)
 
     def shared(self) -> Sequence[str]:
         return ("#include <omp.h>\n\n#include <cstdint>\n#include <cstring>\n",)
@@ -53,7 +51,7 @@ class _Rows(Template):
         n, _c, h, _w = ints(self._layout.size)
         starts = [f"{self.address(image)} + n * {image.strides[0]}" for image in self._images]
         return f"""\
-#pragma omp parallel for num_threads({self._threads or "omp_get_max_threads()"}) if ({self._threads} != 1)
+#pragma omp parallel for num_threads({self.threads or "omp_get_max_threads()"}) if ({self.threads} != 1)
 for (int64_t row = 0; row < {n * h}; ++row) {{
     const int64_t n = row / {h}, h = row % {h};
     auto* to = out + row * {int(self._layout.stride[2])};

@@ -2,7 +2,8 @@
 
 Relies on `CppTemplate.generate` rendering a template's C++ and making a `CppTemplateCaller` of it, on a C++ wrapper
 appending its kernels to `kernel_declarations` once all of them are rendered, on `allow_epilogue_fusion` keeping what
-follows out of a kernel, and on `NonOwningLayout`, the layout of a buffer whose memory is part of another's.
+follows out of a kernel, on `NonOwningLayout`, the layout of a buffer whose memory is part of another's, and on a template's buffer
+of `MultiOutputLayout` having its `MultiOutput`s allocated in front of it, which Inductor's grouped GEMM is made of.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_utils import cexpr_index
 from torch._inductor.virtualized import V
 
+from inductor_x86q.inductor import configuration
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer
 
 
@@ -25,13 +27,34 @@ class Template(CppTemplate):
     Args:
         name: that Inductor gives the kernel.
         inputs: the buffers that it reads, each once, by what they are called in its C++.
-        layout: of the result, which is called `out`.
-        threads: how many it uses, 0 for as many as there are when it runs.
+        layout: of the result, which is called `out`, or of the first where there are several.
+        work: which threads share: multiply-accumulates, or whatever `per_thread` counts; Inductor's expression of it where it is
+            not known when compiling.
+        per_thread: how much of it makes a thread worth its while.
     """
 
-    def __init__(self, name: str, inputs: Mapping[str, Any], layout: ir.Layout, threads: int) -> None:
+    # The results' names in its C++, in order.
+    results: Sequence[str] = ("out",)
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        layout: ir.Layout,
+        work: Any,
+        per_thread: int = configuration.MACS_PER_THREAD,
+    ) -> None:
+        self._work, self._per_thread = work, per_thread
+        self._is_known = isinstance(work, int) or bool(work.is_number)
+        threads = configuration.threads(int(work), per_thread) if self._is_known else 0
         super().__init__(name, list(inputs.values()), layout, threads)
         self._named = dict(inputs)
+
+    @property
+    def threads(self) -> int | str:
+        """How many it uses, 0 for as many as there are when it runs; C++ where that is not known when compiling."""
+        known: int = self.num_threads
+        return known if self._is_known else configuration.threads_cpp(self.cpp(self._work), self._per_thread)
 
     def shared(self) -> Sequence[str]:
         """Texts of C++, each of which is needed once in a file, in front of its first kernel that needs it."""
@@ -44,6 +67,10 @@ class Template(CppTemplate):
     def cpp(self, size: Any) -> str:
         """The C++ of a size, known when compiling or not, inside of the function."""
         return str(size) if isinstance(size, int) else str(cexpr_index(self._kernel.rename_indexing(size)))
+
+    def is_read(self, result: str) -> bool:
+        """Whether anybody reads that result, or may do so; a parameter of the function is only what is."""
+        return result in self._read
 
     def address(self, image: Pixels) -> str:
         """The C++ of where an image begins."""
@@ -59,7 +86,8 @@ class Template(CppTemplate):
         if is_final:
             self.output_node = template_buffer_node
         self._kernel = kernel
-        definition = kernel.def_kernel(inputs=self._named, outputs={"out": self.output_node})
+        self._read = self._results_read()
+        definition = kernel.def_kernel(inputs=self._named, outputs=self._read)
         name = kernel.kernel_name
         return f"""\
 {self._shared_once() if is_final else ""}
@@ -69,6 +97,11 @@ extern "C" {definition}
 {textwrap.indent(self.body(name), "    ")}
 }}
 """
+
+    def _results_read(self) -> dict[str, Any]:
+        buffers = getattr(self.output_node, "outputs", None) or [self.output_node]
+        named = zip(self.results, buffers, strict=False)
+        return {name: node for name, node in named if node.get_name() not in V.graph.removed_buffers}
 
     def _shared_once(self) -> str:
         """What is shared, for a kernel in a file of its own; of kernels in one file the first has it put in front of all."""
@@ -93,3 +126,12 @@ def computed(box: Any, part: ir.ReinterpretView | None) -> Any:
     if part is not None:
         result.layout = ir.NonOwningLayout(part)
     return box
+
+
+def several(template: Template, layouts: Sequence[ir.Layout]) -> list[Any]:
+    """The results of a kernel that has several, each a buffer of its own that need not be there if nobody reads it."""
+    node = buffer(template.generate().output_node())
+    node.allow_epilogue_fusion = False
+    node.outputs = [ir.MultiOutput(layout, node, [(list, number)]) for number, layout in enumerate(layouts)]
+    node.layout = ir.MultiOutputLayout(device=layouts[0].device)
+    return [ir.TensorBox.create(output) for output in node.outputs]

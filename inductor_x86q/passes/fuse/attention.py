@@ -1,4 +1,4 @@
-"""Attention between dequantized query, key and value becomes a call of ours with float output, and takes in its quantize."""
+"""Attention between dequantized query, key and value becomes an operator of ours with float output."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import attention, macs, qdq
-from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, KERNEL, Attention
+from inductor_x86q.graph import attention, macs, outputs, qdq
+from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, Attention
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
-from inductor_x86q.inductor import objects
-from inductor_x86q.kernels.attention import LARGEST_WIDTH, MASKS, MOST_KEYS, OUTPUTS, AttentionKernel, choose
+from inductor_x86q.kernels.attention import LARGEST_WIDTH, MASKS, MOST_KEYS, AttentionKernel, choose
 from inductor_x86q.passes.stage import Rule
 
 
@@ -69,7 +68,7 @@ def _find(node: fx.Node) -> Attention | No:
     largest = max(grid.quant_max for grid in grids)
     query, key, value = map(qdq.operand, sources)
     operands: tuple[Any, ...] = (query, key, value, mask, *numbers, is_causal, scale, largest)
-    return Attention(*operands)
+    return Attention(*operands, *outputs.FLOAT32.arguments())
 
 
 def _rewrite(node: fx.Node, found: Attention) -> fx.Node:
@@ -85,44 +84,11 @@ def _emit(call: Attention, count: int | None, *, like: fx.Node) -> fx.Node:
     return new
 
 
-def _find_quantize(node: fx.Node) -> Attention | No:
-    source = qdq.operand(node)
-    if source.target is not INT8_ATTENTION:
-        return No("it quantizes no attention", (source,))
-    if len(source.users) != 1:
-        return No(f"the attention's result has {len(source.users)} users", tuple(source.users))
-    found, grid = attention.read(source), qdq.qparams(node)
-    if found.output_dtype != torch.float32 or grid.dtype not in OUTPUTS or grid.quant_min > grid.quant_max:
-        return No(f"the kernel does not give {grid.dtype} from {grid.quant_min} to {grid.quant_max}")
-    info = torch.iinfo(grid.dtype)
-    if not (math.isfinite(grid.scale) and grid.scale > 0) or not info.min <= grid.zero_point <= info.max:
-        return No(f"its scale is {grid.scale}, its zero point {grid.zero_point}")
-    return found.with_output(grid)
-
-
-def _rewrite_quantize(node: fx.Node, found: Attention) -> fx.Node:
-    source = qdq.operand(node)
-    new = _emit(found, source.meta.get("x86q_macs"), like=source)
-    new.meta["x86q_absorbed"] = ["quantize"]
-    return new
-
-
-def _find_kernel(node: fx.Node) -> AttentionKernel | No:
-    if KERNEL in node.meta:
-        return No("its kernel is chosen")
+def kernel(node: fx.Node) -> AttentionKernel:
+    """Which computes an int8 attention on this CPU."""
     found = attention.read(node)
     mask = None if found.mask is None else qdq.value(found.mask).dtype
     return choose(mask, found.output_dtype, found.largest)
 
 
-def _rewrite_kernel(node: fx.Node, found: AttentionKernel) -> None:
-    """Chooses the kernel, which begins to be built while all else is lowered."""
-    from inductor_x86q.inductor.lowering import attention as _  # noqa: F401  registers with Inductor, slow to import
-
-    node.meta[KERNEL] = found
-    objects.start([found])
-
-
 COMPUTE_RULES = (Rule("attention", (ATTENTION,), _find, _rewrite),)
-POST_OP_RULES = (Rule("quantized attention", (qdq.QUANTIZE,), _find_quantize, _rewrite_quantize),)
-FINISH_RULES = (Rule("kernel of attention", (INT8_ATTENTION,), _find_kernel, _rewrite_kernel),)

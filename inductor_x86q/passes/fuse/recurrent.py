@@ -1,4 +1,4 @@
-"""The steps of a recurrent layer get what our kernel needs: its constants in its order, and what it has to compute."""
+"""The steps of a recurrent layer get what our kernel needs, its constants in its order, and a float output."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from torch import fx
 
 from inductor_x86q import cpu
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import outputs, qdq
 from inductor_x86q.graph.reasons import No
 from inductor_x86q.graph.recurrence import PACKED_RECURRENCE, RECURRENCE
-from inductor_x86q.inductor import objects
 from inductor_x86q.kernels.recurrence import Kernel, Recurrence
 from inductor_x86q.passes.stage import Rule
 
@@ -40,20 +39,18 @@ def _find(node: fx.Node) -> _Layer | No:
 
 
 def kernel(node: fx.Node) -> Kernel:
-    """The kernel that computes the steps, of an operator that brings what it needs."""
-    return Recurrence.read(str(node.args[1])).kernel()
+    """Which computes the steps on this CPU."""
+    return Recurrence.read(str(node.args[1])).kernel(outputs.read(node).dtype)
 
 
 def _rewrite(node: fx.Node, layer: _Layer) -> fx.Node:
-    """recurrence(…) → recurrence_packed(what the kernel reads, what that is, …)"""
-    from inductor_x86q.inductor.lowering import recurrent  # noqa: F401  registers with Inductor, which is slow to import
-
+    """recurrence(…) → recurrence_packed(what the kernel reads, what that is, …, float32)"""
     given = layer.recurrence
-    objects.start([given.kernel()])
     constants = qdq.new_constant(given.constants(layer.weight, layer.scale, layer.bias), like=node)
-    new = node.graph.call_function(PACKED_RECURRENCE, (constants, given.text(), *node.args))
+    arguments = (constants, given.text(), *node.args, *outputs.FLOAT32.arguments())
+    new = node.graph.call_function(PACKED_RECURRENCE, arguments)
     new.meta.update(node.meta)
     return new
 
 
-RULES = (Rule("steps of a recurrent layer", (RECURRENCE,), _find, _rewrite),)
+COMPUTE_RULES = (Rule("steps of a recurrent layer", (RECURRENCE,), _find, _rewrite),)
