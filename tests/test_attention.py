@@ -12,7 +12,6 @@ from torch import nn
 import inductor_x86q
 from inductor_x86q import QuantizationError, cpu, explain, inspection, testing
 from inductor_x86q.graph.reasons import Reason
-from inductor_x86q.inductor.lowering import attention as lowering
 from inductor_x86q.kernels import attention as kernels
 from inductor_x86q.kernels.isa import ISAS
 from inductor_x86q.passes.fuse import attention as fusing
@@ -79,18 +78,32 @@ CASES = (
 class Cases(nn.Module):
     """All cases at once, so that one compile serves them."""
 
-    def __init__(self, cases: tuple[Case, ...], bits: int) -> None:
+    def __init__(self, cases: tuple[Case, ...], bits: int, *, is_by_rows: bool = False) -> None:
         super().__init__()
-        self.cases, self.top = cases, 2**bits - 1
+        self.cases, self.top, self.is_by_rows = cases, 2**bits - 1, is_by_rows
 
     def forward(self, *operands: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         results = []
         for case, (query, key, value, *mask) in zip(self.cases, operands, strict=True):
-            grid = {"scale": 6 / self.top, "zero_point": self.top // 2 + 3, "quant_max": self.top}
-            reals = [quantize_dequantize(x, **grid) for x in (query, key, value)]
+            if self.is_by_rows:
+                reals = [self.by_rows(query), self.by_rows(key), self.by_rows(value, is_value=True)]
+            else:
+                grid = {"scale": 6 / self.top, "zero_point": self.top // 2 + 3, "quant_max": self.top}
+                reals = [quantize_dequantize(x, **grid) for x in (query, key, value)]
             result = attention(*reals, mask[0] if mask else None, case.is_causal, case.scale)
             results.append(quantize_dequantize(result, scale=0.02, zero_point=120) if case.quantized else result)
         return results
+
+    def by_rows(self, x: torch.Tensor, is_value: bool = False) -> torch.Tensor:
+        middle = (self.top + 1) // 2
+        scales = (x.abs() / (self.top - middle)).amax(-1, keepdim=True).clamp(min=1e-7)
+        if is_value:
+            scales = scales.amax(-2, keepdim=True).expand_as(scales)
+        grid = (scales, torch.full_like(scales, middle), 0, self.top, torch.uint8)
+        decomposed = torch.ops.quantized_decomposed
+        integers = decomposed.quantize_per_token(x, *grid)
+        reals: torch.Tensor = decomposed.dequantize_per_token(integers, *grid, torch.float32)
+        return reals
 
 
 def usable(*names: str) -> list[Any]:
@@ -98,18 +111,20 @@ def usable(*names: str) -> list[Any]:
     return [pytest.param(x, marks=pytest.mark.skipif(x in missing, reason=f"this CPU has no {x}")) for x in names]
 
 
+@pytest.mark.parametrize("is_by_rows", [False, True])
 @pytest.mark.parametrize("isa", usable("avx512_vnni", "avx2"))
-def test_the_kernel_computes_what_the_operator_does(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_computes_what_the_operator_does(
+    isa: str, is_by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bits = 8 if ISAS[isa].has_vnni else 7
 
-    def choose(mask: Any, output_dtype: torch.dtype, largest: int) -> kernels.AttentionKernel:
-        assert largest == 2**bits - 1
-        return kernels.AttentionKernel(isa, kernels.MASKS[mask], output_dtype, fits_16=bits == 7)
+    def choose(mask: Any, output_dtype: torch.dtype, largest: int, *, by_rows: bool) -> kernels.AttentionKernel:
+        assert (largest, by_rows) == (2**bits - 1, is_by_rows)
+        return kernels.AttentionKernel(isa, kernels.MASKS[mask], output_dtype, bits == 7, by_rows)
 
-    for module in (lowering, fusing):
-        monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr(fusing, "choose", choose)
     operands = tuple(case.tensors() for case in CASES)
-    model = Cases(CASES, bits)
+    model = Cases(CASES, bits, is_by_rows=is_by_rows)
     done = testing.compile_once(model, operands)
     assert testing.own_calls(done.code) == {"x86q.attention": len(CASES)}
     assert {fusion.operator for fusion in done.report.fused} == {"attention"}
@@ -122,8 +137,7 @@ def test_the_kernel_computes_what_the_operator_does(isa: str, monkeypatch: pytes
 
 def test_without_bits_to_spare_products_are_exact_in_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = kernels.AttentionKernel("avx2", "none", torch.float32)
-    for module in (lowering, fusing):
-        monkeypatch.setattr(module, "choose", lambda *_: kernel)
+    monkeypatch.setattr(fusing, "choose", lambda *_, **__: kernel)
     case = Case(12, 40, 64, 16, quantized=False)
     operands, model = (tuple(2 * x for x in case.tensors()),), Cases((case,), 8)
     done = testing.compile_once(model, operands)
@@ -182,6 +196,26 @@ def test_one_compile_serves_every_batch_and_length() -> None:
         for batch, tokens in ((2, 7), (4, 33), (5, 64), (2, 2)):
             x, mask = torch.randn(batch, tokens, 32), torch.rand(batch, 1, tokens, tokens) > 0.3
             assert testing.snr(done.run(x, mask), q(x, mask)) > 40, (batch, tokens)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_attention_of_rows_with_scales_of_their_own(bits: int) -> None:
+    x = torch.randn(2, 20, 32) * torch.rand(2, 20, 1)
+    model = Block().eval()
+    q = inductor_x86q.quantize(model, (x,), dynamic=True, reduce_range=bits == 7)
+    done = testing.assert_close_to_reference(q, (x,), min_snr=60)
+    assert testing.own_calls(done.code)["x86q.attention"] == 1 and not done.report.kept_float
+    with torch.no_grad():
+        assert testing.snr(q(x), model(x)) > (20 if bits == 7 else 26)
+    asked = inductor_x86q.quantize(model, (x,), dynamic="per_token", attention="float")
+    assert [miss.operator for miss in explain(asked, (x,)).kept_float] == ["attention"]
+
+
+def test_attention_that_rows_of_int8_would_distort_stays_float_too() -> None:
+    x = torch.randn(2, 20, 32)
+    q = inductor_x86q.quantize(Block(outlier=1e4).eval(), (x,), dynamic="per_token")
+    report = explain(q, (x,))
+    assert [miss.operator for miss in report.kept_float] == ["attention"] and "stays float" in report.notes[0]
 
 
 def test_attention_stays_float_where_it_is_asked_to() -> None:

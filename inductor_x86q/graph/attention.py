@@ -5,7 +5,8 @@ what the kernel does. It differs from `aten::scaled_dot_product_attention` by wh
 the exponential of what it lies below the row's greatest, is rounded to a byte before it is divided by the row's sum of weights,
 so that long rows lose no more than short ones. A row of which all is masked gives 0.
 
-`inductor_x86q::int8_attention` is that between a dequantize of each operand and, perhaps, a quantize.
+`inductor_x86q::int8_attention` is that between a dequantize of each operand and, perhaps, a quantize; `by_rows` has a scale for
+each row of the query and of the key, and for each head of the value.
 """
 
 from __future__ import annotations
@@ -60,10 +61,9 @@ def _int8_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *rest: Any
 ) -> torch.Tensor:
     grids, (is_causal, scale, _largest), output = rest[:6], rest[6:9], rest[9:]
-    decomposed = torch.ops.quantized_decomposed
     reals = [
-        decomposed.dequantize_per_tensor.default(x, *grid, 0, 255, x.dtype)
-        for x, grid in zip((query, key, value), (grids[:2], grids[2:4], grids[4:]), strict=True)
+        (x.float() - zero_point) * scales
+        for x, scales, zero_point in zip((query, key, value), grids[::2], grids[1::2], strict=True)
     ]
     return outputs.rounded(attention(reals[0], reals[1], reals[2], mask, is_causal, scale), *output)
 
@@ -71,31 +71,34 @@ def _int8_attention(
 define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float? scale) -> Tensor", attention
 )
-define(
-    "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float query_scale, int query_zero_point, "
-    "float key_scale, int key_zero_point, float value_scale, int value_zero_point, bool is_causal, float scale, "
-    f"int largest, {outputs.SCHEMA}) -> Tensor",
-    _int8_attention,
-)
+for _name, _scale in (("int8_attention", "float"), ("int8_attention.by_rows", "Tensor")):
+    define(
+        f"{_name}(Tensor query, Tensor key, Tensor value, Tensor? mask, {_scale} query_scale, int query_zero_point, "
+        f"{_scale} key_scale, int key_zero_point, {_scale} value_scale, int value_zero_point, bool is_causal, float scale, "
+        f"int largest, {outputs.SCHEMA}) -> Tensor",
+        _int8_attention,
+    )
 ATTENTION = torch.ops.inductor_x86q.attention.default
 INT8_ATTENTION = torch.ops.inductor_x86q.int8_attention.default
-KERNEL = "x86q_kernel"  # in the `meta` of a call of the int8 one: the kernel that computes it, as the finish stage chooses it
+INT8_ATTENTION_BY_ROWS = torch.ops.inductor_x86q.int8_attention.by_rows
+TARGETS = (INT8_ATTENTION, INT8_ATTENTION_BY_ROWS)
 SPELLINGS = (aten.scaled_dot_product_attention.default,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """A call of `int8_attention`: its arguments in order."""
+    """A call of `int8_attention`: its arguments in order. Where it is by rows, the scales are tensors that are (..., heads, rows, 1),
+    the value's (..., heads, 1, 1)."""
 
     query: Any
     key: Any
     value: Any
     mask: Any
-    query_scale: float
+    query_scale: Any
     query_zero_point: int
-    key_scale: float
+    key_scale: Any
     key_zero_point: int
-    value_scale: float
+    value_scale: Any
     value_zero_point: int
     is_causal: bool
     scale: float
@@ -107,12 +110,16 @@ class Attention:
     output_dtype: torch.dtype
 
     @property
+    def is_by_rows(self) -> bool:
+        return not isinstance(self.query_scale, float)
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 def is_int8_attention(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is INT8_ATTENTION
+    return isinstance(node, fx.Node) and node.target in TARGETS
 
 
 def read(node: fx.Node) -> Attention:

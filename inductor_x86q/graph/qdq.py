@@ -36,6 +36,7 @@ DEQUANTIZES = (DEQUANTIZE, DEQUANTIZE_TENSOR, _q.dequantize_per_tensor.tensor2, 
 QUANTIZE_TOKEN = _q.quantize_per_token.default
 DEQUANTIZE_TOKEN = _q.dequantize_per_token.default
 
+_FILLS = (torch.ops.aten.full.default, torch.ops.aten.full_like.default, torch.ops.aten.new_full.default)
 INT8_TYPES = (torch.uint8, torch.int8)
 
 
@@ -142,6 +143,17 @@ def constant(node: Any) -> torch.Tensor | None:
     for part in str(node.target).split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, torch.Tensor) else None
+
+
+def uniform_value(node: fx.Node) -> float | None:
+    """The number that all elements of a tensor are known to have, None where there is none."""
+    if node.target in _FILLS:
+        fill = node.args[-1]
+        return float(fill) if isinstance(fill, (int, float)) else None
+    tensor = constant(node)
+    if tensor is None or not tensor.numel() or bool((tensor != tensor.reshape(-1)[0]).any()):
+        return None
+    return float(tensor.reshape(-1)[0])
 
 
 def is_constant(node: fx.Node) -> bool:

@@ -122,6 +122,8 @@ template <class Kernel>
 struct Attention {
     typedef typename Kernel::Out Out;
     static constexpr Mask MASK = Kernel::MASK;
+    static constexpr bool BY_ROWS = Kernel::BY_ROWS;
+    static constexpr bool IS_REAL = MASK == Mask::ADDED || BY_ROWS;  // what a score is
     static constexpr bool IS_INTEGER = std::is_integral_v<Out>;
     static constexpr int OFFSET = Kernel::FITS_16 ? 64 : 128;  // what makes signed bytes of unsigned ones
 
@@ -131,6 +133,8 @@ struct Attention {
     int64_t words, columns;  // of a row of keys; of a row of values, filled up
     Ints *keys, *key_sums, *queries, *scores, *masks, *results;
     int8_t* values;
+    const float *query_scales, *key_scales;  // of a head, one for each row; else there is one for all
+    float value_scale;
 
     // Bytes of scratch that a thread needs, and where in it what lies.
     int64_t place(uint8_t* scratch) {
@@ -171,7 +175,9 @@ struct Attention {
     // The keys that the block of queries from `first` on may look at.
     int64_t reach(int64_t first) const { return a.is_causal ? least(a.keys, first + BLOCK) : a.keys; }
 
-    void read_queries(const uint8_t* head_query, int64_t first) const {
+    // `query_sums` becomes what each query's scores have too much for the key's zero point: one number that all its scores share
+    // unless these have scales of their own.
+    void read_queries(const uint8_t* head_query, int64_t first, Ints (&query_sums)[VECTORS]) const {
         for (int vector = 0; vector < VECTORS; ++vector, first += LANES)
             if (const int64_t count = least(a.queries - first, LANES); count > 0)
                 gather_words(head_query + first * a.query_row, a.query_row, count, a.width, queries + vector, VECTORS);
@@ -179,14 +185,31 @@ struct Attention {
                 for (int64_t word = 0; word < words; ++word) queries[word * VECTORS + vector] = Ints{};
         typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
         for (int64_t i = 0; i < words * VECTORS; ++i) queries[i] = (Ints)((Bytes)queries[i] - (uint8_t)OFFSET);
+        if constexpr (BY_ROWS)
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                Ints sum = Ints{} + (int32_t)((OFFSET - a.query_zero_point) * a.width);
+                // What fills up a row's last word is -OFFSET here.
+                for (int64_t word = 0; word < words; ++word) sum = dot<true>(sum, Ints{} + 0x01010101, queries[word * VECTORS + vector]);
+                query_sums[vector] = (sum + (int32_t)(OFFSET * (4 * words - a.width))) * (int32_t)a.key_zero_point;
+            }
     }
 
     void read_mask(const uint8_t* head_mask, int64_t first, int64_t reached) const {
         constexpr int64_t SIZE = MASK == Mask::ADDED ? 4 : 1;
-        for (int vector = 0; vector < VECTORS; ++vector, first += LANES)
-            if (const int64_t count = least(a.queries - first, LANES); count > 0)
-                gather_words(
-                    head_mask + first * a.mask_row * SIZE, a.mask_row * SIZE, count, reached * SIZE, masks + vector, VECTORS);
+        for (int vector = 0; vector < VECTORS; ++vector, first += LANES) {
+            const uint8_t* const rows = head_mask + first * a.mask_row * SIZE;
+            const int64_t count = least(a.queries - first, LANES), step = a.mask_row * SIZE;
+            if (a.mask_key && count > 0) gather_words(rows, step, count, reached * SIZE, masks + vector, VECTORS);
+            if (!a.mask_key) {
+                Ints all{};
+                for (int64_t row = 0; row < count; ++row) {
+                    int32_t word = rows[row * step] * 0x01010101;
+                    if (MASK == Mask::ADDED) std::memcpy(&word, rows + row * step, 4);
+                    all[row] = word;
+                }
+                for (int64_t word = 0; word < (reached * SIZE + 3) / 4; ++word) masks[word * VECTORS + vector] = all;
+            }
+        }
     }
 
     typedef Ints Sums[ROWS][VECTORS];
@@ -210,10 +233,21 @@ struct Attention {
         }
     }
 
+    // The factors of the scores of a vector's queries, from `first` on; those of queries that are not there do not matter.
+    Floats query_factors(int64_t first) const {
+        if (!BY_ROWS) return Floats{} + a.factor;
+        Floats scales{};
+        if (first < a.queries) std::memcpy(&scales, query_scales + first, least(a.queries - first, LANES) * sizeof(float));
+        return scales * a.factor;
+    }
+
     // The scores of the block with the keys that it reaches: integers up to a number that is the same for all keys of a query,
-    // or floats where a mask is added. `most` becomes the greatest of each query.
-    X86Q_INLINE void score(int64_t first, int64_t reached, Ints (&most)[VECTORS]) const {
+    // or floats where a mask is added, or up to the query's scale where rows have scales. `most` becomes the greatest of each query.
+    X86Q_INLINE void score(int64_t first, int64_t reached, const Ints (&query_sums)[VECTORS], Ints (&most)[VECTORS]) const {
         const Ints lane = (Ints)lane_numbers();
+        Floats factors[VECTORS];
+        if constexpr (MASK == Mask::ADDED)
+            for (int vector = 0; vector < VECTORS; ++vector) factors[vector] = query_factors(first + vector * LANES);
         for (int64_t key = 0; key < reached; key += ROWS) {
             Sums sums;
             const int32_t* const narrow = (const int32_t*)(keys + key / LANES * words) + key % LANES;
@@ -229,15 +263,20 @@ struct Attention {
 #pragma GCC unroll 8
                 for (int row = 0; row < ROWS; ++row) {
                     Ints& sum = sums[row][vector];
+                    Ints seen = Ints{} - 1;
                     if constexpr (MASK == Mask::BOOLEAN)
-                        sum = (masks[(key / 4 + row / 4) * VECTORS + vector] >> 8 * (row % 4) & 255) != 0 ? sum : Ints{} + MASKED;
-                    if constexpr (MASK == Mask::ADDED) {
-                        const Floats added = (Floats)masks[(key + row) * VECTORS + vector];
-                        Floats score = multiply_add(__builtin_convertvector(sum, Floats), Floats{} + a.factor, added);
+                        seen = (masks[(key / 4 + row / 4) * VECTORS + vector] >> 8 * (row % 4) & 255) != 0;
+                    if constexpr (IS_REAL) {
+                        Floats score = __builtin_convertvector(BY_ROWS ? sum - query_sums[vector] : sum, Floats);
+                        if constexpr (BY_ROWS) score *= key_scales[least(key + row, a.keys - 1)];
+                        if constexpr (MASK == Mask::ADDED)
+                            score = multiply_add(score, factors[vector], (Floats)masks[(key + row) * VECTORS + vector]);
+                        if constexpr (MASK == Mask::BOOLEAN) score = seen ? score : lowest();
                         if (checks) score = key + row < reached ? (last < (int32_t)(key + row) ? lowest() : score) : lowest();
                         most[vector] = (Ints)maximum((Floats)most[vector], score);
                         sum = (Ints)score;
                     } else {
+                        if constexpr (MASK == Mask::BOOLEAN) sum = seen ? sum : Ints{} + MASKED;
                         if (checks) sum = key + row < reached ? (last < (int32_t)(key + row) ? Ints{} + MASKED : sum) : Ints{} + MASKED;
                         most[vector] = most[vector] > sum ? most[vector] : sum;
                     }
@@ -250,23 +289,25 @@ struct Attention {
     static X86Q_INLINE Floats lowest() { return Floats{} - __builtin_inff(); }
 
     // Scores become weights of a byte, four keys of a query to a word; `totals` the sums of them.
-    X86Q_INLINE void soften(int64_t reached, const Ints (&most)[VECTORS], Ints (&totals)[VECTORS]) const {
+    X86Q_INLINE void soften(int64_t first, int64_t reached, const Ints (&most)[VECTORS], Ints (&totals)[VECTORS]) const {
         constexpr int N = 4 * VECTORS;
-        const Floats scale = Floats{} + (MASK == Mask::ADDED ? LOG2_E : a.factor * LOG2_E);
+        Floats scales[VECTORS];
+        for (int vector = 0; vector < VECTORS; ++vector)
+            scales[vector] = LOG2_E * (MASK == Mask::ADDED ? Floats{} + 1.0f : query_factors(first + vector * LANES));
         for (int64_t quad = 0; 4 * quad < reached; ++quad) {
             Floats x[N];
             Ints weight[N];
 #pragma GCC unroll 8
             for (int i = 0; i < N; ++i) {
                 const Ints score = scores[quad * N + i];
-                if constexpr (MASK == Mask::ADDED)
+                if constexpr (IS_REAL)
                     x[i] = (Floats)score - (Floats)most[i % VECTORS];
                 else
                     x[i] = __builtin_convertvector(score - most[i % VECTORS], Floats);
-                x[i] = multiply_add(x[i], scale, Floats{} + LOG2_255);
+                x[i] = multiply_add(x[i], scales[i % VECTORS], Floats{} + LOG2_255);
             }
             weights(x, weight);
-            if (MASK == Mask::BOOLEAN || (MASK == Mask::NONE && (a.is_causal || 4 * quad + 4 > reached))) {
+            if (!IS_REAL && (MASK == Mask::BOOLEAN || a.is_causal || 4 * quad + 4 > reached)) {
 #pragma GCC unroll 8
                 for (int i = 0; i < N; ++i) weight[i] &= scores[quad * N + i] != MASKED;
             }
@@ -287,7 +328,7 @@ struct Attention {
 #pragma GCC unroll 4
         for (int vector = 0; vector < VECTORS; ++vector) {
             const Floats total = __builtin_convertvector(totals[vector], Floats);
-            factors[vector] = (a.value_scale * (IS_INTEGER ? a.inverse_scale : 1.0f)) / maximum(total, Floats{} + 1.0f);
+            factors[vector] = (value_scale * (IS_INTEGER ? a.inverse_scale : 1.0f)) / maximum(total, Floats{} + 1.0f);
             offsets[vector] = totals[vector] * (int32_t)(OFFSET - a.value_zero_point);
         }
         for (int64_t column = 0; column < a.value_width; column += ROWS) {
@@ -326,15 +367,15 @@ struct Attention {
 
     void block(const uint8_t* head_query, const uint8_t* head_mask, Out* head_out, int64_t first) const {
         const int64_t reached = reach(first);
-        Ints most[VECTORS], totals[VECTORS];
+        Ints query_sums[VECTORS], most[VECTORS], totals[VECTORS];
         for (int vector = 0; vector < VECTORS; ++vector) {
-            most[vector] = MASK == Mask::ADDED ? (Ints)(Floats{} - __FLT_MAX__) : Ints{} + MASKED;
+            most[vector] = IS_REAL ? (Ints)(Floats{} - __FLT_MAX__) : Ints{} + MASKED;
             totals[vector] = Ints{};
         }
-        read_queries(head_query, first);
+        read_queries(head_query, first, query_sums);
         if constexpr (MASK != Mask::NONE) read_mask(head_mask, first, reached);
-        score(first, reached, most);
-        soften(reached, most, totals);
+        score(first, reached, query_sums, most);
+        soften(first, reached, most, totals);
         average(reached, totals);
         write(head_out, first);
     }
@@ -348,8 +389,11 @@ struct Attention {
                 const int64_t head = task / blocks % a.heads, batch = task / blocks / a.heads, key_head = head / group;
                 if (packed != batch * a.key_heads + key_head) {
                     packed = batch * a.key_heads + key_head;
+                    key_scales = (const float*)a.key_scales + packed * a.keys;
+                    value_scale = BY_ROWS ? ((const float*)a.value_scales)[packed] : a.value_scale;
                     pack(key + batch * a.key_batch + key_head * a.key_head, value + batch * a.value_batch + key_head * a.value_head);
                 }
+                query_scales = (const float*)a.query_scales + (batch * a.heads + head) * a.queries;
                 const int64_t mask_at = (batch * a.mask_batch + head * a.mask_head) * (MASK == Mask::ADDED ? 4 : 1);
                 block(query + batch * a.query_batch + head * a.query_head, mask + mask_at,
                       out + batch * a.out_batch + head * a.out_head, task % blocks * BLOCK);

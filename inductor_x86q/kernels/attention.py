@@ -31,17 +31,22 @@ FIELDS: dict[str, str] = {
     "mask_batch": "0 where it is the same for all",
     "mask_head": "",
     "mask_row": "",
+    "mask_key": "0 where a query's element stands for all keys, else 1",
     "out_batch": "",
     "out_head": "",
     "out_row": "",
     "is_causal": "whether a query sees no key behind its own place",
     "query_zero_point": "",
+    "key_zero_point": "",
     "value_zero_point": "",
     "zero_point": "of the output, and the bounds of its integers",
     "low": "",
     "high": "",
     "threads": "0: as many as there are",
-    "factor": "of a score, the product of query's and key's scale and the softmax's",
+    "query_scales": "where they are, one for each row, if each has its own",
+    "key_scales": "",
+    "value_scales": "one for each head",
+    "factor": "of a score, the product of the softmax's scale and, where these are numbers, query's and key's",
     "value_scale": "",
     "inverse_scale": "of the output",
 }
@@ -66,18 +71,20 @@ class AttentionKernel:
         mask: of the values of `MASKS`.
         output_dtype: float32, uint8 or int8.
         fits_16: query, key and value keep 7 bits, so that no sum of two products exceeds 16 bits.
+        by_rows: each row of the query and the key has a scale of its own, and each head of the value.
     """
 
     isa: str
     mask: str
     output_dtype: torch.dtype
     fits_16: bool = False
+    by_rows: bool = False
 
     @property
     def name(self) -> str:
         """Tells type, mask and instruction set, as a C identifier."""
-        fits = "_fits16" if self.fits_16 else ""
-        return f"x86q_attention_{self.isa}{fits}_{self.mask}_{SHORT_NAMES[self.output_dtype]}"
+        kind = f"{'_fits16' if self.fits_16 else ''}{'_rows' if self.by_rows else ''}"
+        return f"x86q_attention_{self.isa}{kind}_{self.mask}_{SHORT_NAMES[self.output_dtype]}"
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -93,7 +100,7 @@ namespace {self.name}_ {{
 struct Kernel {{
     using Out = {CPP_TYPES[self.output_dtype]};
     static constexpr auto MASK = {templates}::Mask::{self.mask.upper()};
-    static constexpr bool FITS_16 = {flag(self.fits_16)};
+    static constexpr bool FITS_16 = {flag(self.fits_16)}, BY_ROWS = {flag(self.by_rows)};
     static constexpr int64_t MOST_KEYS = {MOST_KEYS};
 }};
 }}
@@ -106,7 +113,7 @@ extern "C" void {self.name}(
 """
 
 
-def choose(mask: torch.dtype | None, output_dtype: torch.dtype, largest: int) -> AttentionKernel:
+def choose(mask: torch.dtype | None, output_dtype: torch.dtype, largest: int, *, by_rows: bool) -> AttentionKernel:
     """The kernel for this CPU; `largest` is the largest integer that query, key and value hold."""
-    best = isa.best(cpu.usable_flags(), cpu.int8_lanes())
-    return AttentionKernel(best, MASKS[mask], output_dtype, fits_16=not cpu.has_vnni() and largest <= 127)
+    best, fits_16 = isa.best(cpu.usable_flags(), cpu.int8_lanes()), not cpu.has_vnni() and largest <= 127
+    return AttentionKernel(best, MASKS[mask], output_dtype, fits_16, by_rows)

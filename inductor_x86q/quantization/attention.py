@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
@@ -9,6 +10,7 @@ from torch import fx
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.attention import ATTENTION, SPELLINGS
 from inductor_x86q.inductor import fake_tensors
+from inductor_x86q.quantization import rows, specs
 
 
 def takes(node: fx.Node) -> bool:
@@ -31,16 +33,29 @@ def takes(node: fx.Node) -> bool:
     return fake_tensors.same_shape(query.shape[:-2], key.shape[:-2])
 
 
+def by_rows(step: Callable[..., Any], operands: Iterable[Any], bits: int, **keywords: Any) -> list[Any]:
+    """Query, key and value behind a step of `rows`: each row with a scale of its own, but all of a head's values with one.
+
+    The sum over values needs no scale then, nor does the sum over what a query and a key have in common.
+    """
+    high = 2**bits - 1
+    return [step(x, 0, high, by_matrix=position == 2, **keywords) for position, x in enumerate(operands)]
+
+
 def quantize_attention(converted: fx.GraphModule) -> None:
-    """Has attention between dequantized query, key and value compute what the int8 kernel does."""
+    """Has attention between quantized query, key and value compute what the int8 kernel does."""
     graph = converted.graph
     for node in list(graph.nodes):
-        if node.target not in SPELLINGS or not all(map(qdq.is_dequantize, node.args[:3])):
+        bits = node.meta.get(specs.ROW_BITS)
+        if node.target not in SPELLINGS or not (bits or all(map(qdq.is_dequantize, node.args[:3]))):
             continue
         arguments: Any = qdq.schema_arguments(node)
         rest = (arguments["attn_mask"], bool(arguments["is_causal"]), arguments["scale"])
+        operands: Any = node.args[:3]
         with graph.inserting_before(node):
-            new = graph.call_function(ATTENTION, (*node.args[:3], *rest))
+            if bits:
+                operands = by_rows(rows.quantize_dequantize, operands, bits, like=node)
+            new = graph.call_function(ATTENTION, (*operands, *rest))
         qdq.copy_origin(new, node)
         new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)

@@ -1,4 +1,4 @@
-"""Which attention stays float: what int8 would make of its result, measured on calibration data."""
+"""Which attention stays float: what int8 would make of its result, measured on calibration data, or on the example."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.attention import SPELLINGS, attention
 from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer
+from inductor_x86q.quantization import rows, specs
+from inductor_x86q.quantization.attention import by_rows
 from inductor_x86q.quantization.corrections.prepared import observer_of
 
 # What int8 may make of an attention's result, as signal-to-noise ratio in dB; below it, it stays float unless asked for.
@@ -33,10 +35,12 @@ def keep_float(prepared: fx.GraphModule, calls: Iterable[tuple[Any, ...]]) -> li
         if ratio < LEAST_RATIO:
             notes.append(
                 f"attention of {layer(node)} stays float: int8 would leave {ratio:.1f} dB of signal to noise on the "
-                f'calibration data, less than {LEAST_RATIO:.0f}; attention="int8" has it all the same'
+                f'data given, less than {LEAST_RATIO:.0f}; attention="int8" has it all the same'
             )
+            node.meta.pop(specs.ROW_BITS, None)
             for operand in dict.fromkeys(node.all_input_nodes[:3]):
-                node.replace_input_with(operand, qdq.operand(operand))
+                if observer_of(prepared, operand):
+                    node.replace_input_with(operand, qdq.operand(operand))
     if notes:
         _drop_useless_observers(prepared)
     return notes
@@ -54,25 +58,32 @@ class _Drift(fx.Interpreter):
         if observer_of(self.graph_module, node):
             return self.env[qdq.operand(node)]
         result = super().run_node(node)
-        if node.target in SPELLINGS and all(observer_of(self.graph_module, x) for x in node.args[:3]):
+        if node.target in SPELLINGS and (specs.ROW_BITS in node.meta or self._is_observed(node)):
             signal, noise = self.energies.get(node, (0.0, 0.0))
             difference = result - self._rounded(node)
             self.energies[node] = signal + _energy(result), noise + _energy(difference)
         return result
 
+    def _is_observed(self, node: fx.Node) -> bool:
+        return all(observer_of(self.graph_module, x) for x in node.args[:3])
+
     def _rounded(self, node: fx.Node) -> torch.Tensor:
-        reals = []
-        for operand in node.all_input_nodes[:3]:
-            observer = observer_of(self.graph_module, operand)
-            scale, zero_point = observer.calculate_qparams()
-            bounds = observer.quant_min, observer.quant_max
-            x = self.env[operand]
-            reals.append(
-                torch.fake_quantize_per_tensor_affine(x, scale.float().view([]), zero_point.int().view([]), *bounds)
-            )
+        operands: Any = node.args[:3]
+        if bits := node.meta.get(specs.ROW_BITS):
+            reals = by_rows(rows.fake_quantized, map(self.env.__getitem__, operands), bits)
+        else:
+            reals = [self._observed(operand) for operand in operands]
         arguments: Any = fx.map_arg(qdq.schema_arguments(node), self.env.__getitem__)
         mask, is_causal, scale = (arguments[name] for name in ("attn_mask", "is_causal", "scale"))
         return attention(reals[0], reals[1], reals[2], mask, is_causal, scale)
+
+    def _observed(self, operand: fx.Node) -> torch.Tensor:
+        observer = observer_of(self.graph_module, operand)
+        scale, zero_point = observer.calculate_qparams()
+        numbers = scale.float().view([]), zero_point.int().view([])
+        return torch.fake_quantize_per_tensor_affine(
+            self.env[operand], *numbers, observer.quant_min, observer.quant_max
+        )
 
 
 def _energy(x: torch.Tensor) -> float:

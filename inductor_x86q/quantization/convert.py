@@ -11,7 +11,7 @@ from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
-from inductor_x86q.quantization import specs
+from inductor_x86q.quantization import rows, specs
 
 aten = torch.ops.aten
 
@@ -52,22 +52,8 @@ def quantize_per_token(converted: fx.GraphModule) -> None:
             continue
         quantize: Any = node.args[0]
         parameters = qdq.qparams(node)
-        x, low, high = quantize.args[0], parameters.quant_min, parameters.quant_max
-        middle = (low + high + 1) // 2
-
-        def call(target: Any, *arguments: Any, like: fx.Node = node, **keywords: Any) -> fx.Node:
-            new = graph.call_function(target, arguments, keywords)
-            qdq.copy_origin(new, like)
-            return new
-
         with graph.inserting_before(node):
-            # Scaled first, a row's largest value is its scale: one loop finds that, the next one quantizes the row.
-            steps = call(aten.mul.Tensor, call(aten.abs.default, x), 1 / (high - middle))
-            scales = call(aten.amax.default, call(aten.clamp_min.default, steps, qdq.SMALLEST_SCALE), [-1], True)
-            zero_points = call(aten.full_like.default, scales, middle)
-            arguments = (scales, zero_points, low, high, parameters.dtype)
-            integers = call(qdq.QUANTIZE_TOKEN, x, *arguments)
-            new = call(qdq.DEQUANTIZE_TOKEN, integers, *arguments, output_dtype=torch.float32)
+            new = rows.quantize_dequantize(quantize.args[0], parameters.quant_min, parameters.quant_max, like=node)
         node.replace_all_uses_with(new)
         qdq.erase_dead(node)
     converted.recompile()
@@ -128,7 +114,7 @@ def left_out(converted: fx.GraphModule) -> list[str]:
     """The layers of a q/dq graph that compute products in float."""
     names = []
     for node in converted.graph.nodes:
-        if role(node) in _PRODUCTS and not all(qdq.is_dequantize(factor) for factor in operators.factors(node)):
+        if role(node) in _PRODUCTS and any(role(factor) is not Role.DEQUANTIZE for factor in operators.factors(node)):
             names.append(f"{layer(node)} ({operators.own_name(node)})")
     return names
 

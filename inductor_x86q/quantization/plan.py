@@ -48,7 +48,7 @@ class Plan:
     one the operator and what the call does behind it. `wanted`: the values to quantize. `norms`: of each convolution
     and linear the batch norm that will be folded into it, while training.
 
-    `attention`: each attention to quantize, with its query, key and value.
+    `attention`: each attention to quantize, with its query, key and value; `dynamic_attention`: those without observers.
 
     `dynamic`: linears of which only what they read is quantized, apart from all else: to know the range of a value,
     all of it has to be there, so that no kernel could write it in int8.
@@ -69,10 +69,11 @@ class Plan:
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.attention: dict[fx.Node, tuple[Any, ...]] = {}
+        self.dynamic_attention: dict[fx.Node, tuple[Any, ...]] = {}
         self.excluded: dict[fx.Node, None] = {}
         for node in self.nodes:
-            if role(node) is Role.ATTENTION and self._attends(node) and attention(node) == "static":
-                self.attention[node] = node.args[:3]
+            if role(node) is Role.ATTENTION and self._attends(node) and (how := attention(node)) not in UNQUANTIZED:
+                (self.attention if how == "static" else self.dynamic_attention)[node] = node.args[:3]
             layer = self._layer_operands(node)
             if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
                 continue  # training knows no weights whose channels are not their first dimension

@@ -89,8 +89,9 @@ def quantize(
         embeddings: "int8" keeps the tables of embeddings and embedding bags in int8, a quarter of their size, each row
             with a scale of its own; rows are dequantized when they are looked up.
         attention: "int8" computes it on int8 query, key and value, with the softmax's exponentials rounded to a byte;
-            "float" does not. None is "int8" where that leaves 20 dB of signal to noise on the calibration data, and
-            `explain` says what it found elsewhere. With ranges computed at every call attention is float.
+            "float" does not. None is "int8" where that leaves 20 dB of signal to noise on the calibration data, or on the
+            example where there is none, and `explain` says what it found elsewhere. With ranges computed at every call
+            each query and key has a scale of its own, and each head's values.
 
     Raises:
         QuantizationError: the model is in train mode or has nothing to quantize, it does not take the example, there is

@@ -44,7 +44,7 @@ class X86Quantizer(torchao.Quantizer):
             each row of it.
         config: as of `quantize`.
         embeddings: as of `quantize`.
-        attention: "int8" or "float"; None is "int8". Static layers' only; while training it is float. Convert with
+        attention: "int8" or "float"; None is "int8". While training it is float. Convert with
             `inductor_x86q.convert`: torchao's leaves the softmax as it is, and attention is float then.
 
     Example:
@@ -147,6 +147,8 @@ class X86Quantizer(torchao.Quantizer):
 
     def _annotate_dynamic(self, plan: Plan) -> None:
         """Layers that read one value share its range."""
+        for node in plan.dynamic_attention:
+            node.meta[specs.ROW_BITS] = 7 if self.reduce_range else 8
         first: dict[tuple[fx.Node, Any], Slot] = {}
         # Every input is quantized by a generated kernel, and would lose more by a bit than a weight does.
         for node, (activation, weight) in plan.dynamic.items():

@@ -16,7 +16,7 @@ from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
 
-from inductor_x86q.graph.attention import INT8_ATTENTION, Attention
+from inductor_x86q.graph.attention import TARGETS, Attention
 from inductor_x86q.graph.outputs import KERNEL
 from inductor_x86q.inductor.lowering.placement import buffer, ints
 from inductor_x86q.inductor.lowering.template import Template, computed
@@ -55,6 +55,9 @@ class Rows:
         return [0 if size == 1 else stride for size, stride in zip(self.sizes, self.strides, strict=True)]
 
 
+_OPERANDS = ("query", "key", "value")
+
+
 class AttentionTemplate(Template):
     """The function that calls the kernel with sizes, strides and numbers."""
 
@@ -66,7 +69,7 @@ class AttentionTemplate(Template):
             names.setdefault(rows.buffer.get_name(), name)
         inputs = {name: tensors[name].buffer for name in names.values()}
         self._call, self._tensors, self._names, self._layout = call, tensors, names, layout
-        query, key, value = (tensors[name].sizes for name in ("query", "key", "value"))
+        query, key, value = (tensors[name].sizes for name in _OPERANDS)
         macs = sympy_product([*query[:3], key[2]]) * (query[3] + value[3])
         super().__init__("x86q_attention", inputs, layout, macs)
         self.kernel = kernel
@@ -94,30 +97,42 @@ class AttentionTemplate(Template):
 
     def _values(self) -> dict[str, Any]:
         call, tensors = self._call, self._tensors
-        query, key, value = (tensors[name] for name in ("query", "key", "value"))
+        query, key, value = (tensors[name] for name in _OPERANDS)
         found: dict[str, Any] = {
             **dict(batch=query.sizes[0], heads=query.sizes[1], key_heads=key.sizes[1]),
             **dict(queries=query.sizes[2], keys=key.sizes[2], width=query.sizes[3], value_width=value.sizes[3]),
             **dict(is_causal=int(call.is_causal), query_zero_point=call.query_zero_point),
-            **dict(value_zero_point=call.value_zero_point, zero_point=call.output_zero_point),
-            **dict(low=call.quant_min, high=call.quant_max, threads=self.threads),
-            **dict(factor=call.query_scale * call.key_scale * call.scale, value_scale=call.value_scale),
-            **dict(inverse_scale=1 / call.output_scale),
+            **dict(key_zero_point=call.key_zero_point, value_zero_point=call.value_zero_point),
+            **dict(zero_point=call.output_zero_point, low=call.quant_min, high=call.quant_max),
+            **dict(threads=self.threads, inverse_scale=1 / call.output_scale),
+            **self._scales(),
         }
-        strides = {name: tensors[name].strides for name in ("query", "key", "value")}
-        strides["mask"] = tensors["mask"].repeated() if "mask" in tensors else [0, 0, 0]
+        strides = {name: tensors[name].strides for name in _OPERANDS}
+        strides["mask"] = tensors["mask"].repeated() if "mask" in tensors else [0, 0, 0, 0]
+        found["mask_key"] = strides["mask"][3]
         out = ints(self._layout.stride)
         strides["out"] = [0] * (4 - len(out)) + out
         for name, (batch, head, row, *_) in strides.items():
             found |= {f"{name}_batch": batch, f"{name}_head": head, f"{name}_row": row}
         return found
 
+    def _scales(self) -> dict[str, Any]:
+        call = self._call
+        if call.is_by_rows:
+            places = {f"{name}_scales": f"(int64_t)({self._address(f'{name}_scales')})" for name in _OPERANDS}
+            return {**places, "factor": call.scale, "value_scale": 0.0}
+        nowhere = {f"{name}_scales": 0 for name in _OPERANDS}
+        return {**nowhere, "factor": call.query_scale * call.key_scale * call.scale, "value_scale": call.value_scale}
+
 
 def _lower(*arguments: Any) -> Any:
     call = Attention(*arguments)
-    tensors = {name: Rows.of(getattr(call, name)) for name in ("query", "key", "value")}
+    tensors = {name: Rows.of(getattr(call, name)) for name in _OPERANDS}
+    if call.is_by_rows:
+        contiguous = ir.ExternKernel.require_contiguous
+        tensors |= {f"{name}_scales": Rows.of(contiguous(getattr(call, f"{name}_scale"))) for name in _OPERANDS}
     if call.mask is not None:
-        tensors["mask"] = Rows.of(_with_keys(call.mask, tensors["key"].sizes[2]))
+        tensors["mask"] = Rows.of(call.mask)
     node = V.graph.current_node
     size = ints(node.meta["val"].shape)
     *batch, heads, rows, width = size
@@ -126,14 +141,4 @@ def _lower(*arguments: Any) -> Any:
     return computed(AttentionTemplate(call, node.meta[KERNEL], tensors, layout).generate().output_node(), None)
 
 
-def _with_keys(mask: Any, keys: Any) -> Any:
-    """The mask with an element for each key, where one stands for all."""
-    *rest, last = ints(mask.get_size())
-    if last != 1 or keys == 1:
-        return mask
-    from torch._inductor.lowering import expand
-
-    return ir.ExternKernel.copy_input(expand(mask, [*rest, keys]))
-
-
-register_lowering(INT8_ATTENTION, type_promotion_kind=None)(_lower)
+register_lowering(TARGETS, type_promotion_kind=None)(_lower)

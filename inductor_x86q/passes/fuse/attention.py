@@ -10,10 +10,13 @@ from torch import fx
 
 from inductor_x86q import cpu
 from inductor_x86q.graph import attention, macs, outputs, qdq
-from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, Attention
+from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, INT8_ATTENTION_BY_ROWS, Attention
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
+from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.kernels.attention import LARGEST_WIDTH, MASKS, MOST_KEYS, AttentionKernel, choose
 from inductor_x86q.passes.stage import Rule
+
+aten = torch.ops.aten
 
 
 def obstacle(node: fx.Node) -> Obstacle | None:
@@ -21,19 +24,45 @@ def obstacle(node: fx.Node) -> Obstacle | None:
     if node.target is not ATTENTION:
         if all(qdq.is_dequantize(operand) for operand in node.args[:3]):
             return Obstacle(Reason.NOT_QUANTIZED, "its weights are not: convert with inductor_x86q.convert()")
-        return Obstacle(Reason.NOT_QUANTIZED, 'static quantization has it in int8 with attention="int8"')
-    for position, name in enumerate(("query", "key", "value")):
-        operand = qdq.operand(node, position)
-        if not qdq.is_dequantize(operand):
+        return Obstacle(Reason.NOT_QUANTIZED, 'quantization has it in int8 with attention="int8"')
+    operands = [qdq.operand(node, position) for position in range(3)]
+    grids = [_grid(operand, is_value=position == 2) for position, operand in enumerate(operands)]
+    for name, operand, grid in zip(_NAMES, operands, grids, strict=True):
+        if not _is_dequantize(operand):
             return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, name)
-        grid = qdq.qparams(operand)
-        if grid.dtype != torch.uint8 or grid.axis is not None or not grid.is_static:
-            return Obstacle(
-                Reason.ACTIVATION_TYPE, f"{name}: of attention, torch.uint8 with a scale that is a constant"
-            )
-        if not (math.isfinite(grid.scale) and grid.scale > 0) or not 0 <= grid.zero_point <= 255:
+        if grid is None or grid.dtype != torch.uint8:
+            return Obstacle(Reason.ACTIVATION_TYPE, f"{name}: of attention, torch.uint8 {_SCALES}")
+        is_scale = isinstance(grid.scale, fx.Node) or (math.isfinite(grid.scale) and grid.scale > 0)
+        if not is_scale or not 0 <= grid.zero_point <= 255:
             return Obstacle(Reason.BAD_PARAMETERS, f"{name}: scale {grid.scale}, zero point {grid.zero_point}")
+    if len({isinstance(grid.scale, fx.Node) for grid in grids if grid}) != 1:
+        return Obstacle(Reason.ACTIVATION_TYPE, f"query, key and value: of attention, all three {_SCALES}")
     return _kernel_obstacle(node)
+
+
+_NAMES = ("query", "key", "value")
+_SCALES = "with a scale that is a constant, or one for each row of query and key and each head of the value"
+
+
+def _is_dequantize(node: fx.Node) -> bool:
+    return qdq.is_dequantize(node) or node.target is qdq.DEQUANTIZE_TOKEN
+
+
+def _grid(node: fx.Node, *, is_value: bool) -> qdq.QParams | None:
+    """What the kernel has to know of an operand's quantization; None where it takes no such."""
+    if node.target is not qdq.DEQUANTIZE_TOKEN:
+        grid = qdq.qparams(node) if qdq.is_dequantize(node) else None
+        return grid if grid and grid.axis is None and grid.is_static else None
+    arguments = qdq.schema_arguments(node)
+    scales, zero_point = arguments["scales"], qdq.uniform_value(arguments["zero_points"])
+    rows = [*qdq.value(node).shape[:-1], 1]
+    if is_value:
+        rows[-2] = 1  # all of a head's rows have one
+        scales = qdq.operand(scales) if scales.target is aten.expand.default else scales
+    fits = fake_tensors.same_shape(qdq.value(scales).shape, rows) and qdq.value(scales).dtype == torch.float32
+    if not fits or zero_point is None or zero_point != round(zero_point):
+        return None
+    return qdq.QParams(scales, int(zero_point), arguments["quant_min"], arguments["quant_max"], arguments["dtype"])
 
 
 def _kernel_obstacle(node: fx.Node) -> Obstacle | None:
@@ -58,12 +87,12 @@ def _kernel_obstacle(node: fx.Node) -> Obstacle | None:
 
 def _find(node: fx.Node) -> Attention | No:
     if found := obstacle(node):
-        return No(str(found), tuple(operand for operand in node.all_input_nodes if not qdq.is_dequantize(operand)))
+        return No(str(found), tuple(operand for operand in node.all_input_nodes if not _is_dequantize(operand)))
     arguments: Any = node.args
     mask, is_causal, scale = arguments[3:]
     scale = attention.usual_scale(qdq.value(arguments[0]), scale)
     sources = [qdq.operand(node, position) for position in range(3)]
-    grids = [qdq.qparams(source) for source in sources]
+    grids = [grid for i, source in enumerate(sources) if (grid := _grid(source, is_value=i == 2))]
     numbers = [number for grid in grids for number in (grid.scale, grid.zero_point)]
     largest = max(grid.quant_max for grid in grids)
     query, key, value = map(qdq.operand, sources)
@@ -78,7 +107,8 @@ def _rewrite(node: fx.Node, found: Attention) -> fx.Node:
 
 def _emit(call: Attention, count: int | None, *, like: fx.Node) -> fx.Node:
     """A node that makes the call, of so many multiply-accumulates."""
-    new = qdq.call(INT8_ATTENTION, *call.arguments, like=like)
+    target = INT8_ATTENTION_BY_ROWS if call.is_by_rows else INT8_ATTENTION
+    new = qdq.call(target, *call.arguments, like=like)
     new.meta["x86q_macs"] = count
     new.meta["original_aten"] = INT8_ATTENTION  # which Inductor names the kernel by
     return new
@@ -88,7 +118,7 @@ def kernel(node: fx.Node) -> AttentionKernel:
     """Which computes an int8 attention on this CPU."""
     found = attention.read(node)
     mask = None if found.mask is None else qdq.value(found.mask).dtype
-    return choose(mask, found.output_dtype, found.largest)
+    return choose(mask, found.output_dtype, found.largest, by_rows=found.is_by_rows)
 
 
 COMPUTE_RULES = (Rule("attention", (ATTENTION,), _find, _rewrite),)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from inductor_x86q.graph import operators, outputs, qdq
-from inductor_x86q.graph.attention import INT8_ATTENTION
+from inductor_x86q.graph.attention import TARGETS as ATTENTIONS
 from inductor_x86q.graph.outputs import KERNEL
 from inductor_x86q.graph.qdq import QParams
 from inductor_x86q.graph.reasons import No
@@ -20,7 +21,7 @@ from inductor_x86q.passes.stage import Rule
 
 # The kernel of each.
 KERNELS: dict[Any, Callable[[fx.Node], Any]] = {
-    INT8_ATTENTION: attention.kernel,
+    **dict.fromkeys(ATTENTIONS, attention.kernel),
     PACKED_RECURRENCE: recurrent.kernel,
 }
 
@@ -44,8 +45,9 @@ def _find_quantize(node: fx.Node) -> QParams | No:
         return No("the output is already quantized", (source,))
     if grid.dtype not in qdq.INT8_TYPES or grid.quant_min > grid.quant_max:
         return No(f"no kernel gives {grid.dtype} from {grid.quant_min} to {grid.quant_max}")
-    if not (math.isfinite(grid.scale) and grid.scale > 0):
-        return No(f"its scale is {grid.scale}")
+    info = torch.iinfo(grid.dtype)
+    if not (math.isfinite(grid.scale) and grid.scale > 0) or not info.min <= grid.zero_point <= info.max:
+        return No(f"its scale is {grid.scale}, its zero point {grid.zero_point}")
     return grid
 
 

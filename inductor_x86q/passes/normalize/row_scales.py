@@ -24,18 +24,6 @@ aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 INTEGER_PRODUCT = aten._int_mm.default
-FILLS = (aten.full.default, aten.full_like.default, aten.new_full.default)
-
-
-def _uniform_value(node: fx.Node) -> float | None:
-    """The number that all elements of a tensor are known to have, None where there is none."""
-    if node.target in FILLS:
-        fill = node.args[-1]
-        return float(fill) if isinstance(fill, (int, float)) else None
-    tensor = qdq.constant(node)
-    if tensor is None or not tensor.numel() or bool((tensor != tensor.reshape(-1)[0]).any()):
-        return None
-    return float(tensor.reshape(-1)[0])
 
 
 # --- a dequantize per token in front of a linear ----------------------------------------------------------------------
@@ -57,7 +45,7 @@ def _find_row_scales(node: fx.Node) -> _RowScales | No:
     if x.target is not qdq.DEQUANTIZE_TOKEN:
         return No("its input has no scale for each row", (x,))
     arguments = qdq.schema_arguments(x)
-    zero_point = _uniform_value(arguments["zero_points"])
+    zero_point = qdq.uniform_value(arguments["zero_points"])
     if zero_point is None or zero_point != round(zero_point):
         return No("its rows differ in zero point", (x,))
     if arguments["dtype"] not in qdq.INT8_TYPES or arguments["output_dtype"] != torch.float32:
