@@ -1,8 +1,9 @@
 """Breaks the files that shape numbers, one place at a time, and counts how many of the breakages some test notices.
 
-`python -m tests.mutate --seed 1 --count 40` draws places from the syntax trees of all these files, runs the tests that are
-for the file with each place changed in a copy of the package, and lists what survived: each is a test that is missing, or
-a place that does not matter, as a limit of what is fast.
+`python -m tests.mutate --seed 1 --count 40` draws places from the syntax trees of all these files and changes each in a copy
+of the package. Of the tests that run the place, as `tests.covering` saw them, the quickest come first, up to the first that
+fails. What survives is listed: each is a test that is missing, or a place that does not matter, as a limit of what is fast.
+`--write` puts all into RESULTS, where each survivor gets an answer.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import copy
 import ctypes
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -21,42 +23,22 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = "inductor_x86q"
+from tests import covering
 
-# Files below PACKAGE, and the tests that are to notice, quickest first.
-_QUANTIZATION = ("test_quantize.py", "test_config.py", "test_dynamic.py")
-_PASSES = ("test_mutations.py", "test_fusions.py", "test_random_graphs.py")
-KILLERS: dict[str, tuple[str, ...]] = {
-    "graph/qdq.py": _PASSES,
-    "graph/weights.py": _PASSES,
-    "graph/aliasing.py": _PASSES,
-    "passes/channels.py": ("test_channels.py", *_PASSES),
-    "passes/finish.py": ("test_dynamic.py", *_PASSES),
-    "passes/propagate.py": _PASSES,
-    "passes/generate.py": ("test_templates.py", "test_kernel_choice.py"),
-    "passes/transposed_convolution.py": ("test_transposed_convolutions.py", *_PASSES),
-    "passes/fuse/*.py": ("test_bf16.py", *_PASSES),
-    "passes/images/*.py": ("test_images.py", *_PASSES),
-    "passes/normalize/*.py": ("test_dynamic.py", *_PASSES),
-    "inductor/decompositions.py": ("test_dynamic.py", "test_bf16.py"),
-    "inductor/lowering/cat.py": ("test_images.py",),
-    "inductor/lowering/pool.py": ("test_images.py",),
-    "inductor/lowering/rows.py": ("test_dynamic.py", "test_templates.py"),
-    # Not kernels/cost.py: which kernel is taken changes no number.
-    **dict.fromkeys(
-        (f"kernels/{name}.py" for name in ("arguments", "convolution", "epilogue", "family", "isa", "specification")),
-        ("test_templates.py",),
-    ),
-    "quantization/calibration.py": _QUANTIZATION,
-    "quantization/convert.py": _QUANTIZATION,
-    "quantization/observers.py": _QUANTIZATION,
-    "quantization/specs.py": _QUANTIZATION,
-    "quantization/corrections/*.py": ("test_corrections.py", *_QUANTIZATION),
-}
+ROOT = covering.ROOT
+PACKAGE = "inductor_x86q"
+RESULTS = ROOT / "tests" / "mutation_results.json"
+
+# Files below PACKAGE. Not kernels/cost.py: which kernel is taken changes no number.
+FILES = (
+    "graph/*.py", "passes/*.py", "passes/*/*.py", "quantization/*.py", "quantization/corrections/*.py",
+    "inductor/decompositions.py", "inductor/lowering/*.py",
+    *(f"kernels/{name}.py" for name in ("arguments", "attention", "convolution", "epilogue", "family", "isa", "recurrence", "specification")),
+)  # fmt: skip
 
 _COMPARISONS = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -68,12 +50,13 @@ _NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """A place in a file of the package, and what the whole file is with it changed."""
+    """A place in a file of the package, the lines of its statement, and what the whole file is with it changed."""
 
     file: str
     line: int
     before: str
     after: str
+    statement: tuple[int, int]
     source: str = dataclasses.field(repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -106,54 +89,93 @@ def changed(node: ast.AST) -> ast.AST | None:
 
 def mutations(file: str, source: str) -> Iterator[Mutation]:
     """All mutations of a file, inside of functions only: tables of names are for the tests of those."""
-    lines = source.encode().splitlines(keepends=True)
+    text = source.encode()
+    lines = text.splitlines(keepends=True)
     starts = [sum(map(len, lines[:number])) for number in range(len(lines))]
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     seen = set()
-    for function in functions:
-        for node in (part for statement in function.body for part in _parts(statement)):
+    for statement in (statement for function in functions for statement in function.body):
+        for node, lines_of_it in _parts(statement, (0, 0)):
             new = changed(node)
             if new is None or (place := (node.lineno, node.col_offset, type(node))) in seen:  # type: ignore[attr-defined]
                 continue
             seen.add(place)
             first = starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
             last = starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
-            text, code = source.encode(), f"({ast.unparse(new)})"
-            broken = (text[:first] + code.encode() + text[last:]).decode()
-            yield Mutation(file, node.lineno, ast.unparse(node), code[1:-1], broken)  # type: ignore[attr-defined]
+            code = ast.unparse(new)
+            broken = (text[:first] + f"({code})".encode() + text[last:]).decode()
+            yield Mutation(file, node.lineno, ast.unparse(node), code, lines_of_it, broken)  # type: ignore[attr-defined]
 
 
-def _parts(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes in it, except for strings put together (where nodes do not know their places) and patterns."""
-    if not isinstance(node, (ast.JoinedStr, ast.pattern)):
-        yield node
-        for child in ast.iter_child_nodes(node):
-            yield from _parts(child)
+def _parts(node: ast.AST, statement: tuple[int, int]) -> Iterator[tuple[ast.AST, tuple[int, int]]]:
+    """All nodes in it, except for strings put together (where nodes do not know their places) and patterns.
+
+    With the first and last line of the statement that each is in; of those that hold others, only of what heads them.
+    """
+    if isinstance(node, (ast.JoinedStr, ast.pattern)):
+        return
+    if isinstance(node, ast.stmt):
+        inner = getattr(node, "body", None)
+        statement = (node.lineno, max(node.lineno, inner[0].lineno - 1) if inner else node.end_lineno or node.lineno)
+    yield node, statement
+    for child in ast.iter_child_nodes(node):
+        yield from _parts(child, statement)
 
 
-def drawn(seed: int, count: int) -> list[Mutation]:
+def drawn(seed: int, count: int, skip: int = 0) -> list[Mutation]:
     """`count` of all mutations, the same for the same seed and sources; each file as likely as it is long."""
     package = ROOT / PACKAGE
-    files = sorted({file for pattern in KILLERS for file in package.glob(pattern)})
+    files = sorted({file for pattern in FILES for file in package.glob(pattern)})
     found = [m for file in files for m in mutations(str(file.relative_to(package)), file.read_text())]
-    return random.Random(seed).sample(found, min(count, len(found)))
+    random.Random(seed).shuffle(found)
+    return found[skip : skip + count]
 
 
-def killers(file: str) -> tuple[str, ...]:
-    return next(tests for pattern, tests in KILLERS.items() if Path(file).match(pattern))
+def noticed_by(mutation: Mutation, seconds: float, minutes: float) -> str | None:
+    """The first test that fails with it, of the quickest that run it and take `seconds` together; None where none fails."""
+    tests: list[str] = []
+    for taken, test in covering.tests_of(mutation.file, *mutation.statement):
+        if (seconds := seconds - taken) < 0 and tests:
+            break
+        tests.append(test)
+    return failing(tests, minutes, mutation) if tests else None
 
 
-def survives(mutation: Mutation, minutes: float) -> bool:
-    """Whether no test fails with it; one that does not end fails."""
+def failing(tests: list[str], minutes: float, mutation: Mutation | None = None) -> str | None:
+    """The first of these tests that fails in a copy of the package; None where all pass."""
     with tempfile.TemporaryDirectory() as directory:
-        shutil.copytree(ROOT / PACKAGE, Path(directory) / PACKAGE)
-        shutil.copytree(ROOT / "tests", Path(directory) / "tests")
+        for folder in (PACKAGE, "tests", "examples"):
+            shutil.copytree(ROOT / folder, Path(directory) / folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", directory)
-        (Path(directory) / PACKAGE / mutation.file).write_text(mutation.source)
-        status = _tested(directory, [f"tests/{name}" for name in killers(mutation.file)], 60 * minutes)
-        if status is not None and status > 2:  # 2 is a file that cannot even be imported
-            raise RuntimeError(f"pytest itself failed ({status}) on {mutation}")
-        return status == 0
+        if mutation:
+            (Path(directory) / PACKAGE / mutation.file).write_text(mutation.source)
+        status = _tested(directory, tests, 60 * minutes)
+        failed = Path(directory) / FAILED
+        if status is None:
+            return f"not done after {minutes:g} minutes"
+        if status == 0:
+            return None
+        if status < 0:
+            return f"signal {-status}"
+        if failed.exists():
+            return failed.read_text()
+        if status in (2, 4):  # a test file cannot even be imported, and so its tests are not found
+            return "the import of the tests"
+        raise RuntimeError(f"pytest itself failed ({status}) on {mutation}")
+
+
+FAILED = "failed"  # a file that names the test
+
+
+class _Failed:
+    """A plugin of pytest that leaves the name of a test that fails."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.file.write_text(report.nodeid)
 
 
 def _tested(directory: str, tests: list[str], seconds: float) -> int | None:
@@ -170,7 +192,7 @@ def _tested(directory: str, tests: list[str], seconds: float) -> int | None:
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1  # a crash is noticed
+            return os.waitstatus_to_exitcode(status)
         time.sleep(0.1)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -186,30 +208,63 @@ def _run_pytest(directory: str, tests: list[str]) -> int:
     sys.path[:] = [directory, *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", PACKAGE)]:
         del sys.modules[name]
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not torchvision", *tests]))
+    plugins = [_Failed(Path(directory) / FAILED)]
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests], plugins=plugins))
+
+
+def write(seed: int, mutation: Mutation, noticed: str | None) -> None:
+    """Into RESULTS, where a survivor keeps the answer that it was given."""
+    rows = results()
+    row: dict[str, Any] = {"seed": seed, "mutation": str(mutation), "noticed by": noticed}
+    known = next((old for old in rows if old["mutation"] == row["mutation"]), None)
+    if known is not None and noticed and not known["noticed by"]:
+        known["answer"] = noticed  # a test that was missing
+    elif known is None:
+        rows.append(row if noticed else row | {"answer": ""})
+    RESULTS.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def results() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=40)
-    parser.add_argument("--skip", type=int, default=0, help="leave out so many of those, as of an earlier run")
-    parser.add_argument("--minutes", type=float, default=15, help="after so many a breakage counts as noticed")
-    parser.add_argument("--list", action="store_true", help="only list what would be broken")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many before those, as of an earlier run")
+    parser.add_argument("--seconds", type=float, default=60, help="of tests, as they took unbroken, for each breakage")
+    parser.add_argument("--minutes", type=float, default=10, help="after so many a breakage counts as noticed")
+    parser.add_argument(
+        "--list", action="store_true", help="only list what would be broken, and by how many tests it is run"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help=f"go on with {RESULTS.relative_to(ROOT)}, and write into it"
+    )
     arguments = parser.parse_args()
-    import torch._dynamo  # noqa: F401 - before the process is copied
+    import torch._inductor.compile_fx  # noqa: F401 - before the process is copied
+    import torchao.quantization.pt2e.quantize_pt2e  # noqa: F401
 
-    chosen, survivors = drawn(arguments.seed, arguments.count)[arguments.skip :], []
+    done = [row["mutation"] for row in results() if row["noticed by"]] if arguments.write else []
+    chosen, found = drawn(arguments.seed, arguments.count, arguments.skip), {}
     for number, mutation in enumerate(chosen, arguments.skip + 1):
         if arguments.list:
-            print(mutation)
+            print(f"{number:4} {len(covering.tests_of(mutation.file, *mutation.statement)):4} {mutation}")
             continue
-        alive = survives(mutation, arguments.minutes)
-        survivors += [mutation] if alive else []
-        print(f"{number:4} {'SURVIVES' if alive else 'noticed '} {mutation}", flush=True)
-    if not arguments.list:
-        noticed = len(chosen) - len(survivors)
-        print(f"{noticed} of {len(chosen)} noticed ({noticed / max(len(chosen), 1):.0%}), seed {arguments.seed}")
+        if str(mutation) in done:
+            continue
+        found[mutation] = noticed_by(mutation, arguments.seconds, arguments.minutes)
+        print(f"{number:4} {'noticed ' if found[mutation] else 'SURVIVES'} {mutation}  [{found[mutation]}]", flush=True)
+        if arguments.write:
+            write(arguments.seed, mutation, found[mutation])
+    if not found:
+        return
+    noticed = sorted({test for test in found.values() if test})
+    count = sum(test is not None for test in found.values())
+    print(f"{count} of {len(found)} noticed ({count / len(found):.0%}), seed {arguments.seed}")
+    if failed := failing([test for test in noticed if "::" in test], arguments.minutes):
+        raise SystemExit(f"fails without any of them: {failed}")
 
 
 if __name__ == "__main__":
