@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,8 @@ def test_torchao_configuration_converts() -> None:
     assert how(graph) == {"first": "static", "second": "static", "up": "float", "down": "static", "head": "float"}
     with pytest.raises(QuantizationError, match="expected torchao's X86InductorQuantizer"):
         inductor_x86q.from_x86_inductor(3)
+    with pytest.raises(QuantizationError, match="is a SimpleNamespace"):
+        inductor_x86q.from_x86_inductor(SimpleNamespace(global_config=None))
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -156,6 +156,21 @@ def test_a_batch_of_different_matrices_is_no_linear() -> None:
     assert inductor_x86q.explain(graph_module, (x,)).missed == []
 
 
+class OneMatrix(nn.Module):
+    """A linear whose weight is a batch of one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(1, 16, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix
+
+
+def test_a_batch_of_one_matrix_is_a_linear() -> None:
+    assert int8_layers(quantized(OneMatrix().eval(), (torch.randn(2, 6, 16),))) == 1
+
+
 def test_stays_close_to_float() -> None:
     model, x = residual(), image(16)
     with torch.no_grad():

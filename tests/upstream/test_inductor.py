@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,28 @@ def test_frozen_weights_are_freed_with_the_model() -> None:
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     assert not [tensor for tensor in tensors if tensor.shape in ((61, 67), (67, 61))]
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError)
+def test_a_package_is_unloaded_with_its_model(tmp_path: Path) -> None:
+    """The library of an ahead-of-time package stays loaded, weights included, after the model that it was loaded for is freed
+
+    The destructor calls dlclose, but g++ marks variables of inline functions in torch's headers as unique (STB_GNU_UNIQUE),
+    and the loader never unloads what defines one. Each `aoti_load_package` of the same file adds a whole library.
+    Expected: it is gone from the process. `-fno-gnu-unique` in the compiler's flags would do.
+    """
+    with torch.no_grad():
+        exported = torch.export.export(torch.nn.Linear(8, 8), (torch.randn(4, 8),))
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+    before = libraries()
+    model = torch._inductor.aoti_load_package(package)
+    assert libraries() > before
+    del model
+    gc.collect()
+    assert libraries() == before
+
+
+def libraries() -> set[str]:
+    """Addresses and names of the libraries in this process."""
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line]
+    return {f"{part[0].split('-')[0]} {part[5]}" for part in maps if part[2] == "00000000"}
