@@ -202,3 +202,12 @@ def test_what_gives_its_shape_only_is_no_part_of_what_moves() -> None:
     quantized, _ = between(lambda x: x.mean((2, 3), keepdim=True).expand_as(x))
     _, convolved, pooled, mean, expanded = scales(quantized)
     assert convolved == pooled != mean == expanded
+
+
+def test_which_layers_end_in_a_clip_to_any_range() -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    made = {name: graph.call_function(getattr(aten, name).default, (x, weight))
+            for name in ("conv1d", "conv2d", "conv3d", "linear", "mm", "relu")}  # fmt: skip
+    assert [name for name, node in made.items() if operators.can_clip(node)] == ["conv2d", "linear", "mm"]
+    assert not operators.can_clip(x)

@@ -168,7 +168,13 @@ class OneMatrix(nn.Module):
 
 
 def test_a_batch_of_one_matrix_is_a_linear() -> None:
-    assert int8_layers(quantized(OneMatrix().eval(), (torch.randn(2, 6, 16),))) == 1
+    x = torch.randn(2, 6, 16)
+    graph_module = quantized(OneMatrix().eval(), (x,))
+    assert int8_layers(graph_module) == 1
+    result, report = inspection.run_fused(graph_module, (x,))
+    assert len(report.fused) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(result, graph_module(x))
 
 
 def test_stays_close_to_float() -> None:

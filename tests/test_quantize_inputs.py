@@ -10,6 +10,7 @@ from torch import fx, nn
 
 import inductor_x86q
 from inductor_x86q.graph import qdq
+from inductor_x86q.quantization import arguments, calibration
 from tests.models import Residual, image, quantized, residual
 
 # --- calibration ------------------------------------------------------------------------------------------------------
@@ -115,3 +116,15 @@ def test_everything_excluded() -> None:
     text = message(residual(), exclude=[nn.Conv2d, nn.Linear])
     assert "nothing to quantize" in text
     assert all(name in text for name in ("first", "second", "head"))
+
+
+def test_names_that_the_model_collects() -> None:
+    def forward(x: Any, **more: Any) -> None: ...
+
+    assert arguments.bind(forward, (1,), {"mask": 2}) == {"x": 1, "more": {"mask": 2}}
+
+
+def test_first_calls_make_up_both_rows_and_values() -> None:
+    graph_module, x = fx.symbolic_trace(nn.ReLU()), torch.ones(2, 3)
+    count = [len(calibration.first_calls(graph_module, [x] * 9, None, *least)) for least in ((2, 13), (5, 6), (2, 6))]
+    assert count == [3, 3, 1]
