@@ -10,7 +10,7 @@ from torch import fx
 from inductor_x86q.graph import qdq
 from inductor_x86q.graph.attention import ATTENTION, SPELLINGS
 from inductor_x86q.inductor import fake_tensors
-from inductor_x86q.quantization import rows, specs
+from inductor_x86q.quantization import rows
 
 
 def takes(node: fx.Node) -> bool:
@@ -46,7 +46,7 @@ def quantize_attention(converted: fx.GraphModule) -> None:
     """Has attention between quantized query, key and value compute what the int8 kernel does."""
     graph = converted.graph
     for node in list(graph.nodes):
-        bits = node.meta.get(specs.ROW_BITS)
+        bits = node.meta.get(rows.BITS)
         if node.target not in SPELLINGS or not (bits or all(map(qdq.is_dequantize, node.args[:3]))):
             continue
         arguments: Any = qdq.schema_arguments(node)

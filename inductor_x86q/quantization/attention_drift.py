@@ -13,7 +13,7 @@ from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.attention import SPELLINGS, attention
 from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer
-from inductor_x86q.quantization import rows, specs
+from inductor_x86q.quantization import rows
 from inductor_x86q.quantization.attention import by_rows
 from inductor_x86q.quantization.corrections.prepared import observer_of
 
@@ -37,7 +37,7 @@ def keep_float(prepared: fx.GraphModule, calls: Iterable[tuple[Any, ...]]) -> li
                 f"attention of {layer(node)} stays float: int8 would leave {ratio:.1f} dB of signal to noise on the "
                 f'data given, less than {LEAST_RATIO:.0f}; attention="int8" has it all the same'
             )
-            node.meta.pop(specs.ROW_BITS, None)
+            node.meta.pop(rows.BITS, None)
             for operand in dict.fromkeys(node.all_input_nodes[:3]):
                 if observer_of(prepared, operand):
                     node.replace_input_with(operand, qdq.operand(operand))
@@ -58,7 +58,7 @@ class _Drift(fx.Interpreter):
         if observer_of(self.graph_module, node):
             return self.env[qdq.operand(node)]
         result = super().run_node(node)
-        if node.target in SPELLINGS and (specs.ROW_BITS in node.meta or self._is_observed(node)):
+        if node.target in SPELLINGS and (rows.BITS in node.meta or self._is_observed(node)):
             signal, noise = self.energies.get(node, (0.0, 0.0))
             difference = result - self._rounded(node)
             self.energies[node] = signal + _energy(result), noise + _energy(difference)
@@ -69,7 +69,7 @@ class _Drift(fx.Interpreter):
 
     def _rounded(self, node: fx.Node) -> torch.Tensor:
         operands: Any = node.args[:3]
-        if bits := node.meta.get(specs.ROW_BITS):
+        if bits := node.meta.get(rows.BITS):
             reals = by_rows(rows.fake_quantized, map(self.env.__getitem__, operands), bits)
         else:
             reals = [self._observed(operand) for operand in operands]

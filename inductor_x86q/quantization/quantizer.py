@@ -13,7 +13,7 @@ from inductor_x86q.graph import operators
 from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer as layer_of
-from inductor_x86q.quantization import attention_written_out, qat, recurrent, specs, torchao
+from inductor_x86q.quantization import attention_written_out, qat, recurrent, rows, specs, torchao
 from inductor_x86q.quantization import embeddings as embedding_tables
 from inductor_x86q.quantization.config import (
     DYNAMIC,
@@ -148,7 +148,7 @@ class X86Quantizer(torchao.Quantizer):
     def _annotate_dynamic(self, plan: Plan) -> None:
         """Layers that read one value share its range."""
         for node in plan.dynamic_attention:
-            node.meta[specs.ROW_BITS] = 7 if self.reduce_range else 8
+            node.meta[rows.BITS] = 7 if self.reduce_range else 8
         first: dict[tuple[fx.Node, Any], Slot] = {}
         # Every input is quantized by a generated kernel, and would lose more by a bit than a weight does.
         for node, (activation, weight) in plan.dynamic.items():

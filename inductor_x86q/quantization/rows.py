@@ -12,6 +12,8 @@ from inductor_x86q.graph.qdq import SMALLEST_SCALE
 
 aten = torch.ops.aten
 
+BITS = "x86q_row_bits"  # in the `meta` of an attention whose query, key and value have scales of their own: their bits
+
 
 def rounded(weight: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 of `-largest` to `largest`, and the scales (…, 1) of the rows of (…, row)."""

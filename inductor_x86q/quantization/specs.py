@@ -19,9 +19,6 @@ ACTIVATION_OBSERVERS = {
     "minmax": torchao.MinMaxObserver, "histogram": torchao.HistogramObserver, "mse": MeanSquaredErrorObserver,
 }  # fmt: skip
 GRANULARITY = "x86q_granularity"  # in a dynamic layer's `meta`: "per_tensor" or "per_token"
-ROW_BITS = (
-    "x86q_row_bits"  # in the `meta` of an attention whose query, key and value have scales of their own: their bits
-)
 IN_BFLOAT16 = "x86q_in_bfloat16"  # in the `meta` of a layer that stays float: whether it computes in bfloat16
 WEIGHT_OBSERVERS = ("per_channel", "per_tensor")
 _PERCENTILE = re.compile(r"percentile:(\d+(?:\.\d+)?)")
