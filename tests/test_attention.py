@@ -344,6 +344,26 @@ def test_where_somebody_looks_at_the_weights_attention_stays_as_it_is() -> None:
     assert "attention" not in {fusion.operator for fusion in explain(q, inputs).fused}
 
 
+class OneQuery(nn.Module):
+    """Scores of one query, of which a mask with a row for each of several makes as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection, self.mask = nn.Linear(16, 16), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        query, key = self.projection(query), self.projection(key)
+        return (query @ key.transpose(-1, -2) / 4 + self.mask).softmax(-1) @ key
+
+
+def test_a_mask_with_more_rows_than_queries_makes_no_attention() -> None:
+    inputs = (torch.randn(2, 4, 1, 16), torch.randn(2, 4, 6, 16))
+    q = inductor_x86q.quantize(OneQuery().eval(), inputs, calibration=[inputs])
+    fused, report = inspection.run_fused(q, inputs)
+    assert "attention" not in {fusion.operator for fusion in report.fused}
+    testing.assert_same(fused, q(*inputs))
+
+
 def test_drift_is_told_of_attention_too() -> None:
     x = torch.randn(2, 20, 32)
     model = Block(outlier=100.0).eval()

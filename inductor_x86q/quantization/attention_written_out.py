@@ -149,7 +149,9 @@ def _fits(found: _Scores, value: fx.Node, weights: fx.Node) -> bool:
     if found.windows is not None and found.mask is not None and qdq.value(found.mask).shape[:-3].numel() != 1:
         return False  # it differs from image to image
     batches = [x.shape[:-2] for x in (key, value_, result)]
-    return all(fake_tensors.same_shape(query.shape[:-2], batch) for batch in batches) and found.scale > 0
+    if not all(fake_tensors.same_shape(query.shape[:-2], batch) for batch in batches) or found.scale <= 0:
+        return False
+    return fake_tensors.same_shape(result.shape[-2:], (query.shape[-2], key.shape[-1]))  # a mask may have more rows
 
 
 def _is_dropping(node: fx.Node) -> bool:
