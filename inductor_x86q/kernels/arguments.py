@@ -50,6 +50,7 @@ FIELDS: dict[str, str] = {
 }
 
 STRUCT = library.struct("X86qArguments", FIELDS)
+PARAMETERS = "const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments"
 
 Size = int | str  # a number, or the C++ that gives one when it runs
 

@@ -7,12 +7,10 @@ import functools
 from collections.abc import Sequence
 
 from inductor_x86q.kernels import library
-from inductor_x86q.kernels.arguments import STRUCT, arguments
+from inductor_x86q.kernels.arguments import PARAMETERS, STRUCT
 from inductor_x86q.kernels.convolution import Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, flag
 from inductor_x86q.kernels.isa import ISAS
-
-__all__ = ["STRUCT", "Kernel", "Taps", "arguments", "candidates", "translation_unit"]
 
 # Rows by columns of the blocks of sums that the vector registers hold beside a vector of each column and one input, by the
 # number of registers, the usual ones first. More than four columns are not rounded to bytes together. Few, since each is
@@ -88,7 +86,7 @@ struct Kernel {{
 {self._constants()}}};
 {self.epilogue.source()}}}
 extern "C" void {self.name}(
-    const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments) {{
+    {PARAMETERS}) {{
     using Epilogue = {self.name}_::Epilogue;
     {templates}::{self.kind}<{self.name}_::Kernel, Epilogue>(
         (const uint8_t*)x, (const int32_t*)constants, (const Epilogue::Other*)other, (Epilogue::Out*)out, *arguments);

@@ -16,8 +16,9 @@ from inductor_x86q.graph.origin import layer as layer_of
 from inductor_x86q.inductor.lowering.placement import Pixels, buffer, contiguous, image, ints, pixels
 from inductor_x86q.inductor.lowering.template import Template
 from inductor_x86q.inductor.patches.linked_objects import mark
-from inductor_x86q.kernels import family
+from inductor_x86q.kernels.arguments import PARAMETERS, STRUCT, arguments
 from inductor_x86q.kernels.convolution import FEW_CHANNELS, Convolution, Depth
+from inductor_x86q.kernels.family import Kernel
 from inductor_x86q.kernels.specification import Specification
 
 
@@ -73,7 +74,7 @@ class Inputs:
 class LayerTemplate(Template):
     """The function that calls a kernel with a layer's sizes."""
 
-    def __init__(self, inputs: Inputs, convolution: Convolution, kernel: family.Kernel) -> None:
+    def __init__(self, inputs: Inputs, convolution: Convolution, kernel: Kernel) -> None:
         outputs = sympy_product(inputs.layout.size)
         of_output = convolution.macs // (convolution.pixels * convolution.out_c)
         work = outputs * of_output if inputs.open_sizes() else convolution.macs
@@ -81,16 +82,13 @@ class LayerTemplate(Template):
         self.inputs, self.convolution, self.kernel = inputs, convolution, kernel
 
     def shared(self) -> Sequence[str]:
-        parameters = (
-            "const void* x, const void* constants, const void* other, void* out, const X86qArguments* arguments"
-        )
-        return family.STRUCT, f'{mark(self.kernel)}\nextern "C" void {self.kernel.name}({parameters});\n'
+        return STRUCT, f'{mark(self.kernel)}\nextern "C" void {self.kernel.name}({PARAMETERS});\n'
 
     def body(self, name: str) -> str:
         x, other = self.inputs.x, self.inputs.other
         addend = self.address(other) if other is not None else "nullptr"
         open_ = self._open() | self._computed()
-        values = family.arguments(self.convolution, **open_)
+        values = arguments(self.convolution, **open_)
         return f"""\
 {"" if open_ else "static "}const X86qArguments arguments = {{{", ".join(map(str, values))}}};
 {self.kernel.name}({self.address(x)}, constants, {addend}, out, &arguments);"""

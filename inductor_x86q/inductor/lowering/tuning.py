@@ -23,7 +23,7 @@ from inductor_x86q.graph import per_token
 from inductor_x86q.inductor import objects
 from inductor_x86q.inductor.lowering.layer import Inputs, LayerTemplate, steps
 from inductor_x86q.inductor.lowering.placement import Pixels, ints
-from inductor_x86q.kernels import family
+from inductor_x86q.kernels.arguments import arguments
 from inductor_x86q.kernels.specification import Specification
 
 
@@ -97,11 +97,11 @@ class KernelChoice(Choice):
         addresses = [_address(x, given), constants, _address(other, given) if other else 0, out.data_ptr()]
         computed = self.inputs.computed()
         places = {name: _address(tensor, given) for name, tensor in computed.items()}
-        numbers = [int(value) for value in family.arguments(self.template.convolution, **places, **steps(computed))]
-        arguments = (ctypes.c_int64 * len(numbers))(*numbers)
+        numbers = [int(value) for value in arguments(self.template.convolution, **places, **steps(computed))]
+        struct = (ctypes.c_int64 * len(numbers))(*numbers)
         function = objects.load(self.template.kernel)
         pointers = [ctypes.c_void_p(address) for address in addresses]
-        return lambda: function(*pointers, arguments)
+        return lambda: function(*pointers, struct)
 
 
 def _address(image: Pixels, given: dict[str, torch.Tensor]) -> int:
