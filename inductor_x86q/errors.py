@@ -7,6 +7,10 @@ class QuantizationError(RuntimeError):
     """The model or the data cannot be quantized as asked."""
 
 
+class NothingToQuantizeError(QuantizationError):
+    """No layer of the model can be, or is to be, int8."""
+
+
 class BudgetError(QuantizationError):
     """No choice of layers keeps the accuracy within the budget that was named."""
 

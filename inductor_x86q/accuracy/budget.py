@@ -15,7 +15,7 @@ import torch
 from inductor_x86q import cpu, progress
 from inductor_x86q.accuracy import costs, drift
 from inductor_x86q.accuracy.metric import Metric, closeness
-from inductor_x86q.errors import BudgetError, QuantizationError
+from inductor_x86q.errors import BudgetError, NothingToQuantizeError, QuantizationError
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
 from inductor_x86q.quantization import corrections, pt2e
 from inductor_x86q.quantization.arguments import positional
@@ -98,7 +98,8 @@ class _Search:
         if isinstance(calibration, Iterable) and not isinstance(calibration, (list, tuple)):
             # Read at every attempt.
             self.options["calibration"] = list(self._calls(calibration))
-            self.options.pop("transform", None), self.options.pop("max_batches", None)
+            for name in ("transform", "max_batches"):  # by which the list is made already
+                self.options.pop(name, None)
         data = self.options.get("calibration") or [self.kwargs or inputs]
         self.metric = Metric(validate or closeness(model, self._calls(data)))
         self.modes = ("bfloat16", "float") if cpu.has_bf16() else ("float",)
@@ -164,10 +165,8 @@ class _Search:
         moved = dict.fromkeys(names, mode)
         try:
             graph = self._quantize(moved)
-        except QuantizationError as error:
-            if "nothing to quantize" in str(error):
-                return False
-            raise
+        except NothingToQuantizeError:
+            return False
         metric = self._judge(graph, moved, f"{len(names)} in {_TYPES[mode]}")
         return metric >= self.float_metric - self.max_drop
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.errors import QuantizationError
+from inductor_x86q.errors import NothingToQuantizeError, QuantizationError
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph, side_by_side
 from inductor_x86q.quantization import corrections, qat, torchao
@@ -250,7 +250,7 @@ def prepare(
     prepared.recompile()
     if not quantizer.rewritten and not any(is_observer(module) for module in prepared.modules()):
         excluded = ", ".join(layer(node) for node in quantizer.excluded)
-        raise QuantizationError(
+        raise NothingToQuantizeError(
             "there is nothing to quantize: the model has no convolution or linear with a constant weight"
             + (f" that is not excluded ({excluded})" if excluded else "")
         )
