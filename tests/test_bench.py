@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import inductor_x86q
+from inductor_x86q import cli
 from inductor_x86q.inductor import compiling
 from inductor_x86q.report import tables
 from inductor_x86q.tools import bench, engines
@@ -97,3 +98,28 @@ def test_a_second_process_starts_from_the_package_of_the_first():
     assert result.warm_seconds < result.cold_seconds / 4
     assert 100 < result.resident_megabytes < result.peak_megabytes
     assert 0 < result.of_peak < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--json", "no/such/directory/figures.json"], "cannot write 'no/such/directory/figures.json'"),
+        (["--engines", "x86q,nothing"], "unknown engine 'nothing'"),
+        (["--plot", "figures.png"], "--plot: matplotlib is not installed"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "obstacle", lambda: "matplotlib is not installed")
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("it measured"))
+    try:
+        code = cli.main(["bench", "resnet18", *arguments])
+    except SystemExit as left:  # as argparse does
+        code = left.code
+    assert code == cli.UNUSABLE and message in capsys.readouterr().err

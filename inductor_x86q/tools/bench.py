@@ -35,8 +35,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from inductor_x86q import progress
+from inductor_x86q.report.plot import obstacle
 from inductor_x86q.report.tables import Column, Table, group, show
+from inductor_x86q.tools import bars
 from inductor_x86q.tools.engines import BASELINE, DEFAULT_ENGINES, ENGINES, PACKAGE_VARIABLE, PEAK, PEAK_SIZE
+from inductor_x86q.tools.files import writable
 from inductor_x86q.tools.sequences import NETWORKS
 
 if TYPE_CHECKING:
@@ -253,15 +256,23 @@ def measure(
     return results
 
 
+def speeds(table: dict[str, list[Result]], baseline: str = BASELINE) -> dict[str, dict[str, float]]:
+    """By network and engine: how many times as fast as the baseline it is, where both ran."""
+    found = {}
+    for network, results in table.items():
+        medians = {r.engine: r.median for r in results if not r.error and not math.isnan(r.median)}
+        base = medians.get(baseline)
+        found[network] = {} if base is None else {engine: base / median for engine, median in medians.items()}
+    return found
+
+
 def geometric_means(table: dict[str, list[Result]], baseline: str = BASELINE) -> dict[str, float]:
     """How many times as fast as the baseline each engine is, over the networks that both ran."""
     logs: dict[str, list[float]] = {}
-    for results in table.values():
-        base = next((r.median for r in results if r.engine == baseline and not r.error), math.nan)
-        for result in results:
-            if not result.error and not math.isnan(base):
-                logs.setdefault(result.engine, []).append(math.log(base / result.median))
-    return {engine: math.exp(statistics.fmean(values)) for engine, values in logs.items() if values}
+    for of_network in speeds(table, baseline).values():
+        for engine, speed in of_network.items():
+            logs.setdefault(engine, []).append(math.log(speed))
+    return {engine: math.exp(statistics.fmean(values)) for engine, values in logs.items()}
 
 
 _NUMBERS = ("ms", "10%", "90%", "speed", "of peak", "SNR dB", "compile s")
@@ -336,31 +347,6 @@ def machine() -> dict[str, Any]:
     return {"name": name, **abilities, "torch": torch.__version__}
 
 
-def plot(table: dict[str, list[Result]], path: str) -> None:
-    """A bar chart of speed over fp32 Inductor, a group of bars a network (needs matplotlib)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    engines = list(dict.fromkeys(r.engine for results in table.values() for r in results if r.engine != BASELINE))
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.2 * len(table) + 2), 4.5), layout="constrained")
-    width = 0.8 / max(len(engines), 1)
-    for position, engine in enumerate(engines):
-        speeds = []
-        for results in table.values():
-            medians = {r.engine: r.median for r in results if not r.error}
-            speeds.append(medians.get(BASELINE, math.nan) / medians.get(engine, math.nan))
-        axes.bar(
-            [i + (position - (len(engines) - 1) / 2) * width for i in range(len(table))], speeds, width, label=engine
-        )
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
-    axes.set_ylabel("times as fast as fp32 Inductor")
-    axes.legend(fontsize="small", ncols=3)
-    figure.savefig(path, dpi=150)
-
-
 def add_command(commands: Any) -> None:
     """`x86q bench` on the command line."""
     parser = commands.add_parser(
@@ -378,22 +364,29 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens or steps of a sequence (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="to run each engine (default: %(default)s)")
     parser.add_argument("--starts", action="store_true", help="measure cold and warm starts, in caches of their own")
-    parser.add_argument("--json", metavar="FILE", help="write the results as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="write a bar chart (PNG; needs matplotlib)")
+    parser.add_argument("--json", metavar="FILE", type=writable, help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=writable, help="write a bar chart (PNG; needs matplotlib)")
     parser.set_defaults(run=_command)
 
 
 def _command(parsed: Any) -> int:
     engines = parsed.engines.split(",")
-    unknown = [engine for engine in engines if engine not in ENGINES]
-    if unknown:
-        print(f"x86q bench: unknown engine {unknown[0]!r}: expected one of {', '.join(ENGINES)}", file=sys.stderr)
+    unknown = [
+        f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}" for name in engines if name not in ENGINES
+    ]
+    missing = [f"--plot: {reason}"] if parsed.plot and (reason := obstacle()) else []
+    if problems := [*unknown, *missing]:
+        print(f"x86q bench: {problems[0]}", file=sys.stderr)
         return 2
     settings = Settings(parsed.batch, parsed.threads, parsed.size, parsed.length, parsed.seconds)
     table = run(parsed.network, engines, settings, starts=parsed.starts)
     show(text(table))
     if parsed.json:
-        Path(parsed.json).write_text(to_json(table, settings))
+        parsed.json.write_text(to_json(table, settings))
     if parsed.plot:
-        plot(table, parsed.plot)
+        others = {
+            network: {engine: speed for engine, speed in of_network.items() if engine != BASELINE}
+            for network, of_network in speeds(table).items()
+        }
+        bars.plot(others, "times as fast as fp32 Inductor", parsed.plot)
     return int(any(result.error for results in table.values() for result in results))

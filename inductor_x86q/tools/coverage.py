@@ -10,13 +10,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from inductor_x86q import progress
 from inductor_x86q.report.tables import Column, Table, show
+from inductor_x86q.tools.files import writable
 
 LIMIT = 900  # seconds for one network on one path
 
@@ -167,7 +167,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("network", nargs="*", help="names of torchvision models (default: one of each family)")
     parser.add_argument("--stock", action="store_true", help="count the kernels, also of the stock path (minutes each)")
-    parser.add_argument("--json", metavar="FILE", help="write the counts as JSON")
+    parser.add_argument("--json", metavar="FILE", type=writable, help="write the counts as JSON")
     parser.set_defaults(run=_command)
 
 
@@ -184,5 +184,5 @@ def _command(parsed: Any) -> int:
     finally:  # what is known by then, where somebody has waited for long enough
         show(table(found))
         if parsed.json:
-            Path(parsed.json).write_text(to_json(found))
+            parsed.json.write_text(to_json(found))
     return int(any(one.error or one.int8_layers < one.layers for one in found))
