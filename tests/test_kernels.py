@@ -83,6 +83,8 @@ LAYERS = {
     "depthwise, few channels": Layer(2, 11, 9, 21, 21, (3, 3), (1, 1), (1, 1), groups=21),
     "depthwise, few pixels": Layer(1, 3, 1, 70, 70, (3, 3), (1, 1), (1, 1), groups=70),
     "depthwise, stride": Layer(1, 9, 9, 33, 33, (5, 3), (2, 2), (2, 1), groups=33),
+    "depthwise, a tall window": Layer(1, 25, 3, 33, 33, (21, 1), (1, 1), (10, 0), groups=33),
+    "depthwise, a wide window": Layer(1, 2, 80, 16, 16, (1, 3), (1, 1), (0, 36), (1, 36), groups=16),
     "depthwise, dilation": Layer(1, 9, 9, 64, 64, (3, 3), (1, 1), (0, 0), (2, 2), groups=64),
 }
 # An instruction set, and whether inputs keep 7 bits for it.

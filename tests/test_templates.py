@@ -55,6 +55,8 @@ CASES = (
     Case("groups", QConv2d(24, 36, 3, padding=1, groups=4), (1, 24, 5, 6), lambda y, o: to_int8(F.relu6(y))),
     Case("depthwise", QConv2d(24, 24, 3, padding=1, groups=24), (1, 24, 9, 9)),
     Case("depthwise 5x3, stride", QConv2d(21, 21, (5, 3), stride=2, padding=(2, 1), groups=21), (2, 21, 11, 9)),
+    Case("depthwise, a tall window", QConv2d(24, 24, (21, 1), padding=(10, 0), groups=24), (1, 24, 25, 3)),
+    Case("depthwise, a wide window", QConv2d(24, 24, 3, padding=36, dilation=36, groups=24), (1, 24, 38, 40)),
     Case("depthwise, dilation", QConv2d(33, 33, 3, dilation=2, groups=33), (1, 33, 9, 9), lambda y, o: y.relu()),
     Case("addition", QConv2d(16, 16, 3, padding=1), (2, 16, 6, 5), add),
     Case("linear", QLinear(33, 10), (3, 33)),

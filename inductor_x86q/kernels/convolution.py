@@ -12,7 +12,9 @@ from inductor_x86q.kernels.epilogue import Epilogue, Numbers
 
 ALIGNMENT = 64  # of weights, in bytes: a vector that lies across two lines of the cache takes two loads
 SCALARS = 9  # of 32 bits, as `Scalars` in the C++
-
+# Of depthwise.h: the most rows of a window, and columns of the image that neighbouring output pixels read, of which it takes
+# up to so many together.
+TALLEST, WIDEST, MOST_PIXELS = 16, 64, 4
 
 # Convolutions take images of so few channels as they come, pixels or planes: their bytes are copied anyhow, and the copy takes
 # planes in a fraction of the time in which Inductor turns them into pixels.
@@ -84,8 +86,15 @@ class Convolution:
         return self.n * self.out_d * self.out_h * self.out_w
 
     @property
-    def depthwise(self) -> bool:
+    def is_depthwise(self) -> bool:
+        """Whether each channel of an image has a window of its own."""
         return self.groups == self.c == self.out_c and self.groups > 1 and self.depth == Depth()
+
+    @property
+    def has_depthwise_kernel(self) -> bool:
+        """Whether the kernel for depthwise convolutions takes it, which has the loops over a window written out."""
+        reach = (MOST_PIXELS - 1) * self.stride[1] + (self.kernel[1] - 1) * self.dilation[1] + 1
+        return self.is_depthwise and self.kernel[0] <= TALLEST and reach <= WIDEST
 
     @property
     def macs(self) -> int:
@@ -95,7 +104,7 @@ class Convolution:
     def copied(self) -> bool:
         """Whether the input is first copied: with its padding, or without gaps between channels and pixels."""
         gaps = self.x_channel != 1 or (self.kernel[1] > 1 and self.x_strides[2] not in (0, self.c))
-        return not self.depthwise and (any(self.padding) or self.depth.padding > 0 or gaps)
+        return not self.has_depthwise_kernel and (any(self.padding) or self.depth.padding > 0 or gaps)
 
     @property
     def row_runs(self) -> tuple[int, int]:
@@ -116,7 +125,7 @@ class Convolution:
     @property
     def channel_count(self) -> int:
         """How many channels the numbers of a layer are laid out for: vectors are filled up, a group at a time."""
-        if self.depthwise:
+        if self.has_depthwise_kernel:
             return math.ceil(self.c / (4 * self.lanes)) * 4 * self.lanes
         return self.group_vectors * self.groups * self.lanes
 
@@ -141,7 +150,7 @@ class Convolution:
     def constants_size(self) -> int:
         """How many bytes a kernel reads of what `constants` gives."""
         numbers = 4 * (3 * self.channel_count + SCALARS)
-        if self.depthwise:
+        if self.has_depthwise_kernel:
             weight = self.channel_count * self.kernel[1] * math.ceil(self.kernel[0] / 4) * 4
         else:
             fours = math.ceil(self.row_runs[1] / 4)
@@ -150,7 +159,7 @@ class Convolution:
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """The int8 weight (out, in/groups, (kd,) kh, kw) in the order in which the kernel reads it, one-dimensional."""
-        if self.depthwise:
+        if self.has_depthwise_kernel:
             taps = weight[self._depthwise_order(), 0].unflatten(0, (-1, 4 * self.lanes))  # block, channel, kh, kw
             taps = functional.pad(taps, (0, 0, 0, -taps.shape[2] % 4)).unflatten(2, (-1, 4))
             return taps.permute(0, 4, 2, 1, 3).contiguous().flatten()  # block, kw, four, channel, 4
@@ -164,7 +173,7 @@ class Convolution:
     @property
     def pairs(self) -> int:
         """How many pairs of four bytes of a run the kernel may add in 16 bits, before it widens them."""
-        return self.row_runs[1] // 8 if self.fits_16 and not self.depthwise else 0
+        return self.row_runs[1] // 8 if self.fits_16 and not self.has_depthwise_kernel else 0
 
     def _overflows(self, packed: torch.Tensor) -> torch.Tensor:
         """Whether four products may exceed 16 bits somewhere in a vector: for each group, vector, run and pair of fours.
@@ -188,7 +197,7 @@ class Convolution:
         scale = (numbers.weight_scale.double() * x_scale * steps).expand(self.out_c)
         bias = torch.zeros(self.out_c) if numbers.bias is None else numbers.bias.double() * steps
         rows = torch.stack([compensation.int(), *(_bits(values) for values in (scale, bias))])
-        if self.depthwise:
+        if self.has_depthwise_kernel:
             rows = rows[:, self._depthwise_order()]
         else:
             rows = rows.unflatten(1, (self.groups, -1))

@@ -154,7 +154,9 @@ def call_work(conv: Convolution) -> tuple[str, Work]:
     group_out = math.ceil(conv.out_c / conv.groups / 16) * 16 * conv.groups
     steps = conv.depth.kernel * math.prod(conv.kernel) * math.ceil(conv.c / conv.groups / 4)
     is_linear = (*conv.kernel, *conv.stride, *conv.padding, conv.groups) == (1, 1, 1, 1, 0, 0, 1)
-    kind = "linear" if is_linear else "depthwise" if conv.depthwise else "grouped" if conv.groups > 1 else "convolution"
+    kind = (
+        "linear" if is_linear else "depthwise" if conv.is_depthwise else "grouped" if conv.groups > 1 else "convolution"
+    )
     return kind, {
         "calls": 1,
         "threads": float(threads(conv) > 1),

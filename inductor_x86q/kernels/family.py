@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from inductor_x86q.kernels import library
 from inductor_x86q.kernels.arguments import PARAMETERS, STRUCT
-from inductor_x86q.kernels.convolution import Convolution
+from inductor_x86q.kernels.convolution import MOST_PIXELS, Convolution
 from inductor_x86q.kernels.epilogue import Epilogue, flag
 from inductor_x86q.kernels.isa import ISAS
 
@@ -120,8 +120,8 @@ def candidates(convolution: Convolution, epilogue: Epilogue, isa: str) -> list[K
     row = ISAS[isa]
     assert row.lanes == convolution.lanes, f"the weight is packed for {convolution.lanes} lanes, {isa} has {row.lanes}"
     make = functools.partial(Kernel, isa, epilogue=epilogue, x_signed=convolution.x_signed, fits_16=convolution.fits_16)
-    if convolution.depthwise:
-        columns = 2 if row.registers == 16 else 4  # of four vectors each, which is half of the registers
+    if convolution.has_depthwise_kernel:
+        columns = 2 if row.registers == 16 else MOST_PIXELS  # of four vectors each, which is half of the registers
         narrow = convolution.c < 4 * row.lanes
         taps = Taps(convolution.kernel, convolution.stride[1], convolution.dilation[1], narrow)
         return [make(kind="depthwise", rows=1, columns=columns, taps=taps)]
