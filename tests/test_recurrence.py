@@ -18,8 +18,8 @@ from inductor_x86q.graph.qdq import QParams
 from inductor_x86q.graph.reasons import Reason
 from inductor_x86q.graph.recurrence import RECURRENCE, state_count
 from inductor_x86q.inductor import objects
-from inductor_x86q.kernels import isa, library
-from inductor_x86q.kernels.recurrence import CELLS, FIELDS, Kernel, Recurrence
+from inductor_x86q.kernels import isa
+from inductor_x86q.kernels.recurrence import CELLS, FIELDS, FLOATS, Kernel, Recurrence
 from inductor_x86q.testing import quantize_dequantize
 
 pytestmark = pytest.mark.skipif(not cpu.int8_lanes(), reason="this CPU has no AVX2")
@@ -62,8 +62,7 @@ class Case:
 
 
 def kernel_arguments(values: dict[str, float]) -> ctypes.Structure:
-    floats = library.float_fields(FIELDS)
-    fields = [(name, ctypes.c_float if name in floats else ctypes.c_int64) for name in FIELDS]
+    fields = [(name, ctypes.c_float if name in FLOATS else ctypes.c_int64) for name in FIELDS]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})(*(values[name] for name in FIELDS))
 
 
