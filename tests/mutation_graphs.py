@@ -24,6 +24,8 @@ CONSTANTS = {
     "depthwise": "integers(8, (8, 1, 3, 3), -63, 63, torch.int8)",
     "left_half": "integers(9, (4, 4, 1, 1), -63, 63, torch.int8)",
     "right_half": "integers(10, (4, 4, 1, 1), -63, 63, torch.int8)",
+    "steps": "integers(11, (1, 8, 8), -127, 127, torch.int8)",
+    "step_scales": "reals(12, (1, 8), 1e-4, 2e-3)",
 }
 ROWS = {"x": "reals(SEED, (8, 8), -2.0, 2.0)"}
 TWO_ROWS = {**ROWS, "z": "reals(SEED, (8, 8), -2.0, 2.0)"}
@@ -59,6 +61,10 @@ LINEAR_16 = f"F.linear(a.to(torch.float16), {W.format(axis=0)}.to(torch.float16)
 LINEAR_BF16 = f"F.linear({{x}}.to(torch.bfloat16), {W.format(axis=0)}.to(torch.bfloat16))"
 FLOAT = "torch.float32"
 LINEAR_A, CONVOLUTION_A = LINEAR.format(x="a"), CONVOLUTION.format(x="a")
+STEPS = (
+    f"l = {LINEAR_A}",
+    'r = torch.ops.inductor_x86q.recurrence("rnn_tanh", l[None], None, None, self.steps, self.step_scales, None, True)',
+)
 
 SCALED = "0.01, 0, -127, 127, torch.int8"  # a weight of one scale
 PIXELS = f"F.conv2d({{x}}, q.dequantize_per_tensor(self.pixel, {SCALED}), self.bias)"
@@ -104,6 +110,10 @@ GRAPHS = {
     "causal attention": rows("y = torch.ops.inductor_x86q.attention(a[None], a[None], a[None], None, True, None)"),
     "quantized attention": rows("b = torch.ops.inductor_x86q.attention(a[None], a[None], a[None], None, False, None)",
                                 qd("y", "b", OTHER)),
+    "quantized steps": rows(*STEPS, "b = r[0]", qd("y", "b", OTHER)),
+    "quantized steps in a narrow range": rows(*STEPS, "b = r[0]", qd("y", "b", NARROW)),
+    "quantized steps that are read too": rows(*STEPS, "b = r[0]", qd("c", "b", OTHER), "y = b * 2.0", "return c, y"),
+    "quantized states": rows(*STEPS, "b = r[1]", qd("y", "b", OTHER)),
     "product": rows(f"y = torch.mm(a, {W.format(axis=1)})"),
     "product with scales along its inputs": rows(f"y = torch.mm(a, {W.format(axis=0)})",
                                                  defects="NOT_QUANTIZED WEIGHT_NOT_QUANTIZED WEIGHT_TYPE"),

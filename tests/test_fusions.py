@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from inductor_x86q import testing
 from inductor_x86q.testing import QConv1d, QConv2d, QConv3d, QLinear, quantize_dequantize
-from tests.fuzz.intervals import Interval, bounds
+from tests.fuzz.bounds import bounds
+from tests.fuzz.intervals import Interval
 
 F = nn.functional
 QD = quantize_dequantize

@@ -22,7 +22,7 @@ from inductor_x86q.graph import aliasing, operators, outputs
 from inductor_x86q.graph import calls as call
 from inductor_x86q.inductor import decompositions
 from inductor_x86q.passes import channels, finish, propagate
-from inductor_x86q.passes.fuse import attention, compute, output_types, pool, post_ops
+from inductor_x86q.passes.fuse import attention, compute, output_types, own_kernels, pool, post_ops
 from inductor_x86q.passes.normalize import channel_factors
 from inductor_x86q.passes.normalize import spelling as normalize
 from tests.fuzz.check import Mismatch, check, check_exactly
@@ -158,6 +158,18 @@ BROKEN = {
                "causal attention"),
         Broken("drop the zero point of its result", outputs.write, "output.arguments()",
                "(output.scale, 0, *output.arguments()[2:])", "quantized attention"),
+    ],
+    "recurrence": [
+        Broken("drop the zero point of its output", outputs.write, "output.arguments()",
+               "(output.scale, 0, *output.arguments()[2:])", "quantized steps"),
+        Broken("drop the range of its output", outputs.write, "output.arguments()",
+               "(*output.arguments()[:2], 0, 255, output.dtype)", "quantized steps in a narrow range"),
+        Broken("forget to quantize its output", own_kernels._rewrite_quantize, "outputs.write(source, grid)", "pass",
+               "quantized steps"),
+        Broken("quantize what is read as it is too", own_kernels._producer, "len(readers) == 1", "True",
+               "quantized steps that are read too"),
+        Broken("take the states for the output", own_kernels._producer, "and result.args[1] == 0", "",
+               "quantized states"),
     ],
     "pool": [
         Broken("forget ceil mode", pool._pool_2d, "bool(ceil_mode)", "False", "max pool, ceil mode"),

@@ -17,7 +17,7 @@ from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import OPERATORS, Role, targets
 from inductor_x86q.inductor import decompositions
 from inductor_x86q.kernels import epilogue
-from tests.fuzz import catalogue, graphs, intervals
+from tests.fuzz import bounds, catalogue, graphs
 
 aten = torch.ops.aten
 
@@ -86,7 +86,7 @@ class _Module(nn.Module):
 def test_the_fuzzer_has_bounds_for_what_it_draws() -> None:
     for text in catalogue.UNARIES:
         function = eval(f"lambda x: {text.format('x')}", dict(graphs.HELPERS))
-        (bound,) = intervals.bounds(_Module(function), (torch.linspace(-3, 3, 41),))
+        (bound,) = bounds.bounds(_Module(function), (torch.linspace(-3, 3, 41),))
         actual = function(torch.linspace(-3, 3, 41)).double()
         assert ((bound.low <= actual) & (actual <= bound.high)).all(), text
 

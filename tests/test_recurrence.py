@@ -21,6 +21,7 @@ from inductor_x86q.inductor import objects
 from inductor_x86q.kernels import isa
 from inductor_x86q.kernels.recurrence import CELLS, FIELDS, FLOATS, Kernel, Recurrence
 from inductor_x86q.testing import quantize_dequantize
+from tests.fuzz import modules
 
 pytestmark = pytest.mark.skipif(not cpu.int8_lanes(), reason="this CPU has no AVX2")
 EXACT = 60.0  # dB against the q/dq graph: floats differ in their last bits, and a state is rounded the other way now and then
@@ -386,3 +387,28 @@ def test_the_linears_of_cells_are_int8() -> None:
     assert report.missed == [] and report.kept_float == []
     for ours, float_ in zip(result, floats, strict=True):
         assert testing.snr(ours, float_) > 25
+
+
+# --- random modules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_modules_give_the_numbers_of_their_graphs(seed: int) -> None:
+    check_module(modules.draw(seed), generate=False)
+
+
+def check_module(case: modules.Case, *, generate: bool) -> None:
+    q = inductor_x86q.quantize(case.network, case.inputs, **case.options())
+    with torch.no_grad():
+        expected = q(*case.inputs)
+        if generate:
+            done = testing.compile_once(q, case.inputs)
+            results, report = done.outputs, done.report
+        else:
+            results, report = inspection.run_fused(q, case.inputs)
+    missed = [*report.missed, *report.kept_float]
+    assert {miss.reason for miss in missed} <= case.reasons, f"{case}: {missed}"
+    for result, reference in zip(results, expected, strict=True):
+        assert (result.shape, result.dtype) == (reference.shape, reference.dtype), case
+        # An integer may fall the other way, and what comes of it is told by the next ones.
+        torch.testing.assert_close(result, reference, atol=0.03 * float(reference.abs().max()), rtol=0.0, msg=str(case))

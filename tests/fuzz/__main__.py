@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--mode", choices=["max-autotune"],
                         help="compile in this mode, every graph unless --compile-every is given; kernels of ours are "
                              "taken wherever there are any, slower or not")  # fmt: skip
+    parser.add_argument("--having", metavar="PATTERN", default="",
+                        help="only graphs with a kind of operator that matches this regular expression: 'lstm|gru|rnn'")  # fmt: skip
     parser.add_argument("--record", metavar="FILE", help="write the figures there as JSON")
     arguments = parser.parse_args()
     compile_every = arguments.compile_every
@@ -39,7 +41,8 @@ def main() -> int:
     tally, seed, shown = campaign.Tally(), arguments.seed, 0
     while time.monotonic() < end and tally.graphs < arguments.graphs:
         count = min(PER_SEED, arguments.graphs - tally.graphs)
-        for _ in campaign.run(seed, count, tally, compile_every=compile_every, mode=arguments.mode):
+        for _ in campaign.run(seed, count, tally, compile_every=compile_every, mode=arguments.mode,
+                              having=arguments.having):  # fmt: skip
             for message, _graph in tally.failures[shown:]:
                 print(f"--- seed {seed}\n{message}\n", flush=True)
             shown = len(tally.failures)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -80,18 +82,22 @@ class Tally:
         return "\n".join(lines)
 
 
-def draw(seed: int, count: int) -> list[Graph]:
-    """`count` graphs, the same ones for the same seed."""
+def draw(seed: int, count: int, having: str = "") -> list[Graph]:
+    """`count` graphs, the same ones for the same seed; only such that have a kind of operator with that in its name."""
     generator = random.Random(seed)
-    return [random_graph(generator) for _ in range(count)]
+    drawn = (random_graph(generator) for _ in itertools.count())
+    fitting = (graph for graph in drawn if not having or any(re.search(having, kind) for kind in graph.kinds))
+    return list(itertools.islice(fitting, count))
 
 
-def run(seed: int, count: int, tally: Tally, *, compile_every: int = 0, mode: str | None = None) -> Iterator[Tally]:
+def run(
+    seed: int, count: int, tally: Tally, *, compile_every: int = 0, mode: str | None = None, having: str = ""
+) -> Iterator[Tally]:
     """Checks `count` graphs of `seed`, a group at a time; failures are reduced and noted in `tally`, not raised.
 
     The first of every `compile_every` groups is compiled to C++ too, in `mode`; none where that is 0.
     """
-    drawn = draw(seed, count)
+    drawn = draw(seed, count, having)
     for number, start in enumerate(range(0, len(drawn), TOGETHER)):
         group = drawn[start : start + TOGETHER]
         generate = bool(compile_every) and number % compile_every == 0

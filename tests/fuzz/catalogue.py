@@ -32,6 +32,7 @@ STEPS = (
     *["convolution"] * 6, *["linear"] * 4, *["matrix_product"] * 2, *["unary"] * 4, *["addition"] * 4,
     *["residual"] * 4, *["accumulated"] * 4, *["movement"] * 4, "split", *["join"] * 2, *["pool"] * 2, "multiplication",
     *["requantize"] * 4, "transposed", "product_of_two", "attention",
+    "recurrence", "recurrent_cell",
 )  # fmt: skip
 
 

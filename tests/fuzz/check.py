@@ -11,11 +11,12 @@ from unittest import mock
 import torch
 
 from inductor_x86q.backend import compile_graph, settings
+from inductor_x86q.graph import recurrence
 from inductor_x86q.inductor import uncompiled
 from inductor_x86q.kernels import cost
 from inductor_x86q.report import Report
+from tests.fuzz.bounds import bounds
 from tests.fuzz.graphs import Graph
-from tests.fuzz.intervals import bounds
 
 # Inductor's own search for the fastest float product takes seconds for each; a graph found in the cache takes no kernel.
 OPTIONS = {
@@ -133,9 +134,9 @@ def own_kernels_of(report: Report) -> int:
     """How many layers a kernel of ours may compute in place of a call: of those in int8 each other one is said to be computed
     by oneDNN.
 
-    Attention is a kernel of ours without a choice.
+    Attention and a recurrent layer's steps are kernels of ours without a choice.
     """
-    layers = [fusion for fusion in report.fused if fusion.operator != "attention"]
+    layers = [fusion for fusion in report.fused if fusion.operator not in ("attention", *recurrence.CELLS)]
     return len(layers) - sum(" is computed by oneDNN: " in note for note in report.notes)
 
 

@@ -255,6 +255,13 @@ class Draft:
         zeros = self.constant(zero_points.format(channels))
         return f"q.dequantize_per_channel({weight}, {scales}, {zeros}, {axis}, {low}, 127, torch.int8)"
 
+    def note(self, kind: str, x: str) -> None:
+        """A product that reads `x`."""
+        self.kinds.append(
+            kind if self.dtype(x) == torch.float32 else f"{kind} in {self.dtype(x)}".replace("torch.", "")
+        )
+        self.products += 1
+
     def note_saturation(self, grid: Grid | None, limit: str) -> None:
         if grid is not None and not cpu.has_vnni():
             largest = 255 if grid.dtype == torch.int8 else grid.quant_max

@@ -20,6 +20,8 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 import torch.nn.functional as F
 
+import inductor_x86q.graph.operators  # registers its own
+
 q = torch.ops.quantized_decomposed
 
 
@@ -114,7 +116,7 @@ class Graph:
 
 def _operator(expression: str) -> str:
     """The operator that a line computes; empty for quantize, dequantize, conversions and the parts of a split."""
-    called = re.match(r"(?:torch\.ops\.aten|torch|F)\.(\w+)(?:\.default)?\(", expression)
+    called = re.match(r"(?:torch\.ops\.(?:aten|inductor_x86q)|torch|F)\.(\w+)(?:\.default)?\(", expression)
     if called:
         return called[1]
     sign = re.match(r"\(?[vx]\d+ ([+*-]) ", expression)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 
 from tests.fuzz.catalogue import UNARIES, movements
-from tests.fuzz.draft import Draft, Grid
+from tests.fuzz.draft import Grid
+from tests.fuzz.recurrent import RecurrentSteps
 
 
-class Steps(Draft):
+class Steps(RecurrentSteps):
     """Each method writes some lines, or none where nothing fits; returns its result's name."""
 
     def convolution(self, name: str | None = None, *, same_shape: bool = False) -> str | None:
@@ -39,13 +40,6 @@ class Steps(Draft):
         self.note("depthwise" if groups == channels > 1 else f"conv{rank}d", name)
         arguments = f"{name}, {weight}, {bias}, {stride}, {tuple(padding)}, {dilation}, {groups}"
         return self.emit(f"F.conv{rank}d({arguments})", name)
-
-    def note(self, kind: str, x: str) -> None:
-        """A product that reads `x`."""
-        self.kinds.append(
-            kind if self.dtype(x) == torch.float32 else f"{kind} in {self.dtype(x)}".replace("torch.", "")
-        )
-        self.products += 1
 
     def linear(self, name: str | None = None, *, same_shape: bool = False) -> str | None:
         name = name or self.choose(lambda shape: len(shape) >= 1 and shape[-1] > 0)

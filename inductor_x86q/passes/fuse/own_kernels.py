@@ -70,10 +70,8 @@ def _find_kernel(node: fx.Node) -> Any:
 
 def _rewrite_kernel(node: fx.Node, found: Any) -> None:
     """Chooses the kernel, which begins to be built while all else is lowered."""
-    from inductor_x86q.inductor.lowering import (  # noqa: F401  they register with Inductor, which is slow to import
-        attention as _attention,
-    )
-    from inductor_x86q.inductor.lowering import recurrent as _recurrent  # noqa: F401
+    import inductor_x86q.inductor.lowering.attention  # they register with Inductor, which is slow to import
+    import inductor_x86q.inductor.lowering.recurrent  # noqa: F401
 
     node.meta[KERNEL] = found
     objects.start([found])
