@@ -3,6 +3,7 @@
 `python -m tests.mutate --seed 1 --count 40` draws places from the syntax trees of all these files and changes each in a copy
 of the package. Of the tests that run the place, as `tests.covering` saw them, the quickest come first, up to the first that
 fails. What survives is listed: each is a test that is missing, or a place that does not matter, as a limit of what is fast.
+Places that `tests.covering` saw no test run are named, and not counted: it may not have been given their tests.
 `--write` puts all into RESULTS, where each survivor gets an answer.
 """
 
@@ -131,14 +132,14 @@ def drawn(seed: int, count: int, skip: int = 0) -> list[Mutation]:
     return found[skip : skip + count]
 
 
-def noticed_by(mutation: Mutation, seconds: float, minutes: float) -> str | None:
-    """The first test that fails with it, of the quickest that run it and take `seconds` together; None where none fails."""
+def shown_to(mutation: Mutation, seconds: float) -> list[str]:
+    """The quickest tests that run it, as many as take `seconds` together."""
     tests: list[str] = []
     for taken, test in covering.tests_of(mutation.file, *mutation.statement):
         if (seconds := seconds - taken) < 0 and tests:
             break
         tests.append(test)
-    return failing(tests, minutes, mutation) if tests else None
+    return tests
 
 
 def failing(tests: list[str], minutes: float, mutation: Mutation | None = None) -> str | None:
@@ -249,21 +250,21 @@ def main() -> None:
     done = [row["mutation"] for row in results() if row["noticed by"]] if arguments.write else []
     chosen, found = drawn(arguments.seed, arguments.count, arguments.skip), {}
     for number, mutation in enumerate(chosen, arguments.skip + 1):
-        if arguments.list:
-            print(f"{number:4} {len(covering.tests_of(mutation.file, *mutation.statement)):4} {mutation}")
+        tests = shown_to(mutation, arguments.seconds)
+        if arguments.list or not tests:
+            print(f"{number:4} {f'{len(tests):4} tests' if tests else 'not run'} {mutation}", flush=True)
             continue
         if str(mutation) in done:
             continue
-        found[mutation] = noticed_by(mutation, arguments.seconds, arguments.minutes)
+        found[mutation] = failing(tests, arguments.minutes, mutation)
         print(f"{number:4} {'noticed ' if found[mutation] else 'SURVIVES'} {mutation}  [{found[mutation]}]", flush=True)
         if arguments.write:
             write(arguments.seed, mutation, found[mutation])
     if not found:
         return
-    noticed = sorted({test for test in found.values() if test})
-    count = sum(test is not None for test in found.values())
-    print(f"{count} of {len(found)} noticed ({count / len(found):.0%}), seed {arguments.seed}")
-    if failed := failing([test for test in noticed if "::" in test], arguments.minutes):
+    noticed = [test for test in found.values() if test]
+    print(f"{len(noticed)} of {len(found)} noticed ({len(noticed) / len(found):.0%}), seed {arguments.seed}")
+    if failed := failing(sorted({test for test in noticed if "::" in test}), arguments.minutes):
         raise SystemExit(f"fails without any of them: {failed}")
 
 

@@ -86,3 +86,9 @@ def test_lines_that_a_test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pytest.main(["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)], plugins=[lines])
     found = {name.split("::")[1]: test["lines"]["used.py"] for name, test in lines.tests.items()}
     assert found == {"test_one": [2, 3], "test_in_a_thread": [2, 4]}
+
+
+def test_each_survivor_is_answered():
+    """By the test that notices it now, or by why its place changes no number."""
+    unanswered = [row["mutation"] for row in mutate.results() if not row["noticed by"] and not row["answer"]]
+    assert not unanswered, unanswered

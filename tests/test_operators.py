@@ -17,6 +17,8 @@ from inductor_x86q.graph.disjoint_sets import DisjointSets
 from inductor_x86q.graph.operators import OPERATORS, Role, targets
 from inductor_x86q.inductor import decompositions
 from inductor_x86q.kernels import epilogue
+from inductor_x86q.passes.normalize import spelling
+from inductor_x86q.quantization import plan
 from tests.fuzz import bounds, catalogue, graphs
 
 aten = torch.ops.aten
@@ -211,3 +213,18 @@ def test_which_layers_end_in_a_clip_to_any_range() -> None:
             for name in ("conv1d", "conv2d", "conv3d", "linear", "mm", "relu")}  # fmt: skip
     assert [name for name, node in made.items() if operators.can_clip(node)] == ["conv2d", "linear", "mm"]
     assert not operators.can_clip(x)
+
+
+@pytest.mark.parametrize(
+    ("mode", "fill", "shares"), [("constant", 0.0, True), ("constant", 1.0, False), ("reflect", 0.0, True)]
+)
+def test_a_pad_shares_its_range_where_it_adds_no_value(mode: str, fill: float, shares: bool) -> None:
+    graph = fx.Graph()
+    node = graph.call_function(aten.pad.default, (graph.placeholder("x"), [1, 1], mode, fill))
+    assert plan.shares(node) is shares
+
+
+def test_the_dimension_along_which_scales_vary() -> None:
+    column = torch.tensor([[1.0], [2.0]])
+    tensors = (column.expand(2, 2), column.t().repeat(2, 1), torch.ones(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert [spelling._varying_axis(tensor) for tensor in tensors] == [0, 1, 0, None]

@@ -20,6 +20,7 @@ from inductor_x86q.graph.recurrence import RECURRENCE, state_count
 from inductor_x86q.inductor import objects
 from inductor_x86q.kernels import isa
 from inductor_x86q.kernels.recurrence import CELLS, FIELDS, FLOATS, Kernel, Recurrence
+from inductor_x86q.passes.fuse import recurrent
 from inductor_x86q.testing import quantize_dequantize
 from tests.fuzz import modules
 
@@ -120,6 +121,12 @@ def test_a_kernel_quantizes_its_output(name: str, cell: str, grid: QParams) -> N
         for read, number in (("output", 0), ("states", 1)):
             alone = made.run(Kernel(name, cell, grid.dtype), grid, read)
             assert torch.equal(alone[number], (result, after)[number]) and alone[1 - number] is None
+
+
+@pytest.mark.parametrize(("largest", "fits"), [(64, True), (65, False), (127, False), (-64, True), (-128, False)])
+def test_sums_of_two_products_are_of_16_bits_where_these_suffice(largest: int, fits: bool) -> None:
+    """As a CPU without VNNI adds them: with weights of 8 bits it must not."""
+    assert recurrent._fits_16(torch.tensor([[[3, largest]]], dtype=torch.int8)) is fits
 
 
 # --- whole layers -----------------------------------------------------------------------------------------------------

@@ -32,10 +32,14 @@ def _find(node: fx.Node) -> _Layer | No:
     if weight is None or scale is None or (bias is None and arguments["bias"] is not None):
         return No("its weight is not known when compiling")
     directions, _, hidden = weight.shape
-    # The state's bytes are at most 255.
-    fits_16 = bool(weight.short().abs().amax() * 2 * 255 <= 32767)
-    recurrence = Recurrence(arguments["cell"], hidden, directions, lanes, fits_16 and not cpu.has_vnni())
+    adds_in_16 = not cpu.has_vnni() and _fits_16(weight)
+    recurrence = Recurrence(arguments["cell"], hidden, directions, lanes, adds_in_16)
     return _Layer(recurrence, weight, scale, bias)
+
+
+def _fits_16(weight: torch.Tensor) -> bool:
+    """Whether no sum of two products with bytes of the state, which are at most 255, exceeds 16 bits."""
+    return int(weight.short().abs().amax()) * 2 * 255 <= 32767  # of a tensor of 16 bits it would wrap around itself
 
 
 def kernel(node: fx.Node) -> Kernel:
