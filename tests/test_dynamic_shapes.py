@@ -124,6 +124,28 @@ def test_batches_of_one_and_of_sixteen_where_the_size_is_unbacked(kernels: str) 
     assert_serves(done, q, inputs, 40)
 
 
+class Photograph(nn.Module):
+    """A convolution of three channels, which may lie apart, as far as an image is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = testing.QConv2d(3, 16, 3, padding=1), testing.QConv2d(16, 8, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(testing.quantize_dequantize(x, 0.02, 60)))
+        return self.second(testing.quantize_dequantize(x, 0.02, 0))
+
+
+def test_images_of_open_size() -> None:
+    inputs = [torch.randn(2, 3, height, width) for height, width in ((12, 14), (9, 30), (21, 8))]
+    q = testing.qdq_graph(Photograph(), (inputs[0],), dynamic_shapes=({2: AUTO, 3: AUTO},))
+    marked = inputs[0].clone()
+    for dimension in (2, 3):
+        torch._dynamo.mark_dynamic(marked, dimension)
+    done = testing.compile_once(q, (marked,), options={"strict": True})
+    assert_serves(done, q, inputs, 35)
+
+
 class Halves(nn.Module):
     """The second half of a batch begins where only its size says; a layer reads each, of images or of rows."""
 

@@ -35,8 +35,8 @@ class Inputs:
 
     def open_sizes(self) -> dict[str, Any]:
         """The kernel's arguments that are not known when compiling, as Inductor's expressions."""
-        names = ("n", "h", "w", "d", "x_image", "x_row", "x_pixel", "x_plane")
-        values = (*self.x.sizes[:3], self.x.planes, *self.x.strides, self.x.plane)
+        names = ("n", "h", "w", "d", "x_image", "x_row", "x_pixel", "x_plane", "x_channel")
+        values = (*self.x.sizes[:3], self.x.planes, *self.x.strides, self.x.plane, self.x.channel)
         return {name: value for name, value in zip(names, values, strict=True) if not isinstance(value, int)}
 
     @property
@@ -130,7 +130,7 @@ def specified(
         given.convolution,
         depth=depth,
         x_strides=(_number(x.strides[0]), _number(x.strides[1]), _number(x.strides[2])),
-        x_channel=x.channel,
+        x_channel=_number(x.channel),
         other_pixel=0 if other is None else other.strides[2],
         out_pixel=0 if part is None else layout.stride[3],
     )

@@ -22,7 +22,7 @@ class Pixels:
     box: Any
     sizes: tuple[Any, ...]
     strides: tuple[Any, Any, Any]
-    channel: int = 1
+    channel: Any = 1
     planes: Any = 1  # of an image, and their stride
     plane: Any = 0
 
