@@ -65,6 +65,16 @@ def test_what_is_excluded_stays_float() -> None:
         inductor_x86q.quantize(model, given, dynamic=True, embeddings="int4")
 
 
+def test_a_table_that_is_written_into_stays_float() -> None:
+    """`max_norm` scales the rows of the float table down when they are looked up."""
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(40, WIDTH, max_norm=1.0), nn.Linear(WIDTH, 8)).eval(), torch.arange(12)
+    q = inductor_x86q.quantize(model, (ids,), dynamic=True, embeddings="int8")
+    assert q.state_dict()["0.weight"].dtype == torch.float32
+    with torch.no_grad():
+        assert testing.snr(q(ids), model(ids)) > 35
+
+
 @pytest.mark.skipif(not cpu.int8_lanes(), reason="this CPU has no AVX2")
 def test_a_package_holds_a_table_of_bytes(tmp_path: Path) -> None:
     """Nothing else of the model need be quantized."""

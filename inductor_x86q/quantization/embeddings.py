@@ -6,6 +6,7 @@ No operator of ours is needed: what is looked up is int8, and the compiled code 
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import qdq
+from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.operators import CONVERT
+from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import rows
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 BAG = aten.embedding_bag.padding_idx
 LOOKUPS = (aten.embedding.default, BAG)
@@ -25,12 +28,15 @@ MODES = (None, "int8")
 
 def rewrite(model: fx.GraphModule, is_float: Callable[[fx.Node], bool]) -> tuple[int, list[fx.Node]]:
     """Rewrites the lookups in tables that are constant; gives how many, and those that are to be left out."""
-    excluded, tables = [], {}
-    lookups = [node for node in model.graph.nodes if node.target in LOOKUPS and _table(node) is not None]
-    for node in lookups:
+    excluded, tables, count = [], {}, 0
+    for node in [node for node in model.graph.nodes if node.target in LOOKUPS]:
+        if why := _obstacle(node):
+            log.info("not quantized, stays float: %s (%s)", layer(node), why)
+            continue
         if is_float(node):
             excluded.append(node)
             continue
+        count += 1
         source: Any = node.args[0]
         if source not in tables:
             tables[source] = _store(model, source)
@@ -42,18 +48,30 @@ def rewrite(model: fx.GraphModule, is_float: Callable[[fx.Node], bool]) -> tuple
         _spell_out(node)
     model.graph.eliminate_dead_code()
     model.recompile()
-    return len(lookups) - len(excluded), excluded
+    return count, excluded
 
 
-def _table(node: fx.Node) -> torch.Tensor | None:
-    """The table that is looked up; None where it cannot be int8.
-
-    Rows that a bag leaves out are told by their number, which is not known any more once they are looked up.
-    """
+def _obstacle(node: fx.Node) -> str:
+    """Why a lookup's table cannot be int8; empty where it can."""
     if node.target is BAG and qdq.schema_arguments(node)["padding_idx"] is not None:
-        return None
+        return "rows that it leaves out are told by their number, which is not known any more once they are looked up"
     table = qdq.constant(node.args[0])
-    return table if table is not None and table.dtype == torch.float32 else None
+    if table is None or table.dtype != torch.float32:
+        return "its table is no constant of float32"
+    return "its table is written into, as by max_norm" if _is_written(qdq.operand(node)) else ""
+
+
+def _is_written(table: fx.Node) -> bool:
+    """Whether the graph writes into a table's memory."""
+    pending = [node for node in table.graph.find_nodes(op="get_attr") if node.target == table.target]
+    while pending:
+        for user in pending.pop().users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                return True
+            if operators.shares_memory(user):
+                pending.append(user)
+    return False
 
 
 def _store(model: fx.GraphModule, source: fx.Node) -> tuple[fx.Node, fx.Node]:
