@@ -175,14 +175,23 @@ class Draft:
             self.kinds.append("dequantize to bfloat16")
         return self.typed(name, dtype)
 
-    def quantized_at_run_time(self, name: str, *, rows: bool) -> tuple[str, Grid]:
-        """Puts quantize and dequantize behind a value, by a scale that is computed from it: one for each row, or for all."""
+    def quantized_at_run_time(
+        self, name: str, *, rows: bool, by_matrix: bool = False, kinds: Sequence[str] = ("seven bits", "eight bits")
+    ) -> tuple[str, Grid]:
+        """Puts quantize and dequantize behind a value, by a scale that is computed from it: one for each row, or for all.
+
+        Rows have a scale in common with the others of their matrix if it is to be `by_matrix`.
+        """
         name = self.typed(name, torch.float32)
-        grid = self.grid(-1.0, 1.0, "seven bits", "seven bits", "eight bits", *(["signed"] if rows else []))
+        grid = self.grid(-1.0, 1.0, *kinds)
         element, dtype = ("[..., :1]", "") if rows else (".flatten()[:1]", ", dtype=torch.int64")
         scale = self.pick(0.01, 0.03, 1e-3)
         expression = f"torch.clamp(torch.abs({name}{element}), {scale}, {3 * scale:.3g})"
         scales = self.emit(expression, name, is_float=False)
+        if by_matrix:
+            *matrices, count, _ = self.values[scales].shape
+            sizes = ", ".join(map(str, (*[-1] * len(matrices), count, 1)))
+            scales = self.emit(f"{scales}[..., :1, :].expand({sizes})", scales, is_float=False)
         middle = (grid.quant_min + grid.quant_max) // 2
         zero_points = self.emit(f"torch.full_like({scales}, {middle}{dtype})", scales, is_float=False)
         how = "token" if rows else "tensor"
@@ -201,7 +210,9 @@ class Draft:
         if 0 in self.values[name].shape:
             self.defects.add("NO_KERNEL")
         elif fits(self.values[name], torch.float32) and self.chance(12):
-            return self.quantized_at_run_time(name, rows=not convolved and self.chance(70))
+            rows = not convolved and self.chance(70)
+            kinds = ["seven bits", "seven bits", "eight bits", *(["signed"] if rows else [])]
+            return self.quantized_at_run_time(name, rows=rows, kinds=kinds)
         if self.chance(5):
             grid = self.grids.get(name)
             if grid is None:  # though a dequantize may reach it from further up

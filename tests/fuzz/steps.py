@@ -103,11 +103,17 @@ class Steps(RecurrentSteps):
         if name is None or 0 in self.values[name].shape or self.types != (torch.float32,):
             return None
         low, high = (float(end) for end in self.values[name].aminmax())
-        operands = [
-            self.quantized(source, self.grid(low, high, "seven bits", "eight bits", "narrow"))
-            for source in (name, self.emit(f"torch.flip({name}, (-2,))", name), name)
-        ]
-        self.note("attention", name)
+        sources = (name, self.emit(f"torch.flip({name}, (-2,))", name), name)
+        if self.chance(40):
+            operands = [
+                self.quantized_at_run_time(source, rows=True, by_matrix=position == 2)[0]
+                for position, source in enumerate(sources)
+            ]
+            self.note("attention of rows", name)
+        else:
+            grids = [self.grid(low, high, "seven bits", "eight bits", "narrow") for _ in sources]
+            operands = [self.quantized(source, grid) for source, grid in zip(sources, grids, strict=True)]
+            self.note("attention", name)
         scale = float(f"{self.pick(1.0, 4.0, 0.1) / max(abs(low), abs(high), 1e-6) ** 2:.3g}")
         call = f"torch.ops.inductor_x86q.attention({', '.join(operands)}, None, {self.chance(30)}, {scale})"
         return self.emit(call, *operands)
