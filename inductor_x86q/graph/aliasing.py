@@ -43,6 +43,30 @@ def readers(node: fx.Node) -> set[fx.Node]:
     return found
 
 
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the operator that the node calls writes into, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    return [
+        given
+        for argument, given in zip(schema.arguments, node.args, strict=False)
+        if isinstance(given, fx.Node) and argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def is_variable(constant: fx.Node) -> bool:
+    """Whether the graph writes into a parameter or buffer, itself or through a view of it."""
+    pending = [node for node in constant.graph.find_nodes(op="get_attr") if node.target == constant.target]
+    while pending:
+        for user in (current := pending.pop()).users:
+            if current in written(user):
+                return True
+            if operators.shares_memory(user):
+                pending.append(user)
+    return False
+
+
 def is_overwritten(node: fx.Node) -> bool:
     """Whether an in-place sum writes into the memory of `node`."""
     return any(is_call(reader) and base(reader) is base(node) for reader in readers(node))

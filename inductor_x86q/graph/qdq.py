@@ -10,6 +10,7 @@ After the normalize stage there is one spelling of each:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -170,12 +171,14 @@ def is_constant(node: fx.Node) -> bool:
     return True
 
 
-def constants(graph: fx.Graph) -> set[fx.Node]:
-    """All nodes of which `is_constant` holds, found in one go."""
+def constants(graph: fx.Graph, variables: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """All nodes of which `is_constant` holds and that do not depend on these variables, found in one go."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         inputs = node.all_input_nodes
-        if node.op == "get_attr" or (node.op != "placeholder" and inputs and all(x in found for x in inputs)):
+        if (node.op == "get_attr" and node not in variables) or (
+            node.op != "placeholder" and inputs and all(x in found for x in inputs)
+        ):
             found.add(node)
     return found
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from inductor_x86q import progress
 from inductor_x86q.errors import QuantizationError
+from inductor_x86q.graph import aliasing, qdq
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import arguments
 
@@ -41,6 +42,20 @@ def finite_values_only(prepared: fx.GraphModule) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def state_kept(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Within this context calls of the graph may write into its buffers, which afterwards hold what they did before."""
+    reads = graph_module.graph.find_nodes(op="get_attr")
+    state = [tensor for node in reads if aliasing.is_variable(node) and (tensor := qdq.constant(node)) is not None]
+    before = [tensor.detach().clone() for tensor in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, contents in zip(state, before, strict=True):
+                tensor.copy_(contents)
 
 
 def calibrate(prepared: fx.GraphModule, calibration: Iterable[Any], fixed_batch: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import aliasing, operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.graph.quantized_graph import QuantizedGraph
@@ -83,7 +83,12 @@ def convert_to_bfloat16(converted: fx.GraphModule) -> None:
 
 
 def freeze_parameters(quantized: QuantizedGraph) -> None:
-    """Gives the graph parameters of its own, without gradients: those that it was exported with are the model's."""
+    """Gives the graph parameters of its own, without gradients, and buffers that it writes into: those that it was exported with
+    are the model's."""
+    for node in quantized.graph.find_nodes(op="get_attr"):
+        tensor = qdq.constant(node)
+        if tensor is not None and not isinstance(tensor, torch.nn.Parameter) and aliasing.is_variable(node):
+            setattr(quantized, str(node.target), tensor.detach().clone())
     own: dict[int, torch.nn.Parameter] = {}
     for name, parameter in list(quantized.named_parameters(remove_duplicate=False)):
         if id(parameter) not in own:

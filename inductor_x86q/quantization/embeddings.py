@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import operators, qdq
+from inductor_x86q.graph import aliasing, qdq
 from inductor_x86q.graph.operators import CONVERT
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import rows
@@ -58,20 +58,7 @@ def _obstacle(node: fx.Node) -> str:
     table = qdq.constant(node.args[0])
     if table is None or table.dtype != torch.float32:
         return "its table is no constant of float32"
-    return "its table is written into, as by max_norm" if _is_written(qdq.operand(node)) else ""
-
-
-def _is_written(table: fx.Node) -> bool:
-    """Whether the graph writes into a table's memory."""
-    pending = [node for node in table.graph.find_nodes(op="get_attr") if node.target == table.target]
-    while pending:
-        for user in pending.pop().users:
-            schema = getattr(user.target, "_schema", None)
-            if schema is not None and schema.is_mutable:
-                return True
-            if operators.shares_memory(user):
-                pending.append(user)
-    return False
+    return "its table is written into, as by max_norm" if aliasing.is_variable(qdq.operand(node)) else ""
 
 
 def _store(model: fx.GraphModule, source: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from inductor_x86q.errors import QuantizationError
+from inductor_x86q.graph import aliasing
 from inductor_x86q.inductor import dynamo, guards
 from inductor_x86q.quantization.arguments import batch_size, bind, each_tensor
 
@@ -39,7 +40,7 @@ def export(
             return _export_as_asked(model, args, kwargs, bound, dynamic_shapes), True
         for (inputs, named), shapes in _any_batch(args, kwargs, bound):
             try:
-                exported = dynamo.export(model, inputs, named, dynamic_shapes=shapes)
+                exported = _exported(model, inputs, named, dynamic_shapes=shapes)
             except Exception as error:  # whatever it is, the export with fixed shapes says it better
                 log.debug("no export with a dynamic batch: %s", error)
                 continue
@@ -49,7 +50,28 @@ def export(
             dynamic = not isinstance(first.shape[0], int) and _takes_other_batches(exported, args, kwargs)
             if dynamic or batch_size((inputs, named)) == batch_size((args, kwargs)):
                 return guards.traceable(exported.module()), dynamic
-        return guards.traceable(dynamo.export(model, args, kwargs).module()), False
+        return guards.traceable(_exported(model, args, kwargs).module()), False
+
+
+def _exported(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """The exported program, without writes into what is read elsewhere: a value is quantized where it is computed.
+
+    Of `x[:, 0] = 0` a graph otherwise says nothing where `x` is read next. Training keeps its operators as they are.
+    """
+    exported = dynamo.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    return exported.run_decompositions({}) if not model.training and _writes_elsewhere(exported.graph) else exported
+
+
+def _writes_elsewhere(graph: fx.Graph) -> bool:
+    """Whether an operator writes into what others read too, through views or not, or into a buffer.
+
+    Of a program that writes into its inputs torch makes no module again.
+    """
+    into = [x for node in graph.nodes for x in aliasing.written(node)]
+    owners = {aliasing.base(x).op for x in into}
+    return "placeholder" not in owners and ("get_attr" in owners or any(len(aliasing.readers(x)) > 1 for x in into))
 
 
 def _export_as_asked(
@@ -64,10 +86,10 @@ def _export_as_asked(
         if place[key].shape[dimension] == 1:
             place[key] = torch.cat([place[key], place[key]], dimension)
     try:
-        exported = dynamo.export(model, tuple(inputs), named, dynamic_shapes=dynamic_shapes)
+        exported = _exported(model, tuple(inputs), named, dynamic_shapes)
     except Exception as error:  # the example as it was given says better what is wrong
         log.debug("no export with sizes of 1 doubled: %s", error)
-        exported = dynamo.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        exported = _exported(model, args, kwargs, dynamic_shapes)
     values = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
     names = exported.graph_signature.user_inputs
     order = list(bound)[: len(args)] + list(kwargs)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from inductor_x86q.graph import layers, operators, qdq
+from inductor_x86q.graph import aliasing, layers, operators, qdq
 from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.quantization import qat
@@ -65,7 +65,8 @@ class Plan:
         """`mode` says how a layer is quantized: "static", not at all ("float", "bfloat16"), or else dynamically; `attention`
         how an attention is."""
         self.nodes = list(graph.nodes)
-        self._constants = qdq.constants(graph)
+        variables = {node for node in graph.find_nodes(op="get_attr") if aliasing.is_variable(node)}
+        self._constants = qdq.constants(graph, variables)
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.attention: dict[fx.Node, tuple[Any, ...]] = {}

@@ -18,7 +18,7 @@ from inductor_x86q.quantization import corrections, qat, torchao
 from inductor_x86q.quantization.arguments import batch_size, checked, positional
 from inductor_x86q.quantization.attention import quantize_attention
 from inductor_x86q.quantization.attention_drift import NOTES, keep_float
-from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer
+from inductor_x86q.quantization.calibration import calibrate, finite_values_only, first_calls, is_observer, state_kept
 from inductor_x86q.quantization.convert import (
     convert_to_bfloat16,
     fold_weights,
@@ -132,7 +132,7 @@ def quantize(
         calls = Calls(calls, (*args, *named.values()), transform, max_batches)
 
     def run(prepared: fx.GraphModule) -> None:
-        with torch.no_grad(), finite_values_only(prepared):
+        with torch.no_grad(), finite_values_only(prepared), state_kept(prepared):
             calibrate(prepared, calls, fixed_batch)
 
     if not switches:
@@ -145,7 +145,8 @@ def quantize(
     notes = []
     if attention is None:
         first = calls[:1] if isinstance(calls, list) else calls.first
-        notes = keep_float(prepared, first_calls(prepared, first, fixed_batch, 1, 1))
+        with state_kept(prepared):
+            notes = keep_float(prepared, first_calls(prepared, first, fixed_batch, 1, 1))
     quantized = convert(prepared)
     quantized.meta[corrections.MADE], quantized.meta[NOTES] = kept, notes
     return quantized
