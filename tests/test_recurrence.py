@@ -68,7 +68,7 @@ def kernel_arguments(values: dict[str, float]) -> ctypes.Structure:
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})(*(values[name] for name in FIELDS))
 
 
-def case(cell: str, lanes: int, fits_16: bool, shape: tuple[Any, ...]) -> Case:
+def case(cell: str, lanes: int, fits_16: bool, shape: tuple[Any, ...], *, has_bias: bool = True) -> Case:
     steps, batch, hidden, directions, batch_first, has_states, threads = shape
     gates = CELLS[cell][1]
     weight = torch.randint(-63 if fits_16 else -127, 64 if fits_16 else 128, (directions, gates * hidden, hidden))
@@ -79,11 +79,13 @@ def case(cell: str, lanes: int, fits_16: bool, shape: tuple[Any, ...]) -> Case:
         directions * hidden,
         (batch, steps) if batch_first else (steps, batch),
     )
+    x = torch.randn(*rows, width)
     states = [3 * torch.randn(directions, batch, hidden) if has_states else None for _ in range(state_count(cell))]
     sizes = dict(steps=steps, batch=batch, hidden=hidden, directions=directions, threads=threads)
     sizes |= dict(x_step=width if batch_first else batch * width, x_row=steps * width if batch_first else width)
     sizes |= dict(out_step=out if batch_first else batch * out, out_row=steps * out if batch_first else out)
-    arguments = (cell, torch.randn(*rows, width), *(*states, None)[:2], weight.to(torch.int8), scale, bias, batch_first)
+    bias = bias if has_bias else None
+    arguments = (cell, x, *(*states, None)[:2], weight.to(torch.int8), scale, bias, batch_first)
     return Case(Recurrence(cell, hidden, directions, lanes, fits_16), arguments, sizes)
 
 
@@ -100,6 +102,12 @@ def test_a_kernel_computes_what_the_operator_says(name: str, cell: str) -> None:
         if made.sizes["steps"]:
             for actual, expected in zip(result, RECURRENCE(*made.arguments), strict=True):
                 assert not actual.numel() or testing.snr(actual, expected) > EXACT, shape
+
+
+def test_a_kernel_without_a_bias_adds_none() -> None:
+    made = case("gru", cpu.int8_lanes(), False, SHAPES[0], has_bias=False)
+    result = made.run(made.given.kernel(torch.float32))
+    torch.testing.assert_close(result, RECURRENCE(*made.arguments), atol=2e-6, rtol=1e-5)
 
 
 GRIDS = [QParams(0.004, 131, 0, 255, torch.uint8), QParams(0.01, -3, -60, 90, torch.int8)]
@@ -140,7 +148,7 @@ class Layers(nn.Module):
         self.deep = nn.LSTM(24, 20, num_layers=2, bidirectional=True, batch_first=True)
         self.plain = nn.LSTM(24, 40, bias=False)
         self.gru = nn.GRU(24, 16, bidirectional=True, batch_first=True)
-        self.two = nn.GRU(24, 24, num_layers=2)
+        self.two = nn.GRU(24, 24, num_layers=2, bias=False)
         self.tanh = nn.RNN(24, 8)
         self.relu = nn.RNN(24, 8, nonlinearity="relu", bidirectional=True)
 

@@ -14,6 +14,7 @@ from inductor_x86q.kernels.epilogue import CPP_TYPES, SHORT_NAMES, flag
 
 # The C++ of each cell, and how many gates it has.
 CELLS = {"lstm": ("Lstm", 4), "gru": ("Gru", 3), "rnn_tanh": ("RnnTanh", 1), "rnn_relu": ("RnnRelu", 1)}
+WITH_BIAS = {"gru"}  # whose kernel adds one to the product of the last gate
 _MIDDLE = 128  # the zero point of a rounded state
 
 # What a kernel is told of a layer when it is called, in order, and what it is. Strides are in elements.
@@ -118,15 +119,16 @@ class Recurrence:
         Args:
             weight: int8 (directions, gates · hidden, hidden).
             scale: of the weight's rows.
-            bias: (directions, hidden), of the product of the last gate, where the cell has one.
+            bias: (directions, hidden), of the product of the last gate; none is zeros to a cell `WITH_BIAS`.
         """
         parts = []
         for direction in range(self.directions):
             rows = weight[direction]
             compensation = -_MIDDLE * rows.sum(1, dtype=torch.int32)
             parts += [self._by_vector(values) for values in (compensation, scale[direction].float())]
-            if bias is not None:
-                parts.append(self._by_vector(bias[direction].float()))
+            if self.cell in WITH_BIAS:
+                own = torch.zeros(self.hidden) if bias is None else bias[direction].float()
+                parts.append(self._by_vector(own))
             parts.append(self._by_vector(functional.pad(rows, (0, -self.hidden % 4)).unflatten(1, (-1, 4))))
         return torch.cat([part.contiguous().view(torch.int8).flatten() for part in parts])
 
