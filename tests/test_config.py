@@ -204,6 +204,29 @@ def test_names_that_match_nothing() -> None:
     quantize({nn.Conv1d: "float"})  # said of many models
 
 
+class Fork(nn.Module):
+    """Two linears that read the same values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left(x) + self.right(x)
+
+
+def test_layers_that_read_the_same_values_have_one_activation() -> None:
+    x = X.reshape(-1, 8)
+
+    def forked(left: str, right: str) -> None:
+        config = {"left": LayerConfig(activation=left), "right": LayerConfig(activation=right)}
+        inductor_x86q.quantize(Fork().eval(), (x,), calibration=[x], config=config)
+
+    forked("minmax", "minmax")
+    with pytest.raises(QuantizationError, match=r"'left' the activation .* 'right' .* both read the same values"):
+        forked("minmax", "mse")
+
+
 # --- torchao's configuration ------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import inductor_x86q
 from inductor_x86q import LayerConfig, QuantizationError, testing
 from inductor_x86q.graph import qdq
 from inductor_x86q.quantization import torchao
+from inductor_x86q.quantization.corrections import prepared
 
 
 def batches(*shape: int, count: int = 4) -> list[torch.Tensor]:
@@ -153,3 +154,22 @@ def test_unknown_corrections() -> None:
     for wrong in ("most", ["bias", "best"], 3):
         with pytest.raises(QuantizationError, match=r"accuracy: .* expected 'best' or some of 'ranges'"):
             inductor_x86q.quantize(net(), (torch.randn(1, 3, 10, 10),), calibration=[], accuracy=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_bias_that_two_layers_share_is_changed_for_one(shared: bool) -> None:
+    root = nn.Module()
+    root.first, root.second, root.bias = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+    graph = fx.Graph()
+    x, bias = graph.placeholder("x"), graph.get_attr("bias")
+    weight, other = graph.get_attr("first.weight"), graph.get_attr("second.weight")
+    first = graph.call_function(torch.ops.aten.linear.default, (x, weight, bias))
+    second = graph.call_function(torch.ops.aten.linear.default, (x, other, *([bias] if shared else [])))
+    graph.output((first, second))
+    module = fx.GraphModule(root, graph)
+    prepared.set_bias(module, prepared.Layer(first, x, weight, None), torch.zeros(4))
+    module.recompile()
+    with torch.no_grad():
+        results = module(torch.zeros(1, 4))
+    assert [bool(result.any()) for result in results] == [False, shared]
+    assert len(list(module.parameters())) + len(list(module.buffers())) == (4 if shared else 3)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from inductor_x86q import testing
+import inductor_x86q
+from inductor_x86q import inspection, testing
 from inductor_x86q.testing import QConv1d, QConv2d, QConv3d, QLinear, quantize_dequantize
 from tests.fuzz.bounds import bounds
 from tests.fuzz.intervals import Interval
@@ -261,3 +262,23 @@ def test_parts_in_max_autotune() -> None:
     inputs = tuple(x for case in PARTS for x in inputs_of(case))
     q = testing.qdq_graph(Together(PARTS), inputs)
     testing.assert_close_to_reference(q, inputs, mode="max-autotune", min_snr=35)
+
+
+class TwoConstants(nn.Module):
+    """A linear with a bias, and another constant that is added to its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.more = nn.Linear(16, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.more
+
+
+def test_what_is_added_to_a_bias_does_not_replace_it() -> None:
+    x = torch.randn(3, 5, 16)
+    q = inductor_x86q.quantize(TwoConstants().eval(), (x,), dynamic="per_token", reduce_range=True)
+    outputs, report = inspection.run_fused(q, (x,))
+    assert len(report.fused) == 1
+    with torch.no_grad():
+        testing.assert_same(outputs, q(x), min_snr=60)

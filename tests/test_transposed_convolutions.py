@@ -69,6 +69,18 @@ def test_what_reads_padding_only_stays_float() -> None:
     assert "transposed convolution" in str(miss)
 
 
+def test_a_bias_is_a_constant_or_none() -> None:
+    x = torch.rand(2, 8, 4, 4)
+    without, computed = Block(2, 2, stride=2), Block(2, 2, stride=2)
+    without.bias = None
+    computed.function = lambda x, weight, bias, **geometry: F.conv_transpose2d(x, weight, bias * x.mean(), **geometry)
+    for block, fused in ((without, 1), (computed, 0)):
+        q = testing.qdq_graph(block, (x,))
+        outputs, report = inspection.run_fused(q, (x,))
+        assert len(report.fused) == fused
+        testing.assert_same(outputs.contiguous(), q(x))
+
+
 def test_activation_and_quantize_belong_to_the_call() -> None:
     x = torch.rand(2, 8, 4, 4)
     block = Block(2, 2, stride=2, behind=lambda y: testing.quantize_dequantize(torch.relu(y), 0.03, 0))
