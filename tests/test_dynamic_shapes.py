@@ -73,7 +73,7 @@ def test_batch_and_tokens(dynamic: Any) -> None:
     torch._dynamo.mark_dynamic(marked, 1)
     done = testing.compile_once(q, (marked,), options={"strict": True})
     calls, own = (sum(of(done.code).values()) for of in (testing.int8_calls, testing.own_calls))
-    attention = not dynamic and cpu.int8_lanes() > 0
+    attention = cpu.int8_lanes() > 0
     assert (calls, own) == ((0, 4 + attention) if cpu.int8_lanes() else (4, 0))
     layers = [fusion for fusion in done.report.fused if fusion.operator != "attention"]  # whose heads are known
     assert all(not isinstance(size, int) for fusion in layers for size in fusion.output_shape[:-1])

@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from inductor_x86q.errors import QuantizationError
-from inductor_x86q.graph import aliasing
+from inductor_x86q.graph import aliasing, operators, qdq
 from inductor_x86q.inductor import dynamo, guards
 from inductor_x86q.quantization.arguments import batch_size, bind, each_tensor
 
@@ -70,8 +70,15 @@ def _writes_elsewhere(graph: fx.Graph) -> bool:
     Of a program that writes into its inputs torch makes no module again.
     """
     into = [x for node in graph.nodes for x in aliasing.written(node)]
-    owners = {aliasing.base(x).op for x in into}
+    owners = {_owner(x).op for x in into}
     return "placeholder" not in owners and ("get_attr" in owners or any(len(aliasing.readers(x)) > 1 for x in into))
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory a value surely or perhaps is in: a clone has its own, whatever passes may make of it later."""
+    while operators.shares_memory(node) and node.target is not torch.ops.aten.clone.default:
+        node = qdq.operand(node)
+    return node
 
 
 def _export_as_asked(
