@@ -40,7 +40,7 @@ ENGINES = {
     "onnxruntime-dynamic": "ONNX Runtime dynamic",
     "torch-dynamic": "PyTorch's `quantize_dynamic`",
 }
-DRAWN = ("mobilenet_v2", "efficientnet_b0", "resnet50", "convnext_tiny")
+DRAWN = ("mobilenet_v2", "efficientnet_b0", "resnet50", "vit_b_16")
 _BLOCK = re.compile(r"(<!-- python -m inductor_x86q.tools.results: ([\w-]+) -->\n).*?(<!-- -->)", re.DOTALL)
 
 
@@ -173,7 +173,9 @@ def budgets(body: dict[str, Any]) -> str:
 
 def _where(body: dict[str, Any]) -> str:
     """What the figures of a file depend on, in a line."""
-    parts = [body["machine"]["name"], f"torch {body['machine']['torch']}", body["date"]]
+    machine = body["machine"]
+    vnni = "" if "VNNI" in machine["name"] else f", {'with' if machine['vnni'] else 'without'} VNNI"
+    parts = [f"{machine['name']}{vnni}", f"torch {machine['torch'].split('+')[0]}", body["date"]]
     if settings := body.get("settings"):
         parts += [
             f"batch {settings['batch']}",
@@ -252,7 +254,7 @@ def picture(name: str = "zen4-batch-1") -> str:
 
 
 def _bars(medians: dict[str, float], left: int, top: int) -> list[str]:
-    longest, parts = max(medians.values()), []
+    longest, parts = max(value for value in medians.values() if not math.isnan(value)), []
     for row, (engine, colour) in enumerate((name, _COLOURS[name]) for name in ENGINES if name in _COLOURS):
         y, value = top + row * (_BAR + 3), medians.get(engine, math.nan)
         length = 0 if math.isnan(value) else max(1, round(_LENGTH * value / longest))
