@@ -214,10 +214,15 @@ def _everything() -> str:
 
 def _main_table() -> str:
     body = load("zen4-batch-1")
-    return f"\n{latency(body)}\n{means(body)}\n{_where(body)}.\n"
+    return f"\n{_where(body)}:\n\n{latency(body)}\n{means(body)}"
 
 
-PARTS: dict[str, Callable[[], str]] = {"latency": _main_table, "everything": _everything}
+def _text_table() -> str:
+    body = load("zen4-text")
+    return f"\nThe same for text, {body['settings']['length']} tokens:\n\n{latency(body)}"
+
+
+PARTS: dict[str, Callable[[], str]] = {"latency": _main_table, "text": _text_table, "everything": _everything}
 
 
 def filled(text: str) -> str:
