@@ -198,6 +198,27 @@ def test_one_compile_serves_every_batch_and_length() -> None:
             assert testing.snr(done.run(x, mask), q(x, mask)) > 40, (batch, tokens)
 
 
+def test_rows_whose_scales_lie_in_another_order() -> None:
+    """torch fills zero points as such scales lie, and then exchanges their dimensions."""
+
+    class Sliced(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.transpose(0, 1)
+            scales = x[..., :1].abs().clamp(0.01, 0.03)
+            reals = []
+            for each in (scales, scales, scales[:, :1].expand(-1, x.shape[1], 1)):
+                grid = (each, torch.full_like(each, 128), 0, 255, torch.uint8)
+                integers = torch.ops.quantized_decomposed.quantize_per_token(x, *grid)
+                reals.append(torch.ops.quantized_decomposed.dequantize_per_token(integers, *grid, torch.float32))
+            return attention(*reals, None, False, None)  # type: ignore[no-any-return]
+
+    x = torch.randn(9, 3, 16)
+    torch._dynamo.mark_dynamic(x, 1)
+    done = testing.compile_once(Sliced(), (x,))
+    assert testing.own_calls(done.code) == {"x86q.attention": 1} and not done.report.missed
+    assert testing.snr(done.outputs, Sliced()(x)) > 40
+
+
 @pytest.mark.parametrize("bits", [7, 8])
 def test_attention_of_rows_with_scales_of_their_own(bits: int) -> None:
     x = torch.randn(2, 20, 32) * torch.rand(2, 20, 1)

@@ -37,6 +37,8 @@ DEQUANTIZES = (DEQUANTIZE, DEQUANTIZE_TENSOR, _q.dequantize_per_tensor.tensor2, 
 QUANTIZE_TOKEN = _q.quantize_per_token.default
 DEQUANTIZE_TOKEN = _q.dequantize_per_token.default
 
+# Through which a tensor's elements are those that it had; a fill as another tensor has its dimensions in another order.
+_ORDERS = (torch.ops.aten.permute.default, torch.ops.aten.expand.default)
 _FILLS = (torch.ops.aten.full.default, torch.ops.aten.full_like.default, torch.ops.aten.new_full.default)
 INT8_TYPES = (torch.uint8, torch.int8)
 
@@ -148,6 +150,8 @@ def constant(node: Any) -> torch.Tensor | None:
 
 def uniform_value(node: fx.Node) -> float | None:
     """The number that all elements of a tensor are known to have, None where there is none."""
+    while node.target in _ORDERS:
+        node = operand(node)
     if node.target in _FILLS:
         fill = node.args[-1]
         return float(fill) if isinstance(fill, (int, float)) else None
