@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+from pathlib import Path
 
 from tests import structure
 
@@ -45,7 +46,8 @@ def test_kernels_know_neither_graphs_nor_inductor() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    long = {module for module, path in structure.sources().items() if len(path.read_text().splitlines()) > 400}
+    sources = [*structure.sources().values(), *Path(__file__).parent.rglob("*.py")]
+    long = {path.name for path in sources if len(path.read_text().splitlines()) > 400}
     assert long == TOO_LONG
 
 
