@@ -15,7 +15,7 @@ from inductor_x86q.graph.operators import Role
 from inductor_x86q.graph.origin import layer
 from inductor_x86q.quantization import rows
 from inductor_x86q.quantization.attention import by_rows
-from inductor_x86q.quantization.corrections.prepared import observer_of
+from inductor_x86q.quantization.corrections.prepared import fake_quantize, observer_of
 
 # What int8 may make of an attention's result, as signal-to-noise ratio in dB; below it, it stays float unless asked for.
 LEAST_RATIO = 20.0
@@ -72,18 +72,10 @@ class _Drift(fx.Interpreter):
         if bits := node.meta.get(rows.BITS):
             reals = by_rows(rows.fake_quantized, map(self.env.__getitem__, operands), bits)
         else:
-            reals = [self._observed(operand) for operand in operands]
+            reals = [fake_quantize(observer_of(self.graph_module, x), self.env[x]) for x in operands]
         arguments: Any = fx.map_arg(qdq.schema_arguments(node), self.env.__getitem__)
         mask, is_causal, scale = (arguments[name] for name in ("attn_mask", "is_causal", "scale"))
         return attention(reals[0], reals[1], reals[2], mask, is_causal, scale)
-
-    def _observed(self, operand: fx.Node) -> torch.Tensor:
-        observer = observer_of(self.graph_module, operand)
-        scale, zero_point = observer.calculate_qparams()
-        numbers = scale.float().view([]), zero_point.int().view([])
-        return torch.fake_quantize_per_tensor_affine(
-            self.env[operand], *numbers, observer.quant_min, observer.quant_max
-        )
 
 
 def _energy(x: torch.Tensor) -> float:

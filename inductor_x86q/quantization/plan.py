@@ -70,11 +70,14 @@ class Plan:
         self.compute: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.dynamic: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
         self.attention: dict[fx.Node, tuple[Any, ...]] = {}
-        self.dynamic_attention: dict[fx.Node, tuple[Any, ...]] = {}
+        self.dynamic_attention: list[fx.Node] = []
         self.excluded: dict[fx.Node, None] = {}
         for node in self.nodes:
             if role(node) is Role.ATTENTION and self._attends(node) and (how := attention(node)) not in UNQUANTIZED:
-                (self.attention if how == "static" else self.dynamic_attention)[node] = node.args[:3]
+                if how == "static":
+                    self.attention[node] = node.args[:3]
+                else:
+                    self.dynamic_attention.append(node)
             layer = self._layer_operands(node)
             if layer is None or (folds and role(node) is Role.TRANSPOSED_CONVOLUTION):
                 continue  # training knows no weights whose channels are not their first dimension

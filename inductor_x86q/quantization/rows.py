@@ -47,5 +47,6 @@ def quantize_dequantize(x: fx.Node, low: int, high: int, *, like: fx.Node, by_ma
 def fake_quantized(x: torch.Tensor, low: int, high: int, *, by_matrix: bool = False) -> torch.Tensor:
     """What these nodes compute."""
     middle = (low + high + 1) // 2
-    scales = (x.abs() / (high - middle)).amax([-2, -1] if by_matrix else [-1], keepdim=True).clamp(min=SMALLEST_SCALE)
-    return ((x / scales + middle).round().clamp(low, high) - middle) * scales
+    steps = (x.abs() * (1 / (high - middle))).clamp_min(SMALLEST_SCALE)
+    scales = steps.amax([-2, -1] if by_matrix else [-1], keepdim=True)
+    return ((x * scales.reciprocal() + middle).round().clamp(low, high) - middle) * scales

@@ -11,6 +11,7 @@ from torch import fx
 from inductor_x86q import cpu
 from inductor_x86q.graph import attention, macs, outputs, qdq
 from inductor_x86q.graph.attention import ATTENTION, INT8_ATTENTION, INT8_ATTENTION_BY_ROWS, Attention
+from inductor_x86q.graph.operators import Role, role
 from inductor_x86q.graph.reasons import No, Obstacle, Reason
 from inductor_x86q.inductor import fake_tensors
 from inductor_x86q.kernels.attention import LARGEST_WIDTH, MASKS, MOST_KEYS, AttentionKernel, choose
@@ -22,13 +23,12 @@ aten = torch.ops.aten
 def obstacle(node: fx.Node) -> Obstacle | None:
     """What keeps an attention from running in int8, or None; also the report's source."""
     if node.target is not ATTENTION:
-        if all(qdq.is_dequantize(operand) for operand in node.args[:3]):
+        if all(role(operand) is Role.DEQUANTIZE for operand in _operands(node)):
             return Obstacle(Reason.NOT_QUANTIZED, "its weights are not: convert with inductor_x86q.convert()")
         return Obstacle(Reason.NOT_QUANTIZED, 'quantization has it in int8 with attention="int8"')
-    operands = [qdq.operand(node, position) for position in range(3)]
-    grids = [_grid(operand, is_value=position == 2) for position, operand in enumerate(operands)]
+    operands, grids = _operands(node), _grids(node)
     for name, operand, grid in zip(_NAMES, operands, grids, strict=True):
-        if not _is_dequantize(operand):
+        if role(operand) is not Role.DEQUANTIZE:
             return Obstacle(Reason.ACTIVATION_NOT_QUANTIZED, name)
         if grid is None or grid.dtype != torch.uint8:
             return Obstacle(Reason.ACTIVATION_TYPE, f"{name}: of attention, torch.uint8 {_SCALES}")
@@ -44,8 +44,13 @@ _NAMES = ("query", "key", "value")
 _SCALES = "with a scale that is a constant, or one for each row of query and key and each head of the value"
 
 
-def _is_dequantize(node: fx.Node) -> bool:
-    return qdq.is_dequantize(node) or node.target is qdq.DEQUANTIZE_TOKEN
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [qdq.operand(node, position) for position in range(3)]
+
+
+def _grids(node: fx.Node) -> list[qdq.QParams | None]:
+    """Those of query, key and value."""
+    return [_grid(operand, is_value=position == 2) for position, operand in enumerate(_operands(node))]
 
 
 def _grid(node: fx.Node, *, is_value: bool) -> qdq.QParams | None:
@@ -87,12 +92,13 @@ def _kernel_obstacle(node: fx.Node) -> Obstacle | None:
 
 def _find(node: fx.Node) -> Attention | No:
     if found := obstacle(node):
-        return No(str(found), tuple(operand for operand in node.all_input_nodes if not _is_dequantize(operand)))
+        return No(
+            str(found), tuple(operand for operand in node.all_input_nodes if role(operand) is not Role.DEQUANTIZE)
+        )
     arguments: Any = node.args
     mask, is_causal, scale = arguments[3:]
     scale = attention.usual_scale(qdq.value(arguments[0]), scale)
-    sources = [qdq.operand(node, position) for position in range(3)]
-    grids = [grid for i, source in enumerate(sources) if (grid := _grid(source, is_value=i == 2))]
+    sources, grids = _operands(node), [grid for grid in _grids(node) if grid]
     numbers = [number for grid in grids for number in (grid.scale, grid.zero_point)]
     largest = max(grid.quant_max for grid in grids)
     query, key, value = map(qdq.operand, sources)
@@ -102,14 +108,9 @@ def _find(node: fx.Node) -> Attention | No:
 
 def _rewrite(node: fx.Node, found: Attention) -> fx.Node:
     """attention(dequantize(query), …) → int8_attention(query, …), with float output"""
-    return _emit(found, macs.count(node), like=node)
-
-
-def _emit(call: Attention, count: int | None, *, like: fx.Node) -> fx.Node:
-    """A node that makes the call, of so many multiply-accumulates."""
-    target = INT8_ATTENTION_BY_ROWS if call.is_by_rows else INT8_ATTENTION
-    new = qdq.call(target, *call.arguments, like=like)
-    new.meta["x86q_macs"] = count
+    target = INT8_ATTENTION_BY_ROWS if found.is_by_rows else INT8_ATTENTION
+    new = qdq.call(target, *found.arguments, like=node)
+    new.meta["x86q_macs"] = macs.count(node)
     new.meta["original_aten"] = INT8_ATTENTION  # which Inductor names the kernel by
     return new
 

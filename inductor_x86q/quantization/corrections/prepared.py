@@ -14,7 +14,7 @@ from torch import fx
 from inductor_x86q.graph import operators, qdq
 from inductor_x86q.graph.layers import full
 from inductor_x86q.graph.operators import Role, role
-from inductor_x86q.quantization import specs
+from inductor_x86q.quantization import rows, specs
 from inductor_x86q.quantization.calibration import is_observer
 
 
@@ -195,9 +195,7 @@ def fake_quantize(observer: Any, x: torch.Tensor, per_token: bool = False) -> to
     low, high = observer.quant_min, observer.quant_max
     if getattr(observer, "is_dynamic", False):
         if per_token:
-            middle = (low + high + 1) // 2
-            scale = (x.abs().amax(-1, keepdim=True) / (high - middle)).clamp_min(qdq.SMALLEST_SCALE)
-            return (torch.round(x / scale) + middle).clamp(low, high).sub(middle) * scale
+            return rows.fake_quantized(x, low, high)
         smallest, largest = min(0.0, float(x.min())), max(0.0, float(x.max()))
         scale_of_all = max((largest - smallest) / (high - low), observer.eps)
         zero = min(max(low - round(smallest / scale_of_all), low), high)
